@@ -1,0 +1,310 @@
+"""One transformer block, forward and backward, for pre blocks, post blocks and the loop alike.
+
+    z  = W2 gelu(A x + u) + b2                    only with injection; otherwise z = x
+    z' = z + g1 Proj(Attn(Qkv(adaLN(z, s1, a1))))
+    f  = z' + g2 Fc2(gelu(Fc1(adaLN(z', s2, a2))))
+
+Shapes: x, z (B,T,D); u (B,T,2D); modulation (B,6D) = (s1, a1, g1, s2, a2, g2), shift scale gate twice.
+Source: paper section 3.2 and DiT's adaLN-Zero block; u hoists the injected half of W1 = [A | E].
+
+What one iteration keeps for its backward, in units of U = B T D elements (z, z', x in the residual
+dtype, the rest in the compute dtype); x of the first iteration is the caller's:
+
+    recompute     saves                                                        U   recomputes
+    none          x z z'  pre a  y1 qkv o p  y2 h gelu(h) r                   23   LN statistics, softmax
+    elementwise   z       pre        qkv o p     h         r                  13   x z' y1 y2, both GELUs
+    full          x                                                            1   the whole forward
+
+Without injection pre and a do not exist and z is x. The element-wise ledger keeps p and r instead of z'
+and the next x: both follow from them by one fused multiply-add, bit for bit, without a GEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# widths in units of D of everything one iteration produces
+WIDTHS = {
+    "pre": 2, "a": 2, "z": 1, "y1": 1, "qkv": 3, "o": 1, "p": 1, "z2": 1, "y2": 1, "h": 4, "gh": 4, "r": 1,
+}  # fmt: skip
+RESIDUAL = ("z", "z2")
+INJECTED = ("pre", "a", "z")
+SAVED = {
+    "none": ("z", "z2", "pre", "a", "y1", "qkv", "o", "p", "y2", "h", "gh", "r"),
+    "elementwise": ("z", "pre", "qkv", "o", "p", "h", "r"),
+    "full": (),
+}
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one block in the compute dtype; the last four only with injection (W1 = [A | E])."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    inj_a: Tensor | None = None
+    inj_e: Tensor | None = None
+    inj_w2: Tensor | None = None
+    inj_b2: Tensor | None = None
+
+
+class BlockGrads(NamedTuple):
+    """Accumulators (float32 for half-precision compute) for the parameters, W1 whole."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    inj_w1: Tensor | None = None
+    inj_b1: Tensor | None = None
+    inj_w2: Tensor | None = None
+    inj_b2: Tensor | None = None
+
+
+@dataclass
+class Activations:
+    """What one application of the block produces; None where it was not kept."""
+
+    pre: Tensor | None = None
+    a: Tensor | None = None
+    z: Tensor | None = None
+    y1: Tensor | None = None
+    qkv: Tensor | None = None
+    o: Tensor | None = None
+    p: Tensor | None = None
+    z2: Tensor | None = None
+    y2: Tensor | None = None
+    h: Tensor | None = None
+    gh: Tensor | None = None
+    r: Tensor | None = None
+
+    def update(self, other: Activations) -> Activations:
+        """These, with the gaps filled from ``other``."""
+        return Activations(*(mine if (mine := getattr(self, f.name)) is not None
+                             else getattr(other, f.name) for f in fields(self)))  # fmt: skip
+
+
+def saved_names(recompute: str, injected: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names kept per iteration: (in the residual dtype, in the compute dtype)."""
+    names = [n for n in SAVED[recompute] if injected or n not in INJECTED]
+    return (
+        tuple(n for n in names if n in RESIDUAL),
+        tuple(n for n in names if n not in RESIDUAL),
+    )
+
+
+def saved_units(recompute: str, injected: bool) -> tuple[int, int]:
+    """Units of U kept per iteration beside x: (residual dtype, compute dtype)."""
+    residual, compute = saved_names(recompute, injected)
+    return sum(WIDTHS[n] for n in residual), sum(WIDTHS[n] for n in compute)
+
+
+def slot_views(
+    residual: Tensor, compute: Tensor, recompute: str, injected: bool, shape: torch.Size
+) -> Activations:
+    """One iteration's slots of the two stacked buffers, as (B,T,width) views."""
+    b, t, d = shape
+    acts = Activations()
+    for buffer, names in zip((residual, compute), saved_names(recompute, injected)):
+        offset = 0
+        for name in names:
+            size = b * t * d * WIDTHS[name]
+            view = buffer[offset : offset + size].view(b, t, d * WIDTHS[name])
+            setattr(acts, name, view)
+            offset += size
+    return acts
+
+
+def forward_workspace(x: Tensor, dtype: torch.dtype, in_place: bool, z: Tensor | None) -> Activations:
+    """Buffers for what an iteration does not keep.
+
+    ``in_place`` (nothing is kept): 6 U; the GELUs overwrite their inputs, o overwrites y1, and z and z'
+    live in ``z``, the buffer that receives f(x). Otherwise 6 U as well: a and gelu(h) share 4 U.
+    """
+    b, t, d = x.shape
+    flat = x.new_empty(6 * b * t * d, dtype=dtype)
+    unit = b * t * d
+
+    def take(start: int, width: int) -> Tensor:
+        return flat[start * unit : (start + width) * unit].view(b, t, width * d)
+
+    small, other = take(4, 1), take(5, 1)
+    if in_place:
+        return Activations(
+            pre=take(0, 2), a=take(0, 2), z=z, y1=small, qkv=take(0, 3), o=small, p=other, z2=z,
+            y2=small, h=take(0, 4), gh=take(0, 4), r=other,
+        )  # fmt: skip
+    return Activations(a=take(0, 2), y1=small, z2=torch.empty_like(x), y2=small, gh=take(0, 4))
+
+
+def modulation(mod: Tensor) -> tuple[Tensor, ...]:
+    """(B,6D) -> s1, a1, g1, s2, a2, g2, strided views (B,D)."""
+    return mod.chunk(6, dim=-1)
+
+
+def step_forward(
+    ops: Any,
+    x: Tensor,
+    u: Tensor | None,
+    mod: Tensor,
+    w: BlockWeights,
+    heads: int,
+    acts: Activations,
+    out: Tensor,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """f(x) into ``out``; every intermediate into the buffers of ``acts``.
+
+    x, out (B,T,D) residual dtype; u (B,T,2D) or None; mod (B,6D) compute dtype; ``norms`` (2,B) receives
+    |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2, never with x.
+    """
+    s1, a1, g1, s2, a2, g2 = modulation(mod)
+    z = x
+    if u is not None:
+        ops.linear_add_gelu(x.to(w.qkv.dtype), w.inj_a, u, pre=acts.pre, out=acts.a)
+        z = ops.linear(acts.a, w.inj_w2, w.inj_b2, out=acts.z)
+    ops.adaln(z, s1, a1, out=acts.y1)
+    ops.linear(acts.y1, w.qkv, w.qkv_bias, out=acts.qkv)
+    ops.attention(acts.qkv, heads, out=acts.o)
+    ops.linear(acts.o, w.proj, w.proj_bias, out=acts.p)
+    z2, _ = ops.gate_residual_adaln(z, acts.p, g1, s2, a2, z_out=acts.z2, out=acts.y2)
+    ops.linear_add_gelu(acts.y2, w.fc1, w.fc1_bias, pre=acts.h, out=acts.gh)
+    ops.linear(acts.gh, w.fc2, w.fc2_bias, out=acts.r)
+    return ops.gate_residual(z2, acts.r, g2, out=out, prev=x, norms=norms)
+
+
+@dataclass
+class Scratch:
+    """The backward's working set: two buffers of 4 U, two of 1 U in the compute dtype, and two of
+    1 U in the residual dtype; independent of the number of iterations."""
+
+    f0: Tensor
+    f1: Tensor
+    d0: Tensor
+    d1: Tensor
+    e0: Tensor
+    e1: Tensor
+
+    @classmethod
+    def like(cls, x: Tensor, dtype: torch.dtype) -> Scratch:
+        """Allocated for iterates like ``x`` (B,T,D) and compute ``dtype``."""
+        b, t, d = x.shape
+        f = [x.new_empty(b * t * 4 * d, dtype=dtype) for _ in range(2)]
+        small = [x.new_empty(b, t, d, dtype=dtype) for _ in range(2)]
+        return cls(f[0], f[1], small[0], small[1], torch.empty_like(x), torch.empty_like(x))
+
+    def wide(self, which: str, width: int) -> Tensor:
+        """Buffer ``which`` (f0 or f1) as (B,T,width D)."""
+        b, t, d = self.d0.shape
+        return getattr(self, which)[: b * t * d * width].view(b, t, d * width)
+
+
+def next_iterate(ops: Any, z: Tensor, acts: Activations, mod: Tensor, out: Tensor) -> Tensor:
+    """f(x) again from what the element-wise ledger keeps: (z + g1 p) + g2 r, bit for bit."""
+    _, _, g1, _, _, g2 = modulation(mod)
+    ops.gate_residual(z, acts.p, g1, out=out)
+    return ops.gate_residual(out, acts.r, g2, out=out)
+
+
+def step_backward(
+    ops: Any,
+    g: Tensor,
+    x: Tensor,
+    mod: Tensor,
+    w: BlockWeights,
+    heads: int,
+    acts: Activations,
+    grads: BlockGrads | None,
+    dmod: Tensor,
+    s: Scratch,
+    du: Tensor | None = None,
+) -> Tensor:
+    """Gradient of f with respect to x, in place of ``g`` (B,T,D), the gradient with respect to f(x).
+
+    Accumulates parameter gradients into ``grads`` (None: frozen weights), modulation gradients into
+    ``dmod`` (B,6D) and the gradient of the addend u into ``du`` (B,T,2D). ``acts`` is what the ledger
+    kept; the gaps are recomputed here, each just before its use.
+    """
+    s1, a1, g1, s2, a2, g2 = modulation(mod)
+    ds1, da1, dg1, ds2, da2, dg2 = modulation(dmod)
+    z = x if acts.z is None else acts.z
+    _mlp_backward(ops, g, z, (g1, s2, a2, g2), (ds2, da2, dg2), w, acts, grads, s)
+    dp = ops.gate_residual_backward(g, acts.p, g1, dg1, out=s.d0)
+    if grads is not None:
+        ops.linear_wgrad(dp, acts.o, grads.proj, grads.proj_bias)
+    do = ops.linear_dgrad(dp, w.proj, out=s.d1)
+    dqkv = ops.attention_backward(do, acts.qkv, acts.o, heads, out=s.wide("f0", 3))
+    if grads is not None:
+        y1 = acts.y1 if acts.y1 is not None else ops.adaln(z, s1, a1, out=s.d1)
+        ops.linear_wgrad(dqkv, y1, grads.qkv, grads.qkv_bias)
+    dy1 = ops.linear_dgrad(dqkv, w.qkv, out=s.d0)
+    ops.adaln_backward(dy1, z, a1, g, ds1, da1)
+    if du is None:
+        return g
+    return _injection_backward(ops, g, x, w, acts, grads, s, du)
+
+
+def _mlp_backward(
+    ops: Any,
+    g: Tensor,
+    z: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor],
+    dvectors: tuple[Tensor, Tensor, Tensor],
+    w: BlockWeights,
+    acts: Activations,
+    grads: BlockGrads | None,
+    s: Scratch,
+) -> None:
+    """The half f = z' + g2 MLP(adaLN(z')): ``g`` becomes the gradient with respect to z'."""
+    g1, s2, a2, g2 = vectors
+    ds2, da2, dg2 = dvectors
+    dr = ops.gate_residual_backward(g, acts.r, g2, dg2, out=s.d0)
+    if grads is not None:
+        gh = acts.gh if acts.gh is not None else ops.gelu(acts.h, out=s.wide("f0", 4))
+        ops.linear_wgrad(dr, gh, grads.fc2, grads.fc2_bias)
+    dgh = ops.linear_dgrad(dr, w.fc2, out=s.wide("f1", 4))
+    dh = ops.gelu_backward(dgh, acts.h, out=dgh)
+    z2 = acts.z2 if acts.z2 is not None else ops.gate_residual(z, acts.p, g1, out=s.e0)
+    if grads is not None:
+        y2 = acts.y2 if acts.y2 is not None else ops.adaln(z2, s2, a2, out=s.d1)
+        ops.linear_wgrad(dh, y2, grads.fc1, grads.fc1_bias)
+    dy2 = ops.linear_dgrad(dh, w.fc1, out=s.d0)
+    ops.adaln_backward(dy2, z2, a2, g, ds2, da2)
+
+
+def _injection_backward(
+    ops: Any,
+    g: Tensor,
+    x: Tensor,
+    w: BlockWeights,
+    acts: Activations,
+    grads: BlockGrads | None,
+    s: Scratch,
+    du: Tensor,
+) -> Tensor:
+    """The part z = W2 gelu(A x + u) + b2: ``g`` becomes the gradient with respect to x."""
+    dtype = w.qkv.dtype
+    dz = g if g.dtype == dtype else s.d0.copy_(g)
+    if grads is not None:
+        a = acts.a if acts.a is not None else ops.gelu(acts.pre, out=s.wide("f0", 2))
+        ops.linear_wgrad(dz, a, grads.inj_w2, grads.inj_b2)
+    da = ops.linear_dgrad(dz, w.inj_w2, out=s.wide("f1", 2))
+    dpre = ops.gelu_backward(da, acts.pre, out=da)
+    du.add_(dpre)
+    if grads is not None and grads.inj_w1 is not None:
+        xc = x if x.dtype == dtype else s.d1.copy_(x)
+        ops.linear_wgrad(dpre, xc, grads.inj_w1[:, : x.shape[-1]], None)
+    return ops.linear_dgrad(dpre, w.inj_a, out=g)

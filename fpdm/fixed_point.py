@@ -1,0 +1,360 @@
+"""The fixed-point layer: hoisting, the loop without gradient, the unrolled operator, S-JFB.
+
+    u   = E i + b1                        once per timestep; i = W_p h + b_p, W1 = [A | E]
+    x_0 = h or a given start;   x_{j+1} = f(x_j; u, c)
+    S-JFB (paper section 3.3): n iterations that store nothing, detach, then m with gradient.
+    JFB: m = 1. Multi-step JFB: m = M. Full unrolling: n = 0, m = k, detach_init=False.
+
+``fpdm::iterate`` and ``fpdm::unroll`` / ``fpdm::unroll_backward`` are opaque to autograd and to
+torch.compile: m is an integer argument, what the backward needs is returned in stacked buffers (ledger
+in fpdm.block), and the backward is analytic, built from ``step_backward``. Once differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpdm.block import (
+    Activations,
+    BlockGrads,
+    BlockWeights,
+    Scratch,
+    forward_workspace,
+    next_iterate,
+    saved_units,
+    slot_views,
+    step_backward,
+    step_forward,
+)
+from fpdm.kernels import ops
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """``residual`` (k,B) float32: |x_{j+1} - x_j| / |x_{j+1}| per iteration and sample, those without
+    gradient first; ``iterations``: k."""
+
+    residual: Tensor
+    iterations: int
+
+    @classmethod
+    def from_norms(cls, norms: Tensor) -> SolveStats:
+        """From the (k,2,B) table of |f(x) - x| and |f(x)|."""
+        tiny = torch.finfo(norms.dtype).tiny
+        return cls((norms[:, 0] / norms[:, 1].clamp_min(tiny)).float(), norms.shape[0])
+
+
+def _norm_table(x: Tensor, k: int, wanted: bool) -> Tensor:
+    dtype = ops.accumulator(x.dtype)
+    return x.new_empty((k if wanted else 0, 2, x.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "fpdm::iterate",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? u, Tensor mod, Tensor[] weights, SymInt n, int heads, str impl, "
+    "bool norms) -> (Tensor, Tensor)",
+)
+def iterate(
+    x: Tensor,
+    u: Tensor | None,
+    mod: Tensor,
+    weights: Sequence[Tensor],
+    n: int,
+    heads: int,
+    impl: str,
+    norms: bool,
+) -> tuple[Tensor, Tensor]:
+    """n >= 1 applications of the block that keep nothing: (x_n, norms (n,2,B) or (0,2,B)).
+
+    x (B,T,D) residual dtype; u (B,T,2D) or None (no injection); mod (B,6D) and weights in the compute
+    dtype. Memory: two iterates and a workspace of 6 U, whatever n is.
+    """
+    table = _norm_table(x, n, norms)
+    operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
+    with ops.no_autocast(x.device):
+        src, dst = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        spare = torch.empty_like(dst) if n > 1 else dst
+        acts = forward_workspace(src, mod.dtype, in_place=True, z=None)
+        for j in range(n):
+            acts.z = acts.z2 = dst
+            row = table[j] if norms else None
+            step_forward(operators, src, u, mod, w, heads, acts, dst, row)
+            src, dst = dst, (spare if j == 0 else src)
+    return src, table
+
+
+@iterate.register_fake
+def _(x: Tensor, u: Any, mod: Tensor, weights: Any, n: int, heads: int, impl: str, norms: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), _norm_table(x, n, norms)
+
+
+def _kept_x(m: int, recompute: str) -> int:
+    """Iterates kept beside the caller's x_0: x_1 .. x_{m-1}, unless they can be rebuilt."""
+    return 0 if recompute == "elementwise" else m - 1
+
+
+@torch.library.custom_op(
+    "fpdm::unroll",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, SymInt m, "
+    "int heads, str impl, str recompute, bool norms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def unroll(
+    x: Tensor,
+    i: Tensor | None,
+    u: Tensor | None,
+    mod: Tensor,
+    params: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    m: int,
+    heads: int,
+    impl: str,
+    recompute: str,
+    norms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """m >= 1 applications of the block with gradient.
+
+    Returns (x_m, norms (m,2,B) or (0,2,B), and what the backward needs: iterates (m-1 or 0,B,T,D),
+    residual-dtype buffer (m, .), compute-dtype buffer (m, .)). The gradient reaches x, i, mod and
+    ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights`` are
+    their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the gradient
+    of u flows to i, E and b1 in the backward.
+    """
+    b, t, d = x.shape
+    injected, unit = u is not None, b * t * d
+    nr, nc = saved_units(recompute, injected)
+    xs = x.new_empty(_kept_x(m, recompute), b, t, d)
+    residual, compute = x.new_empty(m, nr * unit), mod.new_empty(m, nc * unit)
+    table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
+    operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
+    with ops.no_autocast(x.device):
+        full = recompute == "full"
+        work = forward_workspace(x, mod.dtype, in_place=full, z=None)
+        src = x.contiguous()
+        ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(xs) else []
+        for j in range(m):
+            dst = out if j == m - 1 else (xs[j] if len(xs) else ping[j % 2])
+            acts = slot_views(residual[j], compute[j], recompute, injected, x.shape).update(work)
+            if full:
+                acts.z = acts.z2 = dst
+            step_forward(operators, src, u, mod, w, heads, acts, dst, table[j] if norms else None)
+            src = dst
+    return out, table, xs, residual, compute
+
+
+@unroll.register_fake
+def _(x: Tensor, i: Any, u: Any, mod: Tensor, params: Any, weights: Any, m: int, heads: int, impl: str, recompute: str, norms: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    b, t, d = x.shape
+    nr, nc = saved_units(recompute, u is not None)
+    return (
+        x.new_empty(x.shape),
+        _norm_table(x, m, norms),
+        x.new_empty(_kept_x(m, recompute), b, t, d),
+        x.new_empty(m, nr * b * t * d),
+        mod.new_empty(m, nc * b * t * d),
+    )
+
+
+@torch.library.custom_op(
+    "fpdm::unroll_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, "
+    "Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, str recompute, "
+    "bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def unroll_backward(
+    g: Tensor,
+    x: Tensor,
+    i: Tensor | None,
+    u: Tensor | None,
+    mod: Tensor,
+    params: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    xs: Tensor,
+    residual: Tensor,
+    compute: Tensor,
+    m: int,
+    heads: int,
+    impl: str,
+    recompute: str,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(dx_0, di, dmod, dparams) of ``unroll``; di is empty without injection, dparams when frozen.
+
+    Every weight gradient of the m iterations accumulates in one buffer in the parameter's dtype, and
+    dE = (sum_j dpre_j)^T i is one GEMM after the loop.
+    """
+    operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
+    injected, src = u is not None, x.contiguous()
+    grads = BlockGrads(*(torch.zeros_like(p) for p in params)) if weight_grads else None
+    dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
+    du = None
+    if u is not None:
+        du = torch.zeros(u.shape, dtype=ops.accumulator(u.dtype), device=u.device)
+    with ops.no_autocast(x.device):
+        scratch = Scratch.like(src, mod.dtype)
+        again = forward_workspace(src, mod.dtype, in_place=False, z=None)
+        g = g.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        for j in range(m - 1, -1, -1):
+            acts = slot_views(residual[j], compute[j], recompute, injected, x.shape)
+            x_j = _iterate_before(operators, j, src, xs, residual, compute, mod, recompute, scratch)
+            if recompute == "full":
+                acts = _forward_again(operators, x_j, u, mod, w, heads, again)
+            step_backward(operators, g, x_j, mod, w, heads, acts, grads, dmod, scratch, du)
+        di = x.new_empty(0)
+        if i is not None and du is not None:
+            di = _injection_gradients(operators, i, du, w, grads)
+    return g, di, dmod.to(mod.dtype), list(grads) if grads is not None else []
+
+
+def _iterate_before(
+    operators: Any,
+    j: int,
+    x: Tensor,
+    xs: Tensor,
+    residual: Tensor,
+    compute: Tensor,
+    mod: Tensor,
+    recompute: str,
+    scratch: Scratch,
+) -> Tensor:
+    """x_j: given, kept, or rebuilt from what iteration j - 1 kept."""
+    if j == 0:
+        return x
+    if recompute != "elementwise":
+        return xs[j - 1]
+    before = slot_views(residual[j - 1], compute[j - 1], recompute, True, x.shape)
+    assert before.z is not None
+    return next_iterate(operators, before.z, before, mod, scratch.e1)
+
+
+def _forward_again(
+    operators: Any,
+    x: Tensor,
+    u: Tensor | None,
+    mod: Tensor,
+    w: BlockWeights,
+    heads: int,
+    again: Activations,
+) -> Activations:
+    """Recompute one iteration, keeping what the element-wise ledger would keep."""
+    b, t, d = x.shape
+    nr, nc = saved_units("elementwise", u is not None)
+    kept = slot_views(
+        x.new_empty(nr * x.numel()), mod.new_empty(nc * x.numel()), "elementwise", u is not None, x.shape
+    )
+    assert again.z2 is not None
+    step_forward(operators, x, u, mod, w, heads, kept.update(again), again.z2)
+    return kept
+
+
+def _injection_gradients(
+    operators: Any, i: Tensor, du: Tensor, w: BlockWeights, grads: BlockGrads | None
+) -> Tensor:
+    """Through u = E i + b1: di, and dE, db1 into the accumulators."""
+    wide = du.to(i.dtype)
+    if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:
+        operators.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
+        grads.inj_b1.add_(du.sum((0, 1), dtype=grads.inj_b1.dtype))
+    return operators.linear_dgrad(wide, w.inj_e)
+
+
+@unroll_backward.register_fake
+def _(g: Tensor, x: Tensor, i: Any, u: Any, mod: Tensor, params: Any, weights: Any, xs: Tensor, residual: Tensor, compute: Tensor, m: int, heads: int, impl: str, recompute: str, weight_grads: bool) -> tuple[Any, ...]:  # fmt: skip
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if i is None else i.new_empty(i.shape),
+        mod.new_empty(mod.shape),
+        [p.new_empty(p.shape) for p in params] if weight_grads else [],
+    )
+
+
+def _unroll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, i, u, mod, params, weights, m, heads, impl, recompute, _ = inputs
+    _, table, xs, residual, compute = output
+    ctx.mark_non_differentiable(table, xs, residual, compute)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, i, u, mod, xs, residual, compute, *params, *weights)
+    ctx.counts = (len(params), m, heads, impl, recompute)
+
+
+def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    count, m, heads, impl, recompute = ctx.counts
+    x, i, u, mod, xs, residual, compute, *rest = ctx.saved_tensors
+    params, weights = rest[:count], rest[count:]
+    nothing = [None] * len(params), [None] * len(weights)
+    if g is None:
+        return (None, None, None, None, *nothing, None, None, None, None, None)
+    wanted = any(ctx.needs_input_grad[4])
+    dx, di, dmod, dparams = unroll_backward(
+        g, x, i, u, mod, params, weights, xs, residual, compute, m, heads, impl, recompute, wanted
+    )
+    return (
+        dx,
+        di if i is not None else None,
+        None,
+        dmod,
+        dparams if wanted else nothing[0],
+        nothing[1],
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a block runs: implementation, recompute mode, heads."""
+
+    heads: int
+    impl: str
+    recompute: str
+
+
+def solve(
+    x: Tensor,
+    i: Tensor | None,
+    u: Tensor | None,
+    mod: Tensor,
+    params: Sequence[Tensor],
+    weights: BlockWeights,
+    n: int,
+    m: int,
+    settings: Settings,
+    detach_init: bool = True,
+    norms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """S-JFB: n iterations without gradient, then m with. Returns (x_{n+m}, norms (n+m or 0,2,B)).
+
+    With gradients disabled all n + m run in the loop that keeps nothing. The iterate that enters the m
+    iterations is detached (``detach_init``), also when n = 0.
+    """
+    flat = [w for w in weights if w is not None]
+    constant = None if u is None else u.detach()
+    graph = torch.is_grad_enabled() and m > 0
+    tables = []
+    free = n if graph else n + m
+    if free:
+        with torch.no_grad():
+            x, table = iterate(
+                x.detach(), constant, mod.detach(), flat, free, settings.heads, settings.impl, norms
+            )
+        tables.append(table)
+    if graph:
+        x, table, *_ = unroll(
+            x.detach() if detach_init else x, i, constant, mod, list(params), flat, m,
+            settings.heads, settings.impl, settings.recompute, norms,
+        )  # fmt: skip
+        tables.append(table)
+    return x, torch.cat(tables) if tables else _norm_table(x, 0, norms)

@@ -1,0 +1,1 @@
+"""Operators: reference, dispatch and implementations. Knows nothing of models."""

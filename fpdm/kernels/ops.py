@@ -1,0 +1,338 @@
+"""Each operator registered once (schema, fake, autograd), and the choice of implementation.
+
+    linear_add_gelu(x, weight, addend)            gelu(x W^T + u), u a bias or a tensor
+    adaln(z, shift, scale)                        LN(z)(1 + scale) + shift
+    attention(qkv, heads)                         softmax(q k^T / sqrt K) v
+    gate_residual_adaln(z, y, g, shift, scale)    z' = z + g y, LN(z')(1 + scale) + shift
+    gate_residual(z, y, g)                        z + g y
+    linear(x, weight, bias, weight_c, bias_c)     x W^T + b in the compute dtype, gradients for the
+                                                  (float32) parameters in the parameters' dtype
+
+The loop (fpdm.fixed_point) calls an operator set directly, with its own buffers; the registered forms
+are for everything else and for tests. An explicit request is never replaced silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpdm.config import UserError
+from fpdm.kernels import reference
+
+IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
+OPERATORS = (
+    "linear", "linear_dgrad", "linear_wgrad", "gelu", "gelu_backward", "linear_add_gelu",
+    "adaln", "adaln_backward", "gate_residual", "gate_residual_backward", "gate_residual_adaln",
+    "attention", "attention_backward",
+)  # fmt: skip
+_REQUESTED = os.environ.get("FPDM_IMPL", "auto")
+
+
+class ImplError(UserError):
+    """An implementation that was asked for cannot run here; the message lists every reason."""
+
+
+_counts: dict[str, dict[str, int]] = {}
+_counts_lock = threading.Lock()
+
+
+def counters() -> dict[str, dict[str, int]]:
+    """Calls since the last reset: operator -> implementation -> count."""
+    with _counts_lock:
+        return {op: dict(by_impl) for op, by_impl in _counts.items()}
+
+
+def reset_counters() -> None:
+    """Forget every count."""
+    with _counts_lock:
+        _counts.clear()
+
+
+def _counted(name: str, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _counts_lock:
+            by_impl = _counts.setdefault(name, {})
+            by_impl[impl] = by_impl.get(impl, 0) + 1
+        return fn(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _operator_set(impl: str) -> SimpleNamespace:
+    module = {"reference": reference}[impl]
+    return SimpleNamespace(
+        name=impl, **{n: _counted(n, impl, getattr(module, n)) for n in OPERATORS}
+    )
+
+
+def availability(device: torch.device | str) -> dict[str, str | None]:
+    """Implementation -> None when it can run on ``device``, else the reason why not."""
+    device = torch.device(device)
+    wants = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
+    reasons: dict[str, str | None] = {"reference": None}
+    for impl in IMPLEMENTATIONS[1:]:
+        reason = "this version of fpdm ships no such kernels"
+        if device.type != wants[impl]:
+            reason += f"; they would need a {wants[impl]} device, got {device.type}"
+        reasons[impl] = reason
+    return reasons
+
+
+def choose(impl: str, device: torch.device | str) -> str:
+    """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available.
+
+    Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
+    """
+    asked = _REQUESTED if impl == "auto" else impl
+    reasons = availability(device)
+    if asked == "auto":
+        return next(name for name in ("triton", "cuda", "cpu", "reference") if reasons[name] is None)
+    if asked not in reasons:
+        raise ImplError(f"impl: got {asked!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+    if reasons[asked] is not None:
+        raise ImplError(
+            f"impl: got {asked}, which cannot run on {torch.device(device)}: {reasons[asked]}"
+        )
+    return asked
+
+
+def resolve(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """The operator set for ``impl`` on ``device``: one counted function per name in OPERATORS."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ImplError(f"dtype: got {dtype}, expected a floating-point compute dtype")
+    return _operator_set(choose(impl, device))
+
+
+def no_autocast(device: torch.device) -> torch.amp.autocast:
+    """The operators choose their dtypes themselves; autocast must not choose again inside."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    def register(fn: Callable[..., Any]) -> Any:
+        @functools.wraps(fn)
+        def body(*args: Any) -> Any:
+            with no_autocast(args[0].device):
+                return fn(resolve("auto", args[0].device), *args)
+
+        return torch.library.custom_op(f"fpdm::{name}", body, mutates_args=(), schema=schema)
+
+    return register
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    return torch.zeros(shape, dtype=accumulator(like.dtype), device=like.device)
+
+
+@_define("linear", "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c) -> Tensor")
+def linear(ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:  # fmt: skip
+    """x (...,I) -> (...,O) in weight_c's dtype; weight (O,I), bias (O,) are the parameters."""
+    return ops.linear(x.to(weight_c.dtype), weight_c, bias_c)
+
+
+@_define("linear_backward", "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+def linear_backward(ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dW, db); dW and db in the parameters' dtype."""
+    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+    dy = dy.to(weight_c.dtype).contiguous()
+    ops.linear_wgrad(dy, x.to(weight_c.dtype), dweight, dbias)
+    return ops.linear_dgrad(dy, weight_c).to(x.dtype), dweight, dbias
+
+
+@_define("linear_add_gelu", "(Tensor x, Tensor weight, Tensor addend) -> (Tensor, Tensor)")
+def linear_add_gelu(ops: Any, x: Tensor, weight: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+    """(gelu(pre), pre), pre = x W^T + u.   x (B,T,I), weight (O,I), addend (O,) or (B,T,O)."""
+    pre = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return ops.linear_add_gelu(x, weight, addend, pre=pre), pre
+
+
+@_define("linear_add_gelu_backward", "(Tensor dy, Tensor pre, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+def linear_add_gelu_backward(ops: Any, dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dW, du)."""
+    dpre = ops.gelu_backward(dy.contiguous(), pre)
+    dweight = _zeros(weight, weight.shape)
+    dbias = _zeros(weight, (weight.shape[0],)) if bias else None
+    ops.linear_wgrad(dpre, x, dweight, dbias)
+    du = dpre if dbias is None else dbias.to(dpre.dtype)
+    return ops.linear_dgrad(dpre, weight), dweight.to(weight.dtype), du
+
+
+@_define("adaln", "(Tensor z, Tensor shift, Tensor scale) -> Tensor")
+def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(z)(1 + scale) + shift.   z (B,T,D), shift, scale (B,D)."""
+    return ops.adaln(z, shift, scale)
+
+
+@_define("adaln_backward", "(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor, Tensor)")
+def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dshift, dscale)."""
+    dz, dshift, dscale = torch.zeros_like(z), _zeros(scale, scale.shape), _zeros(scale, scale.shape)
+    ops.adaln_backward(dy.contiguous(), z, scale, dz, dshift, dscale)
+    return dz, dshift.to(scale.dtype), dscale.to(scale.dtype)
+
+
+@_define("attention", "(Tensor qkv, int heads) -> Tensor")
+def attention(ops: Any, qkv: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt K) v.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
+    return ops.attention(qkv, heads)
+
+
+@_define("attention_backward", "(Tensor dy, Tensor qkv, Tensor y, int heads) -> Tensor")
+def attention_backward(ops: Any, dy: Tensor, qkv: Tensor, y: Tensor, heads: int) -> Tensor:
+    """dqkv (B,T,3D)."""
+    return ops.attention_backward(dy.contiguous(), qkv, y, heads)
+
+
+@_define("gate_residual", "(Tensor z, Tensor y, Tensor gate) -> Tensor")
+def gate_residual(ops: Any, z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """z + g y.   z, y (B,T,D), gate (B,D)."""
+    return ops.gate_residual(z, y, gate)
+
+
+@_define("gate_residual_backward", "(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)")
+def gate_residual_backward(ops: Any, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dy, dgate); dz is dout."""
+    dgate = _zeros(gate, gate.shape)
+    return ops.gate_residual_backward(dout.contiguous(), y, gate, dgate), dgate.to(gate.dtype)
+
+
+@_define("gate_residual_adaln", "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale) -> (Tensor, Tensor)")  # fmt: skip
+def gate_residual_adaln(ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(z', LN(z')(1 + scale) + shift), z' = z + g y."""
+    return ops.gate_residual_adaln(z, y, gate, shift, scale)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:
+    return weight_c.new_empty(*x.shape[:-1], weight_c.shape[0])
+
+
+@linear_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+@linear_add_gelu.register_fake
+def _(x: Tensor, weight: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@linear_add_gelu_backward.register_fake
+def _(dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, ...]:
+    du = pre.new_empty(weight.shape[0]) if bias else pre.new_empty(pre.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), du
+
+
+@adaln.register_fake
+def _(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(z.shape)
+
+
+@adaln_backward.register_fake
+def _(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(z), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+@attention.register_fake
+def _(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@attention_backward.register_fake
+def _(dy: Tensor, qkv: Tensor, y: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+@gate_residual.register_fake
+def _(z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty_like(z)
+
+
+@gate_residual_backward.register_fake
+def _(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), gate.new_empty(gate.shape)
+
+
+@gate_residual_adaln.register_fake
+def _(z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), scale.new_empty(z.shape)
+
+
+def _save(*positions: int) -> Callable[..., None]:
+    """setup_context that saves these inputs."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[p] for p in positions))
+
+    return setup
+
+
+def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*linear_backward(dy, *ctx.saved_tensors), None, None)
+
+
+def _linear_add_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, addend = inputs
+    ctx.save_for_backward(output[1], x, weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.bias = addend.dim() == 1
+
+
+def _linear_add_gelu_grad(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return linear_add_gelu_backward(dy, *ctx.saved_tensors, ctx.bias)
+
+
+def _adaln_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    return adaln_backward(dy, *ctx.saved_tensors)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+    ctx.heads = inputs[1]
+
+
+def _attention_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    return attention_backward(dy, *ctx.saved_tensors, ctx.heads), None
+
+
+def _gate_residual_grad(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    return (dout, *gate_residual_backward(dout, *ctx.saved_tensors))
+
+
+def _gate_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, y, gate, _, scale = inputs
+    ctx.save_for_backward(output[0], y, gate, scale)
+
+
+def _gate_residual_adaln_grad(ctx: Any, dz2: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    z2, y, gate, scale = ctx.saved_tensors
+    dz, dshift, dscale = adaln_backward(dout, z2, scale)
+    dz = dz + dz2
+    dy, dgate = gate_residual_backward(dz, y, gate)
+    return dz, dy, dgate, dshift, dscale
+
+
+linear.register_autograd(_linear_grad, setup_context=_save(0, 1, 3))
+linear_add_gelu.register_autograd(_linear_add_gelu_grad, setup_context=_linear_add_gelu_setup)
+adaln.register_autograd(_adaln_grad, setup_context=_save(0, 2))
+attention.register_autograd(_attention_grad, setup_context=_attention_setup)
+gate_residual.register_autograd(_gate_residual_grad, setup_context=_save(1, 2))
+gate_residual_adaln.register_autograd(
+    _gate_residual_adaln_grad, setup_context=_gate_residual_adaln_setup
+)

@@ -1,0 +1,208 @@
+"""Every operator in plain PyTorch: the specification, the oracle and the fallback.
+
+Runs on any device and dtype, float64 included, and imports nothing but torch. Shapes: B batch,
+T tokens, D width, H heads, K = D/H, N rows. Activations are (B, T, width) and contiguous; shift, scale
+and gate are (B, D) views with any batch stride. ``out`` buffers may be given by the caller, who may
+alias them where a docstring allows it. Nothing here records an autograd graph: forward and backward
+are separate functions, and the caller disables gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAME = "reference"
+LN_EPS = 1e-6
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """y = x W^T + b.   x (B,T,I), weight (O,I), bias (O,) -> (B,T,O); ``out`` may have another dtype."""
+    rows, wt = _rows(x), weight.t()
+    if out is not None and out.dtype == x.dtype:
+        flat = out.view(-1, out.shape[-1])
+        if bias is None:
+            torch.mm(rows, wt, out=flat)
+        else:
+            torch.addmm(bias, rows, wt, out=flat)
+        return out
+    y = torch.mm(rows, wt) if bias is None else torch.addmm(bias, rows, wt)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if out is None else out.copy_(y)
+
+
+def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """dx = dy W.   dy (B,T,O), weight (O,I) -> (B,T,I); ``out`` may have another dtype."""
+    rows = _rows(dy)
+    if out is not None and out.dtype == dy.dtype:
+        torch.mm(rows, weight, out=out.view(-1, out.shape[-1]))
+        return out
+    dx = torch.mm(rows, weight).view(*dy.shape[:-1], weight.shape[1])
+    return dx if out is None else out.copy_(dx)
+
+
+def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
+    """dW += dy^T x, db += sum dy, in the accumulators' dtype (float32 for half-precision inputs)."""
+    g, rows = _rows(dy), _rows(x)
+    if dweight.dtype == g.dtype:
+        dweight.addmm_(g.t(), rows)
+    elif g.is_cuda:
+        # the tensor cores accumulate in float32 anyway: keep the product there
+        dweight.add_(torch.mm(g.t(), rows, out_dtype=dweight.dtype))
+    else:
+        dweight.add_(torch.mm(g.t(), rows))
+    if dbias is not None:
+        dbias.add_(g.sum(0, dtype=dbias.dtype))
+
+
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Tanh GELU: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). ``out`` may be x."""
+    if out is None:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+
+
+def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """dx = dy gelu'(x). ``out`` may be dy."""
+    if out is None:
+        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
+
+
+def linear_add_gelu(
+    x: Tensor, weight: Tensor, addend: Tensor, pre: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """gelu(pre), pre = x W^T + u.   addend u: a bias (O,) or a tensor (B,T,O).
+
+    ``pre`` receives the pre-activation (for the backward); it may be the same buffer as ``out``
+    when the pre-activation is not wanted.
+    """
+    if addend.dim() == 1:
+        pre = linear(x, weight, addend, out=pre)
+    else:
+        shape = (*x.shape[:-1], weight.shape[0])
+        pre = x.new_empty(shape) if pre is None else pre
+        torch.addmm(_rows(addend), _rows(x), weight.t(), out=pre.view(-1, shape[-1]))
+    return gelu(pre, out=out)
+
+
+def adaln(z: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """LN(z) (1 + scale) + shift, LN without affine, eps 1e-6.   z (B,T,D), shift, scale (B,D).
+
+    The result has the dtype of ``scale`` (z may be a float32 residual stream).
+    """
+    xhat = torch.nn.functional.layer_norm(z, z.shape[-1:], eps=LN_EPS).to(scale.dtype)
+    return torch.addcmul(shift.unsqueeze(1), xhat, scale.unsqueeze(1) + 1, out=out)
+
+
+def adaln_backward(
+    dy: Tensor, z: Tensor, scale: Tensor, dz: Tensor, dshift: Tensor, dscale: Tensor
+) -> None:
+    """dz += LN'(dy (1 + scale)); dshift += sum_t dy; dscale += sum_t dy LN(z).
+
+    dz (B,T,D) in z's dtype; dshift, dscale (B,D) float32 (float64 for float64 inputs), all accumulated.
+    """
+    native = torch.ops.aten.native_layer_norm
+    xhat, mean, rstd = native(z, z.shape[-1:], None, None, LN_EPS)
+    acc = dshift.dtype
+    dshift.add_(dy.sum(1, dtype=acc))
+    dscale.add_((dy * xhat).sum(1, dtype=acc))
+    dxhat = (dy * (scale.unsqueeze(1) + 1)).to(z.dtype)
+    dz.add_(
+        torch.ops.aten.native_layer_norm_backward(
+            dxhat, z, z.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+    )
+
+
+def gate_residual(
+    z: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    out: Tensor | None = None,
+    prev: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """z + gate y.   z, y (B,T,D), gate (B,D); ``out`` may be z.
+
+    With ``prev`` and ``norms`` (2,B) float32, norms[0] = |out - prev| and norms[1] = |out| per sample
+    (L2 over tokens and width): the residual of the fixed-point map, without a host sync.
+    """
+    out = torch.addcmul(z, y, gate.unsqueeze(1), out=out)
+    if norms is not None and prev is not None:
+        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        flat = out.flatten(1)
+        diff = torch.sub(flat, prev.flatten(1))
+        norms[0].copy_(torch.linalg.vector_norm(diff, dim=1, dtype=wide))
+        norms[1].copy_(torch.linalg.vector_norm(flat, dim=1, dtype=wide))
+    return out
+
+
+def gate_residual_backward(
+    dout: Tensor, y: Tensor, gate: Tensor, dgate: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """dy = gate dout (in y's dtype); dgate += sum_t dout y.   dz is dout itself."""
+    dgate.add_((dout * y).sum(1, dtype=dgate.dtype))
+    if out is None or out.dtype != torch.promote_types(dout.dtype, gate.dtype):
+        dy = (dout * gate.unsqueeze(1)).to(y.dtype)
+        return dy if out is None else out.copy_(dy)
+    return torch.mul(dout, gate.unsqueeze(1), out=out)
+
+
+def gate_residual_adaln(
+    z: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    z_out: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z' = z + gate y;  LN(z') (1 + scale) + shift.   ``z_out`` may be z."""
+    z_new = gate_residual(z, y, gate, out=z_out)
+    return z_new, adaln(z_new, shift, scale, out=out)
+
+
+def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    b, t, width = qkv.shape
+    q, k, v = qkv.view(b, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    # scaled before the product, so that half precision does not overflow first
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return torch.softmax(scores, dim=-1)
+
+
+def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v per head.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
+    q, k, v = _heads(qkv, heads)
+    y = (_probabilities(q, k) @ v).transpose(1, 2)
+    if out is None:
+        return y.reshape(*qkv.shape[:2], -1)
+    out.view(y.shape).copy_(y)
+    return out
+
+
+def attention_backward(
+    dy: Tensor, qkv: Tensor, y: Tensor, heads: int, out: Tensor | None = None
+) -> Tensor:
+    """Gradient with respect to qkv, probabilities recomputed.   dy, y (B,T,D) -> (B,T,3D)."""
+    q, k, v = _heads(qkv, heads)
+    out = torch.empty_like(qkv) if out is None else out
+    dq, dk, dv = _heads(out, heads)
+    split = (*dy.shape[:2], heads, -1)
+    g = dy.view(split).transpose(1, 2)
+    p = _probabilities(q, k)
+    dv.copy_(p.transpose(-1, -2) @ g)
+    # row sum of p dp = row sum of y dy
+    delta = (g * y.view(split).transpose(1, 2)).sum(-1, keepdim=True)
+    ds = (g @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(q.shape[-1] ** -0.5)
+    dq.copy_(ds @ k)
+    dk.copy_(ds.transpose(-1, -2) @ q)
+    return out

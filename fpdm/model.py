@@ -1,0 +1,321 @@
+"""Embeddings and assembly: FPDM (paper section 3) and the DiT baseline, from the same block.
+
+    tokens  h0 = patchify(x_t) + sincos;   cond  c = emb(t) + emb(y),  c_pp = emb(y) (or c)
+    pre     h  = pre_l(... pre_1(h0, c_pp));   x* = fixed point of the injected block;   post; final
+
+Parameter names are those of published checkpoints, so ``load_state_dict(published, strict=True)`` works.
+The module holds no state beside its parameters and draws no random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fpdm import fixed_point
+from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.fixed_point import Settings, SolveStats
+from fpdm.kernels import ops
+from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
+
+FREQUENCIES = 256
+
+
+class Modulation(NamedTuple):
+    """adaLN vectors in the compute dtype: (B,6D) per block, (B,2D) for the final layer."""
+
+    pre: list[Tensor]
+    fp: Tensor | None
+    post: list[Tensor]
+    final: Tensor
+
+
+class Solution(NamedTuple):
+    """``output`` (B,2C,h,w), ``solution`` (B,T,D) the last iterate, ``stats`` or None."""
+
+    output: Tensor
+    solution: Tensor
+    stats: SolveStats | None
+
+
+def sincos_2d(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, side^2, D): the column's D/2 channels, then the row's."""
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
+
+
+def timestep_features(t: Tensor, width: int = FREQUENCIES) -> Tensor:
+    """[cos(t w_k), sin(t w_k)], w_k = 10000^(-k/(width/2)).   t (B,) -> (B, width) float32."""
+    half = width // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class _Named(nn.Module):
+    """A container whose children are given by name: the published parameter paths."""
+
+    def __init__(self, **children: nn.Module):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def _block(width: int) -> nn.Module:
+    return _Named(
+        attn=_Named(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)),
+        mlp=_Named(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)),
+        adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)),
+    )
+
+
+class _Transformer(nn.Module):
+    """What FPDM and DiT share: embeddings, adaLN vectors, blocks, final layer."""
+
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
+        super().__init__()
+        self.config, self.execution = config, execution or ExecutionConfig()
+        d, p = config.hidden_size, config.patch_size
+        self.x_embedder = _Named(proj=nn.Conv2d(config.in_channels, d, p, stride=p))
+        self.t_embedder = _Named(
+            mlp=nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
+        )
+        self.y_embedder = _Named(embedding_table=nn.Embedding(config.num_classes + 1, d))
+        self.register_buffer("pos_embed", sincos_2d(d, config.input_size // p))
+        self.pos_embed: Tensor
+        self.final_layer = _Named(
+            linear=nn.Linear(d, p * p * config.out_channels),
+            adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+        )
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """adaLN-Zero: Xavier on Linears, zero biases, normal(0.02) on embeddings, zero modulation and
+        final layer, so that at step 0 every block is the identity."""
+        for name, param in self.named_parameters():
+            if name.startswith("final_layer") or "adaLN_modulation" in name or name.endswith("bias"):
+                param.zero_()
+            elif name.startswith(("t_embedder", "y_embedder")):
+                param.normal_(std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(param.view(param.shape[0], -1), generator=generator)
+
+    def view(self, weights: WeightView | None, like: Tensor) -> WeightView:
+        """``weights``, or this model's parameters in the autocast dtype, else their own."""
+        if weights is not None:
+            return weights
+        dtype = self.pos_embed.dtype
+        if torch.is_autocast_enabled(like.device.type):
+            dtype = torch.get_autocast_dtype(like.device.type)
+        return WeightView(dict(self.named_parameters()), dtype, {})
+
+    def _linear(self, x: Tensor, name: str, w: WeightView) -> Tensor:
+        weight, bias = w.params[f"{name}.weight"], w.params[f"{name}.bias"]
+        return ops.linear(x, weight, bias, *w.linear(name))
+
+    def _time(self, t: Tensor, w: WeightView) -> Tensor:
+        features = timestep_features(t).to(self.pos_embed.dtype)
+        hidden = self._linear(features, "t_embedder.mlp.0", w)
+        hidden = self._linear(nn.functional.silu(hidden), "t_embedder.mlp.2", w)
+        return hidden.to(self.pos_embed.dtype)
+
+    def _label(self, y: Tensor, w: WeightView) -> Tensor:
+        return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
+
+    def _vectors(self, c: Tensor, name: str, w: WeightView) -> Tensor:
+        return self._linear(nn.functional.silu(c), f"{name}.adaLN_modulation.1", w)
+
+    def _settings(self) -> Settings:
+        return Settings(self.config.num_heads, self.execution.impl, self.execution.recompute)
+
+    def _residual_dtype(self, w: WeightView) -> torch.dtype:
+        return torch.float32 if self.execution.residual_dtype == "float32" else w.dtype
+
+    def _tokens(self, x: Tensor, w: WeightView) -> Tensor:
+        """Patchify as one GEMM.   (B,C,h,w) -> (B,T,D)."""
+        p = self.config.patch_size
+        patches = nn.functional.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)
+        weight, bias = w.params["x_embedder.proj.weight"], w.params["x_embedder.proj.bias"]
+        tokens = ops.linear(
+            patches.contiguous(),
+            weight.flatten(1),
+            bias,
+            w.get("x_embedder.proj.weight").flatten(1),
+            w.get("x_embedder.proj.bias"),
+        )
+        return (tokens + self.pos_embed.to(tokens.dtype)).to(self._residual_dtype(w))
+
+    def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
+        """One pre or post block: the unrolled operator with m = 1 and no injection."""
+        params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
+        out, _ = fixed_point.solve(
+            h, None, None, vectors, params, w.block(name), 0, 1, self._settings(), detach_init=False
+        )
+        return out
+
+    def _final(self, z: Tensor, vectors: Tensor, w: WeightView) -> Tensor:
+        shift, scale = vectors.chunk(2, dim=-1)
+        o = self._linear(ops.adaln(z, shift, scale), "final_layer.linear", w)
+        c, p = self.config.out_channels, self.config.patch_size
+        side = self.config.input_size // p
+        o = o.view(-1, side, side, p, p, c)
+        return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
+
+
+class FPDM(_Transformer):
+    """A diffusion transformer whose middle is one block iterated to a fixed point (paper eq. 4-6).
+
+    ``forward(x, t, y, iters=8, no_grad_iters=0, init=None)`` -> (B,2C,h,w): C prediction channels and C
+    variance fractions. x (B,C,h,w); t (B,) original timestep indices; y (B,) labels, ``num_classes`` is
+    the null label. ``init`` (B,T,D) starts the iteration instead of h. Compute dtype: that of
+    ``weights`` if given, else autocast's if on, else the parameters'.
+    """
+
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
+        super().__init__(config, execution)
+        d = config.hidden_size
+        self.blocks_pre = nn.ModuleList(_block(d) for _ in range(config.pre_depth))
+        self.block_fixed_point = _block(d)
+        self.blocks_post = nn.ModuleList(_block(d) for _ in range(config.post_depth))
+        self.block_pre_projection = nn.Linear(d, d)
+        self.block_fixed_point_projection_fc1 = nn.Linear(2 * d, 2 * d)
+        self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
+        self.initialize()
+
+    def modulation_pp(self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None) -> Modulation:  # fmt: skip
+        """Vectors of pre, post and final; ``t`` (B,) is needed only when they see the timestep."""
+        w = self.view(weights, y)
+        c = self._label(y, w)
+        if self.config.pre_post_timestep_conditioning:
+            if t is None:
+                raise ValueError("modulation_pp: got no t, expected (B,) timesteps for this model")
+            c = c + self._time(t, w)
+        return Modulation(
+            [self._vectors(c, f"blocks_pre.{i}", w) for i in range(self.config.pre_depth)],
+            None,
+            [self._vectors(c, f"blocks_post.{i}", w) for i in range(self.config.post_depth)],
+            self._vectors(c, "final_layer", w),
+        )
+
+    def modulation_fp(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
+        """Vectors (B,6D) of the fixed-point block: rows may mix timesteps, one GEMM for all."""
+        w = self.view(weights, y)
+        return self._vectors(self._time(t, w) + self._label(y, w), "block_fixed_point", w)
+
+    def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
+        """All vectors of one timestep."""
+        w = self.view(weights, y)
+        return self.modulation_pp(y, t, weights=w)._replace(fp=self.modulation_fp(t, y, weights=w))
+
+    def encode(self, x: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
+        """x (B,C,h,w) -> h (B,T,D), through the pre blocks."""
+        w = self.view(weights, x)
+        h = self._tokens(x, w)
+        for index, vectors in enumerate(mod.pre):
+            h = self._run(h, f"blocks_pre.{index}", vectors, w)
+        return h
+
+    def decode(self, z: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
+        """z (B,T,D) -> (B,2C,h,w), through the post blocks and the final layer."""
+        w = self.view(weights, z)
+        for index, vectors in enumerate(mod.post):
+            z = self._run(z, f"blocks_post.{index}", vectors, w)
+        return self._final(z, mod.final, w)
+
+    def _inject(self, h: Tensor, w: WeightView) -> tuple[Tensor | None, Tensor]:
+        """(i, u): i = W_p h + b_p and, as a constant, u = E i + b1; folded: no i."""
+        hc = h.to(w.dtype)
+        i = None if w.folded else self._linear(hc, PROJECTION, w)
+        e, b1 = w.injection()
+        with torch.no_grad():
+            return i, ops.linear(hc if i is None else i.detach(), e, b1, e, b1)
+
+    def _solve(
+        self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,
+        detach_init: bool, stats: bool,
+    ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
+        i, u = self._inject(h, w)
+        if i is None and torch.is_grad_enabled():
+            raise ValueError("weights: got folded ones with gradients on, expected fold=False")
+        names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
+        names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
+        out, norms = fixed_point.solve(
+            x, i, u, vectors, [w.params[name] for name in names],
+            w.block("block_fixed_point", injected=True), n, m, self._settings(), detach_init, stats,
+        )  # fmt: skip
+        return out, SolveStats.from_norms(norms) if stats else None
+
+    @torch.no_grad()
+    def iterate(
+        self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
+        *, weights: WeightView | None = None,
+    ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
+        """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D), stats)."""
+        vectors = mod.fp if isinstance(mod, Modulation) else mod
+        assert vectors is not None
+        return self._solve(x0, h, vectors, iters, 0, self.view(weights, h), True, stats)
+
+    def solve(
+        self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
+        init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
+        stats: bool = True,
+    ) -> Solution:  # fmt: skip
+        """Like ``forward``, and also the solution and the residual of every iteration and sample."""
+        if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
+            raise ValueError(
+                f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
+            )
+        w = self.view(weights, x)
+        mod = self.modulation(t, y, weights=w)
+        h = self.encode(x, mod, weights=w)
+        assert mod.fp is not None
+        start = h if init is None else init.to(h.dtype)
+        z, found = self._solve(start, h, mod.fp, no_grad_iters, iters, w, detach_init, stats)
+        return Solution(self.decode(z, mod, weights=w), z, found)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
+        init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """(B,2C,h,w); see the class."""
+        return self.solve(
+            x, t, y, iters, no_grad_iters, init, weights=weights, detach_init=detach_init, stats=False
+        ).output
+
+
+class DiT(_Transformer):
+    """The baseline (Peebles & Xie 2023): ``depth`` blocks, all conditioned on emb(t) + emb(y)."""
+
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
+        super().__init__(config, execution)
+        self.blocks = nn.ModuleList(_block(config.hidden_size) for _ in range(config.depth))
+        self.initialize()
+
+    def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
+        """All vectors of one timestep; the blocks' stand under ``pre``."""
+        w = self.view(weights, y)
+        c = self._time(t, w) + self._label(y, w)
+        blocks = [self._vectors(c, f"blocks.{i}", w) for i in range(self.config.depth)]
+        return Modulation(blocks, None, [], self._vectors(c, "final_layer", w))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
+        """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w)."""
+        w = self.view(weights, x)
+        mod = self.modulation(t, y, weights=w)
+        h = self._tokens(x, w)
+        for index, vectors in enumerate(mod.pre):
+            h = self._run(h, f"blocks.{index}", vectors, w)
+        return self._final(h, mod.final, w)
+
+
+def build_model(config: ModelConfig, execution: ExecutionConfig | None = None) -> FPDM | DiT:
+    """The model that ``config.kind`` names, initialised."""
+    return (FPDM if config.kind == "fpdm" else DiT)(config, execution)
