@@ -4,19 +4,20 @@
     z' = z + g1 Proj(Attn(Qkv(adaLN(z, s1, a1))))
     f  = z' + g2 Fc2(gelu(Fc1(adaLN(z', s2, a2))))
 
-Shapes: x, z (B,T,D); u (B,T,2D); modulation (B,6D) = (s1, a1, g1, s2, a2, g2), shift scale gate twice.
-Source: paper section 3.2 and DiT's adaLN-Zero block; u hoists the injected half of W1 = [A | E].
+Shapes: x, z (B,T,D); u (B,T,2D); modulation (B,6D) = (s1, a1, g1, s2, a2, g2), shift scale gate
+twice. Source: paper section 3.2 and DiT's adaLN-Zero block; u hoists the injected half of W1 = [A |
+E].
 
 What one iteration keeps for its backward, in units of U = B T D elements (z, z', x in the residual
 dtype, the rest in the compute dtype); x of the first iteration is the caller's:
 
-    recompute     saves                                                        U   recomputes
-    none          x z z'  pre a  y1 qkv o p  y2 h gelu(h) r                   23   LN statistics, softmax
-    elementwise   z       pre        qkv o p     h         r                  13   x z' y1 y2, both GELUs
-    full          x                                                            1   the whole forward
+    recompute     saves                                               U   recomputes
+    none          x z z'  pre a  y1 qkv o p  y2 h gelu(h) r          23   LN statistics, softmax
+    elementwise   z       pre       qkv o p     h         r          13   x z' y1 y2, both GELUs
+    full          x                                                   1   the whole forward
 
-Without injection pre and a do not exist and z is x. The element-wise ledger keeps p and r instead of z'
-and the next x: both follow from them by one fused multiply-add, bit for bit, without a GEMM.
+Without injection pre and a do not exist and z is x. The element-wise ledger keeps p and r instead
+of z' and the next x: both follow from them by one fused multiply-add, bit for bit, without a GEMM.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch import Tensor
 
 # widths in units of D of everything one iteration produces
 WIDTHS = {
-    "pre": 2, "a": 2, "z": 1, "y1": 1, "qkv": 3, "o": 1, "p": 1, "z2": 1, "y2": 1, "h": 4, "gh": 4, "r": 1,
+    "pre": 2, "a": 2, "z": 1, "y1": 1, "qkv": 3, "o": 1, "p": 1, "z2": 1, "y2": 1, "h": 4, "gh": 4,
+    "r": 1,
 }  # fmt: skip
 RESIDUAL = ("z", "z2")
 INJECTED = ("pre", "a", "z")
@@ -41,7 +43,8 @@ SAVED = {
 
 
 class BlockWeights(NamedTuple):
-    """Weights of one block in the compute dtype; the last four only with injection (W1 = [A | E])."""
+    """Weights of one block in the compute dtype; the last four only with injection (W1 = [A |
+    E])."""
 
     qkv: Tensor
     qkv_bias: Tensor
@@ -128,11 +131,14 @@ def slot_views(
     return acts
 
 
-def forward_workspace(x: Tensor, dtype: torch.dtype, in_place: bool, z: Tensor | None) -> Activations:
+def forward_workspace(
+    x: Tensor, dtype: torch.dtype, in_place: bool, z: Tensor | None
+) -> Activations:
     """Buffers for what an iteration does not keep.
 
-    ``in_place`` (nothing is kept): 6 U; the GELUs overwrite their inputs, o overwrites y1, and z and z'
-    live in ``z``, the buffer that receives f(x). Otherwise 6 U as well: a and gelu(h) share 4 U.
+    ``in_place`` (nothing is kept): 6 U; the GELUs overwrite their inputs, o overwrites y1, and z
+    and z' live in ``z``, the buffer that receives f(x). Otherwise 6 U as well: a and gelu(h) share
+    4 U.
     """
     b, t, d = x.shape
     flat = x.new_empty(6 * b * t * d, dtype=dtype)
@@ -168,8 +174,9 @@ def step_forward(
 ) -> Tensor:
     """f(x) into ``out``; every intermediate into the buffers of ``acts``.
 
-    x, out (B,T,D) residual dtype; u (B,T,2D) or None; mod (B,6D) compute dtype; ``norms`` (2,B) receives
-    |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2, never with x.
+    x, out (B,T,D) residual dtype; u (B,T,2D) or None; mod (B,6D) compute dtype; ``norms`` (2,B)
+    receives |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2,
+    never with x.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     z = x
@@ -232,11 +239,12 @@ def step_backward(
     s: Scratch,
     du: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of f with respect to x, in place of ``g`` (B,T,D), the gradient with respect to f(x).
+    """Gradient of f with respect to x, in place of ``g`` (B,T,D), the gradient with respect to
+    f(x).
 
     Accumulates parameter gradients into ``grads`` (None: frozen weights), modulation gradients into
-    ``dmod`` (B,6D) and the gradient of the addend u into ``du`` (B,T,2D). ``acts`` is what the ledger
-    kept; the gaps are recomputed here, each just before its use.
+    ``dmod`` (B,6D) and the gradient of the addend u into ``du`` (B,T,2D). ``acts`` is what the
+    ledger kept; the gaps are recomputed here, each just before its use.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     ds1, da1, dg1, ds2, da2, dg2 = modulation(dmod)

@@ -6,8 +6,9 @@
     JFB: m = 1. Multi-step JFB: m = M. Full unrolling: n = 0, m = k, detach_init=False.
 
 ``fpdm::iterate`` and ``fpdm::unroll`` / ``fpdm::unroll_backward`` are opaque to autograd and to
-torch.compile: m is an integer argument, what the backward needs is returned in stacked buffers (ledger
-in fpdm.block), and the backward is analytic, built from ``step_backward``. Once differentiable.
+torch.compile: m is an integer argument, what the backward needs is returned in stacked buffers
+(ledger in fpdm.block), and the backward is analytic, built from ``step_backward``. Once
+differentiable.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from fpdm.kernels import ops
 
 @dataclass(frozen=True)
 class SolveStats:
-    """``residual`` (k,B) float32: |x_{j+1} - x_j| / |x_{j+1}| per iteration and sample, those without
-    gradient first; ``iterations``: k."""
+    """``residual`` (k,B) float32: |x_{j+1} - x_j| / |x_{j+1}| per iteration and sample, those
+    without gradient first; ``iterations``: k."""
 
     residual: Tensor
     iterations: int
@@ -72,8 +73,8 @@ def iterate(
 ) -> tuple[Tensor, Tensor]:
     """n >= 1 applications of the block that keep nothing: (x_n, norms (n,2,B) or (0,2,B)).
 
-    x (B,T,D) residual dtype; u (B,T,2D) or None (no injection); mod (B,6D) and weights in the compute
-    dtype. Memory: two iterates and a workspace of 6 U, whatever n is.
+    x (B,T,D) residual dtype; u (B,T,2D) or None (no injection); mod (B,6D) and weights in the
+    compute dtype. Memory: two iterates and a workspace of 6 U, whatever n is.
     """
     table = _norm_table(x, n, norms)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
@@ -90,7 +91,9 @@ def iterate(
 
 
 @iterate.register_fake
-def _(x: Tensor, u: Any, mod: Tensor, weights: Any, n: int, heads: int, impl: str, norms: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(
+    x: Tensor, u: Any, mod: Tensor, weights: Any, n: int, heads: int, impl: str, norms: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _norm_table(x, n, norms)
 
 
@@ -102,8 +105,9 @@ def _kept_x(m: int, recompute: str) -> int:
 @torch.library.custom_op(
     "fpdm::unroll",
     mutates_args=(),
-    schema="(Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, SymInt m, "
-    "int heads, str impl, str recompute, bool norms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, "
+    "SymInt m, int heads, str impl, str recompute, bool norms) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unroll(
     x: Tensor,
@@ -122,9 +126,9 @@ def unroll(
 
     Returns (x_m, norms (m,2,B) or (0,2,B), and what the backward needs: iterates (m-1 or 0,B,T,D),
     residual-dtype buffer (m, .), compute-dtype buffer (m, .)). The gradient reaches x, i, mod and
-    ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights`` are
-    their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the gradient
-    of u flows to i, E and b1 in the backward.
+    ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights``
+    are their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the
+    gradient of u flows to i, E and b1 in the backward.
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
@@ -149,7 +153,19 @@ def unroll(
 
 
 @unroll.register_fake
-def _(x: Tensor, i: Any, u: Any, mod: Tensor, params: Any, weights: Any, m: int, heads: int, impl: str, recompute: str, norms: bool) -> tuple[Tensor, ...]:  # fmt: skip
+def _(
+    x: Tensor,
+    i: Any,
+    u: Any,
+    mod: Tensor,
+    params: Any,
+    weights: Any,
+    m: int,
+    heads: int,
+    impl: str,
+    recompute: str,
+    norms: bool,
+) -> tuple[Tensor, ...]:
     b, t, d = x.shape
     nr, nc = saved_units(recompute, u is not None)
     return (
@@ -164,9 +180,9 @@ def _(x: Tensor, i: Any, u: Any, mod: Tensor, params: Any, weights: Any, m: int,
 @torch.library.custom_op(
     "fpdm::unroll_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, "
-    "Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, str recompute, "
-    "bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor[])",
+    schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] "
+    "weights, Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, "
+    "str recompute, bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def unroll_backward(
     g: Tensor,
@@ -187,8 +203,8 @@ def unroll_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dx_0, di, dmod, dparams) of ``unroll``; di is empty without injection, dparams when frozen.
 
-    Every weight gradient of the m iterations accumulates in one buffer in the parameter's dtype, and
-    dE = (sum_j dpre_j)^T i is one GEMM after the loop.
+    Every weight gradient of the m iterations accumulates in one buffer in the parameter's dtype,
+    and dE = (sum_j dpre_j)^T i is one GEMM after the loop.
     """
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     injected, src = u is not None, x.contiguous()
@@ -199,18 +215,17 @@ def unroll_backward(
         du = torch.zeros(u.shape, dtype=ops.accumulator(u.dtype), device=u.device)
     with ops.no_autocast(x.device):
         scratch = Scratch.like(src, mod.dtype)
-        again = forward_workspace(src, mod.dtype, in_place=False, z=None)
         g = g.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
         for j in range(m - 1, -1, -1):
             acts = slot_views(residual[j], compute[j], recompute, injected, x.shape)
             x_j = _iterate_before(operators, j, src, xs, residual, compute, mod, recompute, scratch)
             if recompute == "full":
-                acts = _forward_again(operators, x_j, u, mod, w, heads, again)
+                acts = _forward_again(operators, x_j, u, mod, w, heads, scratch)
             step_backward(operators, g, x_j, mod, w, heads, acts, grads, dmod, scratch, du)
         di = x.new_empty(0)
         if i is not None and du is not None:
             di = _injection_gradients(operators, i, du, w, grads)
-    return g, di, dmod.to(mod.dtype), list(grads) if grads is not None else []
+    return g, di, dmod.to(mod.dtype), [d for d in grads or () if d is not None]
 
 
 def _iterate_before(
@@ -241,16 +256,19 @@ def _forward_again(
     mod: Tensor,
     w: BlockWeights,
     heads: int,
-    again: Activations,
+    s: Scratch,
 ) -> Activations:
     """Recompute one iteration, keeping what the element-wise ledger would keep."""
-    b, t, d = x.shape
     nr, nc = saved_units("elementwise", u is not None)
     kept = slot_views(
-        x.new_empty(nr * x.numel()), mod.new_empty(nc * x.numel()), "elementwise", u is not None, x.shape
+        x.new_empty(nr * x.numel()),
+        mod.new_empty(nc * x.numel()),
+        "elementwise",
+        u is not None,
+        x.shape,
     )
-    assert again.z2 is not None
-    step_forward(operators, x, u, mod, w, heads, kept.update(again), again.z2)
+    work = Activations(a=s.wide("f0", 2), y1=s.d0, z2=s.e0, y2=s.d0, gh=s.wide("f0", 4))
+    step_forward(operators, x, u, mod, w, heads, kept.update(work), s.e0)
     return kept
 
 
@@ -266,7 +284,23 @@ def _injection_gradients(
 
 
 @unroll_backward.register_fake
-def _(g: Tensor, x: Tensor, i: Any, u: Any, mod: Tensor, params: Any, weights: Any, xs: Tensor, residual: Tensor, compute: Tensor, m: int, heads: int, impl: str, recompute: str, weight_grads: bool) -> tuple[Any, ...]:  # fmt: skip
+def _(
+    g: Tensor,
+    x: Tensor,
+    i: Any,
+    u: Any,
+    mod: Tensor,
+    params: Any,
+    weights: Any,
+    xs: Tensor,
+    residual: Tensor,
+    compute: Tensor,
+    m: int,
+    heads: int,
+    impl: str,
+    recompute: str,
+    weight_grads: bool,
+) -> tuple[Any, ...]:
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if i is None else i.new_empty(i.shape),
@@ -337,8 +371,8 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """S-JFB: n iterations without gradient, then m with. Returns (x_{n+m}, norms (n+m or 0,2,B)).
 
-    With gradients disabled all n + m run in the loop that keeps nothing. The iterate that enters the m
-    iterations is detached (``detach_init``), also when n = 0.
+    With gradients disabled all n + m run in the loop that keeps nothing. The iterate that enters
+    the m iterations is detached (``detach_init``), also when n = 0.
     """
     flat = [w for w in weights if w is not None]
     constant = None if u is None else u.detach()

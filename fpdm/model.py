@@ -3,8 +3,8 @@
     tokens  h0 = patchify(x_t) + sincos;   cond  c = emb(t) + emb(y),  c_pp = emb(y) (or c)
     pre     h  = pre_l(... pre_1(h0, c_pp));   x* = fixed point of the injected block;   post; final
 
-Parameter names are those of published checkpoints, so ``load_state_dict(published, strict=True)`` works.
-The module holds no state beside its parameters and draws no random numbers.
+Parameter names are those of published checkpoints, so ``load_state_dict(published, strict=True)``
+works. The module holds no state beside its parameters and draws no random numbers.
 """
 
 from __future__ import annotations
@@ -98,10 +98,14 @@ class _Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """adaLN-Zero: Xavier on Linears, zero biases, normal(0.02) on embeddings, zero modulation and
-        final layer, so that at step 0 every block is the identity."""
+        """adaLN-Zero: Xavier on Linears, zero biases, normal(0.02) on embeddings, zero modulation
+        and final layer, so that at step 0 every block is the identity."""
         for name, param in self.named_parameters():
-            if name.startswith("final_layer") or "adaLN_modulation" in name or name.endswith("bias"):
+            if (
+                name.startswith("final_layer")
+                or "adaLN_modulation" in name
+                or name.endswith("bias")
+            ):
                 param.zero_()
             elif name.startswith(("t_embedder", "y_embedder")):
                 param.normal_(std=0.02, generator=generator)
@@ -173,10 +177,10 @@ class _Transformer(nn.Module):
 class FPDM(_Transformer):
     """A diffusion transformer whose middle is one block iterated to a fixed point (paper eq. 4-6).
 
-    ``forward(x, t, y, iters=8, no_grad_iters=0, init=None)`` -> (B,2C,h,w): C prediction channels and C
-    variance fractions. x (B,C,h,w); t (B,) original timestep indices; y (B,) labels, ``num_classes`` is
-    the null label. ``init`` (B,T,D) starts the iteration instead of h. Compute dtype: that of
-    ``weights`` if given, else autocast's if on, else the parameters'.
+    ``forward(x, t, y, iters=8, no_grad_iters=0, init=None)`` -> (B,2C,h,w): C prediction channels
+    and C variance fractions. x (B,C,h,w); t (B,) original timestep indices; y (B,) labels,
+    ``num_classes`` is the null label. ``init`` (B,T,D) starts the iteration instead of h. Compute
+    dtype: that of ``weights`` if given, else autocast's if on, else the parameters'.
     """
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
@@ -190,7 +194,9 @@ class FPDM(_Transformer):
         self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
         self.initialize()
 
-    def modulation_pp(self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None) -> Modulation:  # fmt: skip
+    def modulation_pp(
+        self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None
+    ) -> Modulation:
         """Vectors of pre, post and final; ``t`` (B,) is needed only when they see the timestep."""
         w = self.view(weights, y)
         c = self._label(y, w)
@@ -258,7 +264,8 @@ class FPDM(_Transformer):
         self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
         *, weights: WeightView | None = None,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
-        """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D), stats)."""
+        """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
+        stats)."""
         vectors = mod.fp if isinstance(mod, Modulation) else mod
         assert vectors is not None
         return self._solve(x0, h, vectors, iters, 0, self.view(weights, h), True, stats)
@@ -268,7 +275,8 @@ class FPDM(_Transformer):
         init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
         stats: bool = True,
     ) -> Solution:  # fmt: skip
-        """Like ``forward``, and also the solution and the residual of every iteration and sample."""
+        """Like ``forward``, and also the solution and the residual of every iteration and
+        sample."""
         if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
             raise ValueError(
                 f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
@@ -287,7 +295,15 @@ class FPDM(_Transformer):
     ) -> Tensor:  # fmt: skip
         """(B,2C,h,w); see the class."""
         return self.solve(
-            x, t, y, iters, no_grad_iters, init, weights=weights, detach_init=detach_init, stats=False
+            x,
+            t,
+            y,
+            iters,
+            no_grad_iters,
+            init,
+            weights=weights,
+            detach_init=detach_init,
+            stats=False,
         ).output
 
 
@@ -306,7 +322,9 @@ class DiT(_Transformer):
         blocks = [self._vectors(c, f"blocks.{i}", w) for i in range(self.config.depth)]
         return Modulation(blocks, None, [], self._vectors(c, "final_layer", w))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None
+    ) -> Tensor:
         """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w)."""
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)

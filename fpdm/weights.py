@@ -1,9 +1,10 @@
 """Weights as the operators want them: cast once, folded once, refreshed in place.
 
-A model's parameters stay in their own dtype (float32). ``PreparedWeights`` holds copies in the compute
-dtype, made once per optimiser step instead of once per use, and for sampling the folded injection
-E W_p. The trainer or sampler owns it and passes it as ``weights=``; whoever changes parameters calls
-``refresh()``, which writes in place, so captured addresses stay valid. Staleness is never inferred.
+A model's parameters stay in their own dtype (float32). ``PreparedWeights`` holds copies in the
+compute dtype, made once per optimiser step instead of once per use, and for sampling the folded
+injection E W_p. The trainer or sampler owns it and passes it as ``weights=``; whoever changes
+parameters calls ``refresh()``, which writes in place, so captured addresses stay valid. Staleness
+is never inferred.
 """
 
 from __future__ import annotations
@@ -62,16 +63,17 @@ class WeightView:
         own = [self.get(f"{name}.{key}") for key in BLOCK_KEYS]
         if not injected:
             return BlockWeights(*own)
-        return BlockWeights(*own, *self.halves(), *self.linear(FC2))
+        return BlockWeights(*own, *self.halves(), *self.linear(FC2))  # type: ignore[call-arg]
 
 
 class PreparedWeights(WeightView):
-    """Copies of ``model``'s parameters in ``dtype``; aliases where the dtype is the parameters' own.
+    """Copies of ``model``'s parameters in ``dtype``; aliases where the dtype is the parameters'
+    own.
 
-    ``fold=True`` (sampling only: it carries no gradient) also holds E W_p and E b_p + b1, computed in
-    the parameters' dtype and then rounded: 2 D^2 instead of 3 D^2 MACs per token and timestep.
-    ``load_state_dict`` on the model refreshes by itself; every other change of parameters (an optimiser
-    step, an EMA swap) must call ``refresh()``.
+    ``fold=True`` (sampling only: it carries no gradient) also holds E W_p and E b_p + b1, computed
+    in the parameters' dtype and then rounded: 2 D^2 instead of 3 D^2 MACs per token and timestep.
+    ``load_state_dict`` on the model refreshes by itself; every other change of parameters (an
+    optimiser step, an EMA swap) must call ``refresh()``.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, fold: bool = False):

@@ -8,8 +8,8 @@
     linear(x, weight, bias, weight_c, bias_c)     x W^T + b in the compute dtype, gradients for the
                                                   (float32) parameters in the parameters' dtype
 
-The loop (fpdm.fixed_point) calls an operator set directly, with its own buffers; the registered forms
-are for everything else and for tests. An explicit request is never replaced silently.
+The loop (fpdm.fixed_point) calls an operator set directly, with its own buffers; the registered
+forms are for everything else and for tests. An explicit request is never replaced silently.
 """
 
 from __future__ import annotations
@@ -96,9 +96,13 @@ def choose(impl: str, device: torch.device | str) -> str:
     asked = _REQUESTED if impl == "auto" else impl
     reasons = availability(device)
     if asked == "auto":
-        return next(name for name in ("triton", "cuda", "cpu", "reference") if reasons[name] is None)
+        return next(
+            name for name in ("triton", "cuda", "cpu", "reference") if reasons[name] is None
+        )
     if asked not in reasons:
-        raise ImplError(f"impl: got {asked!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+        raise ImplError(
+            f"impl: got {asked!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if reasons[asked] is not None:
         raise ImplError(
             f"impl: got {asked}, which cannot run on {torch.device(device)}: {reasons[asked]}"
@@ -139,14 +143,23 @@ def _zeros(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     return torch.zeros(shape, dtype=accumulator(like.dtype), device=like.device)
 
 
-@_define("linear", "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c) -> Tensor")
-def linear(ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:  # fmt: skip
+@_define(
+    "linear", "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c) -> Tensor"
+)
+def linear(
+    ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor
+) -> Tensor:
     """x (...,I) -> (...,O) in weight_c's dtype; weight (O,I), bias (O,) are the parameters."""
     return ops.linear(x.to(weight_c.dtype), weight_c, bias_c)
 
 
-@_define("linear_backward", "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c) -> (Tensor, Tensor, Tensor)")  # fmt: skip
-def linear_backward(ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@_define(
+    "linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c) -> (Tensor, Tensor, Tensor)",
+)
+def linear_backward(
+    ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dW, db); dW and db in the parameters' dtype."""
     dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
     dy = dy.to(weight_c.dtype).contiguous()
@@ -161,8 +174,13 @@ def linear_add_gelu(ops: Any, x: Tensor, weight: Tensor, addend: Tensor) -> tupl
     return ops.linear_add_gelu(x, weight, addend, pre=pre), pre
 
 
-@_define("linear_add_gelu_backward", "(Tensor dy, Tensor pre, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor, Tensor)")  # fmt: skip
-def linear_add_gelu_backward(ops: Any, dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@_define(
+    "linear_add_gelu_backward",
+    "(Tensor dy, Tensor pre, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor, Tensor)",
+)
+def linear_add_gelu_backward(
+    ops: Any, dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dW, du)."""
     dpre = ops.gelu_backward(dy.contiguous(), pre)
     dweight = _zeros(weight, weight.shape)
@@ -205,14 +223,21 @@ def gate_residual(ops: Any, z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @_define("gate_residual_backward", "(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)")
-def gate_residual_backward(ops: Any, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gate_residual_backward(
+    ops: Any, dout: Tensor, y: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
     """(dy, dgate); dz is dout."""
     dgate = _zeros(gate, gate.shape)
     return ops.gate_residual_backward(dout.contiguous(), y, gate, dgate), dgate.to(gate.dtype)
 
 
-@_define("gate_residual_adaln", "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale) -> (Tensor, Tensor)")  # fmt: skip
-def gate_residual_adaln(ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+@_define(
+    "gate_residual_adaln",
+    "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale) -> (Tensor, Tensor)",
+)
+def gate_residual_adaln(
+    ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """(z', LN(z')(1 + scale) + shift), z' = z + g y."""
     return ops.gate_residual_adaln(z, y, gate, shift, scale)
 

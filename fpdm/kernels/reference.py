@@ -1,10 +1,10 @@
 """Every operator in plain PyTorch: the specification, the oracle and the fallback.
 
 Runs on any device and dtype, float64 included, and imports nothing but torch. Shapes: B batch,
-T tokens, D width, H heads, K = D/H, N rows. Activations are (B, T, width) and contiguous; shift, scale
-and gate are (B, D) views with any batch stride. ``out`` buffers may be given by the caller, who may
-alias them where a docstring allows it. Nothing here records an autograd graph: forward and backward
-are separate functions, and the caller disables gradients.
+T tokens, D width, H heads, K = D/H, N rows. Activations are (B, T, width) and contiguous; shift,
+scale and gate are (B, D) views with any batch stride. ``out`` buffers may be given by the caller,
+who may alias them where a docstring allows it. Nothing here records an autograd graph: forward and
+backward are separate functions, and the caller disables gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """y = x W^T + b.   x (B,T,I), weight (O,I), bias (O,) -> (B,T,O); ``out`` may have another dtype."""
+    """y = x W^T + b.   x (B,T,I), weight (O,I), bias (O,) -> (B,T,O); ``out`` may have another
+    dtype."""
     rows, wt = _rows(x), weight.t()
     if out is not None and out.dtype == x.dtype:
         flat = out.view(-1, out.shape[-1])
@@ -46,7 +47,8 @@ def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
-    """dW += dy^T x, db += sum dy, in the accumulators' dtype (float32 for half-precision inputs)."""
+    """dW += dy^T x, db += sum dy, in the accumulators' dtype (float32 for half-precision
+    inputs)."""
     g, rows = _rows(dy), _rows(x)
     if dweight.dtype == g.dtype:
         dweight.addmm_(g.t(), rows)
@@ -104,7 +106,8 @@ def adaln_backward(
 ) -> None:
     """dz += LN'(dy (1 + scale)); dshift += sum_t dy; dscale += sum_t dy LN(z).
 
-    dz (B,T,D) in z's dtype; dshift, dscale (B,D) float32 (float64 for float64 inputs), all accumulated.
+    dz (B,T,D) in z's dtype; dshift, dscale (B,D) float32 (float64 for float64 inputs), all
+    accumulated.
     """
     native = torch.ops.aten.native_layer_norm
     xhat, mean, rstd = native(z, z.shape[-1:], None, None, LN_EPS)
@@ -129,8 +132,8 @@ def gate_residual(
 ) -> Tensor:
     """z + gate y.   z, y (B,T,D), gate (B,D); ``out`` may be z.
 
-    With ``prev`` and ``norms`` (2,B) float32, norms[0] = |out - prev| and norms[1] = |out| per sample
-    (L2 over tokens and width): the residual of the fixed-point map, without a host sync.
+    With ``prev`` and ``norms`` (2,B) float32, norms[0] = |out - prev| and norms[1] = |out| per
+    sample (L2 over tokens and width): the residual of the fixed-point map, without a host sync.
     """
     out = torch.addcmul(z, y, gate.unsqueeze(1), out=out)
     if norms is not None and prev is not None:
@@ -184,7 +187,7 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     q, k, v = _heads(qkv, heads)
     y = (_probabilities(q, k) @ v).transpose(1, 2)
     if out is None:
-        return y.reshape(*qkv.shape[:2], -1)
+        return y.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
     out.view(y.shape).copy_(y)
     return out
 
@@ -196,7 +199,7 @@ def attention_backward(
     q, k, v = _heads(qkv, heads)
     out = torch.empty_like(qkv) if out is None else out
     dq, dk, dv = _heads(out, heads)
-    split = (*dy.shape[:2], heads, -1)
+    split = (*dy.shape[:2], heads, q.shape[-1])
     g = dy.view(split).transpose(1, 2)
     p = _probabilities(q, k)
     dv.copy_(p.transpose(-1, -2) @ g)

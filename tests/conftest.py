@@ -1,0 +1,80 @@
+"""Shared by all tests: golden numbers, small models, relative errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.model import FPDM, DiT
+
+DATA = Path(__file__).parent / "data"
+TINY = ModelConfig(input_size=8, hidden_size=48, num_heads=4, num_classes=10)
+EXTRA = ModelConfig(
+    input_size=8, in_channels=1, hidden_size=32, num_heads=2, num_classes=5, pre_depth=2,
+    post_depth=3, pre_post_timestep_conditioning=True,
+)  # fmt: skip
+TINY_DIT = ModelConfig(
+    kind="dit", depth=3, pre_depth=0, post_depth=0, input_size=8, hidden_size=48, num_heads=4,
+    num_classes=10,
+)  # fmt: skip
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, L2 over the whole tensor."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+def worst_relative(a: Tensor, b: Tensor) -> float:
+    """The larger of the relative L2 error of the tensor and of its worst sample."""
+    return max(relative(a, b), *(relative(x, y) for x, y in zip(a, b)))
+
+
+def published(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below ``prefix``, without it."""
+    return {k[len(prefix) :]: v for k, v in golden.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Tensor]:
+    return load_file(DATA / "published_tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def extra() -> dict[str, Tensor]:
+    return load_file(DATA / "published_extra.safetensors")
+
+
+def tiny_model(golden: dict[str, Tensor], execution: ExecutionConfig | None = None) -> FPDM:
+    model = FPDM(TINY, execution)
+    model.load_state_dict(published(golden, "state_dict."), strict=True)
+    return model
+
+
+def extra_model(golden: dict[str, Tensor], execution: ExecutionConfig | None = None) -> FPDM:
+    model = FPDM(EXTRA, execution)
+    model.load_state_dict(published(golden, "state_dict."), strict=True)
+    return model
+
+
+def tiny_dit(golden: dict[str, Tensor]) -> DiT:
+    model = DiT(TINY_DIT)
+    model.load_state_dict(published(golden, "dit.state_dict."), strict=True)
+    return model
+
+
+def random_model(config: ModelConfig, seed: int = 0, **execution: str) -> FPDM | DiT:
+    """Every parameter random (adaLN-Zero would hide errors)."""
+    kind = FPDM if config.kind == "fpdm" else DiT
+    model = kind(config, ExecutionConfig(**execution))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            fan = param[0].numel() if param.dim() > 1 else 100
+            param.normal_(std=0.7 / fan**0.5, generator=generator)
+    return model

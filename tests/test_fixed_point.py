@@ -1,0 +1,387 @@
+"""The fixed-point layer: exact gradients, recompute modes, memory ledger, compilation."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import TINY, random_model, relative
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import published as plain
+from fpdm.block import BlockWeights
+from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.fixed_point import Settings, iterate, solve, unroll, unroll_backward
+from fpdm.model import FPDM
+from fpdm.weights import PreparedWeights
+
+SMALL = ModelConfig(input_size=4, hidden_size=8, num_heads=2, num_classes=3, in_channels=1)
+MODES = ("none", "elementwise", "full")
+
+
+def problem(
+    d: int = 8, t: int = 3, b: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Random operands of the unrolled operator, weights and injection included."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    shapes = [(3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    shapes += [(2 * d, 2 * d), (2 * d,), (d, 2 * d), (d,)]
+    params = [rand(*s, scale=0.7 / s[-1] ** 0.5 if len(s) > 1 else 0.1) for s in shapes]
+    return {
+        "x": rand(b, t, d), "i": rand(b, t, d), "mod": rand(b, 6 * d, scale=0.5), "params": params,
+    }  # fmt: skip
+
+
+def run(p: dict[str, Any], n: int, m: int, recompute: str, **kwargs: Any) -> Tensor:
+    w1, b1, w2, b2 = p["params"][8:]
+    a, e = w1.detach().chunk(2, dim=1)
+    u = torch.nn.functional.linear(p["i"], e, b1).detach()
+    weights = BlockWeights(*(q.detach() for q in p["params"][:8]), a, e, w2.detach(), b2.detach())
+    out, _ = solve(
+        p["x"], p["i"], u, p["mod"], p["params"], weights, n, m, Settings(2, "auto", recompute),
+        **kwargs,
+    )  # fmt: skip
+    return out
+
+
+def naive(p: dict[str, Any], n: int, m: int, detach_init: bool = True) -> Tensor:
+    """Autograd through the concatenated map."""
+    names = [f"block_fixed_point.{k}" for k in plain_keys()]
+    w = dict(zip(names, p["params"][:8]))
+    for key, value in zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), p["params"][8:]):
+        w[f"block_fixed_point_projection_{key}"] = value
+    # the modulation enters through a bias-only adaLN linear
+    w["block_fixed_point.adaLN_modulation.1.weight"] = torch.eye(p["mod"].shape[1]).double()
+    w["block_fixed_point.adaLN_modulation.1.bias"] = torch.zeros(p["mod"].shape[1]).double()
+    x = p["x"]
+    with torch.no_grad():
+        for _ in range(n):
+            x = apply_map(w, x, p)
+    x = x.detach() if detach_init else x
+    for _ in range(m):
+        x = apply_map(w, x, p)
+    return x
+
+
+def apply_map(w: dict[str, Tensor], x: Tensor, p: dict[str, Any]) -> Tensor:
+    real = torch.nn.functional.silu
+    torch.nn.functional.silu = lambda v: v  # type: ignore[assignment]
+    try:
+        return plain.fixed_point_map(w, x, p["i"], p["mod"], 2)
+    finally:
+        torch.nn.functional.silu = real  # type: ignore[assignment]
+
+
+def plain_keys() -> tuple[str, ...]:
+    from fpdm.weights import BLOCK_KEYS
+
+    return BLOCK_KEYS
+
+
+def leaves(p: dict[str, Any]) -> list[Tensor]:
+    return [p["x"], p["i"], p["mod"], *p["params"]]
+
+
+def gradients(p: dict[str, Any], out: Tensor) -> list[Tensor | None]:
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return list(torch.autograd.grad((out * probe).sum(), leaves(p), allow_unused=True))
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize(
+    ("n", "m", "detach"), [(0, 1, True), (2, 3, True), (0, 4, False), (3, 1, True)]
+)
+def test_unrolled_equals_autograd(recompute: str, n: int, m: int, detach: bool) -> None:
+    p = problem()
+    for leaf in leaves(p):
+        leaf.requires_grad_()
+    ours, want = run(p, n, m, recompute, detach_init=detach), naive(p, n, m, detach)
+    assert relative(ours, want) <= 1e-12
+    for index, (got, ref) in enumerate(zip(gradients(p, ours), gradients(p, want))):
+        if ref is None:
+            assert got is None or got.abs().max() == 0
+        else:
+            assert got is not None
+            assert relative(got, ref) <= 1e-12, index
+
+
+def test_detached_start_carries_no_gradient() -> None:
+    """h gets gradient only through i; without detaching, x_0 = h gets some too."""
+    for detach, expected in ((True, False), (False, True)):
+        p = problem()
+        p["x"].requires_grad_()
+        p["i"].requires_grad_()
+        grad_x, grad_i = torch.autograd.grad(
+            run(p, 0, 2, "none", detach_init=detach).sum(), [p["x"], p["i"]], allow_unused=True
+        )
+        assert (grad_x is not None) == expected
+        assert grad_i.abs().max() > 0
+
+
+@pytest.mark.parametrize("recompute", MODES)
+def test_gradcheck(recompute: str) -> None:
+    p = problem(d=4, t=2, b=2)
+    for leaf in leaves(p):
+        leaf.requires_grad_()
+
+    def fn(*flat: Tensor) -> Tensor:
+        q = {"x": flat[0], "i": flat[1], "mod": flat[2], "params": list(flat[3:])}
+        return run(q, 0, 2, recompute, detach_init=False)
+
+    assert torch.autograd.gradcheck(fn, tuple(leaves(p)), fast_mode=True)
+
+
+def test_gradcheck_bites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropped term in an operator's backward is caught."""
+    from fpdm.kernels import ops, reference
+
+    real = reference.adaln_backward
+
+    def wrong(dy: Tensor, z: Tensor, scale: Tensor, dz: Tensor, ds: Tensor, da: Tensor) -> None:
+        real(dy, z, scale * 1.01, dz, ds, da)
+
+    monkeypatch.setattr(reference, "adaln_backward", wrong)
+    ops._operator_set.cache_clear()
+    try:
+        with pytest.raises(GradcheckError):
+            test_gradcheck("none")
+    finally:
+        monkeypatch.undo()
+        ops._operator_set.cache_clear()
+
+
+def test_gradcheck_of_the_layer() -> None:
+    """The whole model in fp64 with respect to its input, n = 0 and m = 2, full unrolling."""
+    model = random_model(SMALL).double()
+    assert isinstance(model, FPDM)
+    t, y = torch.tensor([7, 800]), torch.tensor([0, 3])
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    fn = lambda v: model(v, t, y, 2, detach_init=False)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (x,), fast_mode=True)
+
+
+def test_frozen_weights_and_modulation() -> None:
+    p = problem()
+    p["i"].requires_grad_()
+    out = run(p, 1, 2, "elementwise")
+    (grad,) = torch.autograd.grad(out.sum(), [p["i"]])
+    q = problem()
+    for leaf in leaves(q):
+        leaf.requires_grad_()
+    want = torch.autograd.grad(run(q, 1, 2, "elementwise").sum(), [q["i"]])[0]
+    assert torch.equal(grad, want)
+
+
+def test_second_derivative_is_refused() -> None:
+    p = problem()
+    p["i"].requires_grad_()
+    (grad,) = torch.autograd.grad(run(p, 0, 1, "none").square().sum(), [p["i"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd"):
+        grad.sum().backward()
+
+
+def test_modes_agree_bitwise() -> None:
+    """Recomputing gives the same bits as keeping."""
+    found = []
+    for recompute in MODES:
+        p = problem(d=16, t=5, dtype=torch.float32)
+        for leaf in leaves(p):
+            leaf.requires_grad_()
+        out = run(p, 1, 3, recompute)
+        grads = torch.autograd.grad(out.sum(), [p["i"], p["mod"], *p["params"]])
+        found.append([out, *grads])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_loop_equals_unrolled(k: int) -> None:
+    p = problem(dtype=torch.float32)
+    with torch.no_grad():
+        free = run(p, 0, k, "none")
+    p["i"].requires_grad_()
+    assert torch.equal(free, run(p, 0, k, "none").detach())
+    assert torch.equal(p["x"], problem(dtype=torch.float32)["x"])
+
+
+def test_residuals() -> None:
+    model = random_model(TINY)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 600, 999]), torch.tensor([1, 2, 10])
+    solutions = []
+    with torch.no_grad():
+        for k in (1, 2, 3):
+            _, z, stats = model.solve(x, t, y, k)
+            solutions.append(z)
+    assert stats.iterations == 3
+    for j in (1, 2):
+        diff = (solutions[j] - solutions[j - 1]).flatten(1).norm(dim=1)
+        want = diff / solutions[j].flatten(1).norm(dim=1)
+        torch.testing.assert_close(stats.residual[j], want, rtol=1e-4, atol=1e-7)
+    with_grad = model.solve(x, t, y, 2, no_grad_iters=1).stats
+    torch.testing.assert_close(with_grad.residual, stats.residual, rtol=1e-5, atol=1e-7)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of storages created inside and still alive: weak references, not saved-tensor hooks.
+
+    It also looks inside the opaque operators, whose workspaces would otherwise go uncounted.
+    """
+
+    INSIDE: ClassVar[dict[Any, Any]] = {
+        op._opoverload: op._init_fn for op in (iterate, unroll, unroll_backward)
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[Any, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.INSIDE:
+            with self:
+                result = self.INSIDE[func](*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for out in torch.utils._pytree.tree_leaves(result):
+            if isinstance(out, Tensor):
+                storage = out.untyped_storage()
+                self.storages[storage.data_ptr()] = (weakref.ref(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live())
+        return result
+
+    def live(self) -> int:
+        self.storages = {k: v for k, v in self.storages.items() if v[0]() is not None}
+        return sum(size for _, size in self.storages.values())
+
+
+def measure(n: int, m: int, execution: ExecutionConfig, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(live bytes between forward and backward, peak of the forward, peak of the backward)."""
+    config = ModelConfig(input_size=16, hidden_size=96, num_heads=4, num_classes=10)
+    model = FPDM(config, execution)
+    weights = PreparedWeights(model, dtype)
+    x, t, y = torch.randn(8, 4, 16, 16), torch.full((8,), 500), torch.zeros(8, dtype=torch.long)
+    gc.collect()
+    with LiveBytes() as mode:
+        loss = model(x, t, y, m, no_grad_iters=n, weights=weights).float().square().mean()
+        gc.collect()
+        live, forward = mode.live(), mode.peak
+        mode.peak = 0
+        loss.backward()
+        return live, forward, mode.peak
+
+
+UNIT = 8 * 64 * 96
+
+
+@pytest.mark.parametrize(
+    ("recompute", "residual", "units"),
+    [("full", "compute", 1), ("elementwise", "compute", 13), ("none", "compute", 23),
+     ("full", "float32", 2), ("elementwise", "float32", 14), ("none", "float32", 26)],
+)  # fmt: skip
+def test_memory_ledger(recompute: str, residual: str, units: int) -> None:
+    """Slope of live bytes over m is the ledger's, over n it is zero."""
+    dtype = torch.bfloat16 if residual == "float32" else torch.float32
+    size = dtype.itemsize * UNIT
+    execution = ExecutionConfig(recompute=recompute, residual_dtype=residual)  # type: ignore[arg-type]
+    live = {m: measure(0, m, execution, dtype) for m in (2, 3, 6)}
+    for a, b in ((2, 3), (3, 6)):
+        slope = (live[b][0] - live[a][0]) / (b - a) / size
+        assert slope <= units + 0.01, f"{recompute}: {slope} U per iteration, ledger says {units}"
+        assert slope > units - 0.01
+        # the transient part of both passes does not grow with m
+        for kind in (1, 2):
+            assert (live[b][kind] - live[a][kind]) / (b - a) / size <= units + 1.01
+    with_n = [measure(n, 2, execution, dtype) for n in (1, 6)]
+    assert with_n[0][0] == with_n[1][0]
+    # with n = 0 the start is h itself, which is alive anyway
+    assert with_n[0][0] - live[2][0] <= size * (2 if residual == "float32" else 1)
+    # one more iterate to swap with from the second iteration on
+    assert with_n[1][1] <= with_n[0][1] + 2 * size
+
+
+def test_memory_meter_bites() -> None:
+    """The published no-grad phase, which builds a graph, is seen by the same meter."""
+    model = random_model(TINY)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 6]), torch.tensor([1, 2])
+    peaks = []
+    for n in (1, 6):
+        gc.collect()
+        with LiveBytes() as mode:
+            plain.forward(state, TINY, x, t, y, 1, n)
+            peaks.append(mode.peak)
+    assert peaks[1] > peaks[0] + 5 * 10 * 2 * 16 * 48 * 4
+
+
+@pytest.mark.parametrize(("recompute", "units"), [("none", 14), ("elementwise", 14), ("full", 27)])
+def test_backward_working_set(recompute: str, units: int) -> None:
+    """The backward's peak above what was saved, in U, parameter gradients apart: 12 U of scratch
+    and the reference attention's scores, and in full recomputation one iteration's 13 U."""
+    execution = ExecutionConfig(recompute=recompute)  # type: ignore[arg-type]
+    live, _, peak = measure(0, 3, execution, torch.float32)
+    with torch.device("meta"):
+        model = FPDM(ModelConfig(input_size=16, hidden_size=96, num_heads=4, num_classes=10))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (peak - live - 4 * parameters) / (4 * UNIT) <= units
+
+
+@pytest.mark.parametrize("recompute", MODES)
+def test_opcheck(recompute: str) -> None:
+    p = problem(d=8, t=3, dtype=torch.float32)
+    for leaf in leaves(p):
+        leaf.requires_grad_()
+    w1, b1, w2, b2 = (q.detach() for q in p["params"][8:])
+    a, e = (half.contiguous() for half in w1.chunk(2, dim=1))
+    u = torch.nn.functional.linear(p["i"].detach(), e, b1)
+    weights = [*(q.detach() for q in p["params"][:8]), a, e, w2, b2]
+    args = (p["x"], p["i"], u, p["mod"], p["params"], weights, 2, 2, "auto", recompute, True)
+    torch.library.opcheck(unroll, args)
+    torch.library.opcheck(
+        iterate, (p["x"].detach(), u, p["mod"].detach(), weights, 2, 2, "auto", True)
+    )
+
+
+def graphs_for_every_m(backend: str, recompute: str) -> int:
+    torch._dynamo.reset()
+    model = random_model(SMALL, recompute=recompute)
+    prepared = PreparedWeights(model, torch.float32)
+    count = 0
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return torch._dynamo.lookup_backend(backend)(gm, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    x, t, y = torch.randn(2, 1, 4, 4), torch.tensor([5, 600]), torch.tensor([1, 3])
+    for m in range(1, 13):
+        model.zero_grad()
+        out = compiled(x, t, y, m, weights=prepared)
+        out.square().sum().backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        want = model(x, t, y, m, weights=prepared)
+        want.square().sum().backward()
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+        for got, param in zip(grads, model.parameters()):
+            torch.testing.assert_close(got, param.grad, rtol=1e-4, atol=1e-5)
+    return count
+
+
+def test_compile_fullgraph_few_graphs() -> None:
+    assert graphs_for_every_m("aot_eager", "elementwise") <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", MODES)
+def test_compile_inductor_few_graphs(recompute: str) -> None:
+    assert graphs_for_every_m("inductor", recompute) <= 3

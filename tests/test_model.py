@@ -1,0 +1,196 @@
+"""The model against the published one (golden numbers) and against the plain architecture in
+float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import (
+    EXTRA,
+    TINY,
+    extra_model,
+    published,
+    random_model,
+    tiny_dit,
+    tiny_model,
+    worst_relative,
+)
+from fpdm.diffusion import Diffusion
+from fpdm.steps import guide
+from torch import Tensor
+
+from bench import published as plain
+from fpdm.config import ModelConfig
+from fpdm.model import FPDM, build_model, sincos_2d
+
+GOLDEN = 5e-6
+
+
+@pytest.mark.parametrize("iters", [1, 2, 4, 8, 26])
+def test_forward_tiny(tiny: dict[str, Tensor], iters: int) -> None:
+    with torch.no_grad():
+        out = tiny_model(tiny)(tiny["x"], tiny["t"], tiny["y"], iters)
+    assert worst_relative(out, tiny[f"forward.iters{iters}"]) <= GOLDEN
+
+
+@pytest.mark.parametrize("iters", [1, 3, 12])
+def test_forward_extra(extra: dict[str, Tensor], iters: int) -> None:
+    with torch.no_grad():
+        out = extra_model(extra)(extra["x"], extra["t"], extra["y"], iters)
+    assert worst_relative(out, extra[f"forward.iters{iters}"]) <= GOLDEN
+
+
+def test_golden_gate_bites(tiny: dict[str, Tensor]) -> None:
+    """One weight changed by one part in ten thousand is seen."""
+    model = tiny_model(tiny)
+    with torch.no_grad():
+        model.block_fixed_point.attn.qkv.weight.mul_(1.0001)
+        out = model(tiny["x"], tiny["t"], tiny["y"], 8)
+    assert worst_relative(out, tiny["forward.iters8"]) > GOLDEN
+
+
+def test_dit(tiny: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        out = tiny_dit(tiny)(tiny["x"], tiny["t"], tiny["y"])
+    assert worst_relative(out, tiny["dit.forward"]) <= GOLDEN
+
+
+def test_positions(tiny: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    for golden, config in ((tiny, TINY), (extra, EXTRA)):
+        ours = sincos_2d(config.hidden_size, config.input_size // config.patch_size)
+        assert worst_relative(ours, golden["state_dict.pos_embed"]) <= GOLDEN
+
+
+def test_guidance(tiny: dict[str, Tensor]) -> None:
+    """The published batch [x0 x1; x0 x1]: the first three channels guided, the rest as they are."""
+    half = tiny["x"][:2]
+    y, t = tiny["cfg.y"], torch.full((4,), 500)
+    with torch.no_grad():
+        out = tiny_model(tiny)(torch.cat([half, half]), t, y, 4)
+    cond, null = out.chunk(2)
+    guided = guide(cond, null, 4.0, channels=3)
+    want = tiny["cfg.out_scale4"]
+    assert worst_relative(guided, want[:2]) <= GOLDEN
+    assert worst_relative(null[:, 3:], want[2:, 3:]) <= GOLDEN
+
+
+def test_reuse_chain(tiny: dict[str, Tensor]) -> None:
+    model, solution = tiny_model(tiny), None
+    for t in (900, 600, 300, 0):
+        with torch.no_grad():
+            out, solution, _ = model.solve(
+                tiny["x"], torch.full((4,), t), tiny["y"], 2, init=solution
+            )
+        assert worst_relative(out, tiny[f"reuse.t{t}"]) <= GOLDEN
+
+
+def test_guided_reuse_extra(extra: dict[str, Tensor]) -> None:
+    model, solution = extra_model(extra), None
+    x = torch.cat([extra["x"], extra["x"]])
+    y = torch.cat([extra["y"], torch.full((3,), EXTRA.num_classes)])
+    for t in (999, 500):
+        with torch.no_grad():
+            out, solution, _ = model.solve(x, torch.full((6,), t), y, 2, init=solution)
+        assert worst_relative(out, extra[f"cfg_reuse.t{t}"]) <= GOLDEN
+    guided = guide(*out.chunk(2), 4.0, channels=1)
+    assert worst_relative(guided, extra["cfg_reuse.guided500"]) <= GOLDEN
+
+
+LOSSES = [
+    ("tiny", "v_zsnr", "v", "p2", True, (2, 3)),
+    ("tiny", "eps", "eps", "eps_mse", False, (2, 3)),
+    ("extra", "p2", "v", "p2", True, (0, 2)),
+    ("extra", "snr+1", "v", "v_mse", True, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+@pytest.mark.parametrize(("which", "key", "prediction", "weight", "zsnr", "counts"), LOSSES)
+def test_losses_and_gradients(
+    request: pytest.FixtureRequest, which: str, key: str, prediction: str, weight: str, zsnr: bool,
+    counts: tuple[int, int], recompute: str,
+) -> None:  # fmt: skip
+    from fpdm.config import DiffusionConfig, ExecutionConfig
+
+    golden = request.getfixturevalue(which)
+    make = tiny_model if which == "tiny" else extra_model
+    model = make(golden, ExecutionConfig(recompute=recompute))  # type: ignore[arg-type]
+    diffusion = Diffusion(
+        DiffusionConfig(prediction=prediction, loss_weight=weight, zero_terminal_snr=zsnr)  # type: ignore[arg-type]
+    )
+    g = published(golden, f"loss.{key}.")
+    x_t = diffusion.q_sample(g["x0"], g["t"], g["noise"])
+    n, m = counts
+    out = model(x_t, g["t"], golden["y"], m, no_grad_iters=n)
+    losses = diffusion.losses(out, g["x0"], x_t, g["t"], g["noise"])
+    for name in ("mse", "vb", "loss"):
+        torch.testing.assert_close(losses[name], g[name], rtol=GOLDEN, atol=1e-7)
+    losses["loss"].mean().backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        want = golden[f"grad.{key}.{name}"]
+        if want.norm() == 0:
+            assert param.grad.abs().max() == 0, name
+        else:
+            assert ((param.grad - want).norm() / want.norm()).item() <= GOLDEN, name
+
+
+@pytest.mark.parametrize("config", [TINY, EXTRA])
+def test_equals_plain_architecture_fp64(config: ModelConfig) -> None:
+    """Split injection, hoists and folding against the unhoisted map: forward and every gradient."""
+    model = random_model(config, seed=3).double()
+    assert isinstance(model, FPDM)
+    state = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(5)
+    shape = (3, config.in_channels, config.input_size, config.input_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    t, y = torch.tensor([999, 500, 0]), torch.tensor([1, config.num_classes, 0])
+    out = model(x, t, y, 3, no_grad_iters=2)
+    want, _ = plain.forward(state, config, x, t, y, 3, 2)
+    assert worst_relative(out, want) <= 1e-12
+    probe = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (out * probe).sum().backward()
+    (want * probe).sum().backward()
+    for name, param in model.named_parameters():
+        grad = state[name].grad
+        assert param.grad is not None
+        assert grad is not None
+        assert ((param.grad - grad).norm() / grad.norm()).item() <= 1e-12, name
+
+
+def test_parameter_counts() -> None:
+    with torch.device("meta"):
+        for depth, keys, count in (
+            (1, 48, 86_500_256),
+            (2, 68, 134_310_560),
+            (4, 108, 229_931_168),
+        ):
+            model = build_model(ModelConfig(pre_depth=depth, post_depth=depth))
+            assert sum(p.numel() for p in model.parameters()) == count
+            assert len(model.state_dict()) == keys
+        dit = build_model(ModelConfig(kind="dit", depth=28, pre_depth=0, post_depth=0))
+        assert sum(p.numel() for p in dit.parameters()) == 674_834_720
+        assert len(dit.state_dict()) == 292
+
+
+def test_starts_as_identity() -> None:
+    """adaLN-Zero: the output is zero at initialisation."""
+    model = build_model(TINY)
+    out = model(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 10]), 3)
+    assert out.abs().max() == 0
+
+
+def test_batch_mates_do_not_matter() -> None:
+    model = random_model(TINY)
+    x, t = torch.randn(5, 4, 8, 8), torch.tensor([0, 10, 500, 999, 3])
+    y = torch.arange(5)
+    with torch.no_grad():
+        together = model(x, t, y, 4)
+        alone = torch.cat([model(x[k : k + 1], t[k : k + 1], y[k : k + 1], 4) for k in range(5)])
+    assert worst_relative(alone, together) <= 1e-5
+
+
+def test_no_iterations_is_refused() -> None:
+    model = random_model(TINY)
+    with pytest.raises(ValueError, match="at least 1"):
+        model(torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]), 0)
