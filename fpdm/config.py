@@ -1,76 +1,94 @@
-"""Every setting and every default of fpdm: frozen dataclasses, presets, recipes.
+"""Every setting and every default of fpdm: frozen dataclasses; presets and recipes in fpdm.recipes.
 
-This is the only module with defaults. Dimensions: B batch, T tokens, D width, H heads, C channels,
+Nowhere else are there defaults. Dimensions: B batch, T tokens, D width, H heads, C channels,
 n iterations without gradient, m iterations with gradient, k iterations, S sampling steps.
+
+    Config       recipe, model, execution, fixed_point, diffusion, data, optim, train, sample
+    load_config  a recipe or a YAML file, ``--preset NAME``, ``--section.key value``
+
+This module needs neither torch nor, until a file or a command line is read, yaml or tyro.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from fpdm import settings
+from fpdm.settings import ConfigError, Settings, UserError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "ExecutionConfig",
+    "FixedPointConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SamplerConfig",
+    "TrainConfig",
+    "UserError",
+    "diff",
+    "from_dict",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]
 
 Recompute = Literal["none", "elementwise", "full"]
 Impl = Literal["auto", "reference", "triton", "cuda", "cpu"]
 
 
-class UserError(ValueError):
-    """Something the user can mend: one line that says what was got and what was expected.
-
-    Commands print it without a traceback and exit with status 2.
-    """
-
-
-class ConfigError(UserError):
-    """A setting that cannot be met."""
-
-
 @dataclass(frozen=True)
-class ModelConfig:
-    """Architecture. ``kind="dit"`` uses ``depth`` blocks; ``kind="fpdm"`` uses ``pre_depth`` blocks,
-    the fixed-point block and ``post_depth`` blocks."""
+class ModelConfig(Settings):
+    """Architecture: for kind=dit ``depth`` blocks; for kind=fpdm ``pre_depth`` blocks, the
+    fixed-point block, iterated, and ``post_depth`` blocks."""
+
+    section: ClassVar[str] = "model"
 
     kind: Literal["fpdm", "dit"] = "fpdm"
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    num_heads: int = 16
-    pre_depth: int = 1
-    post_depth: int = 1
-    depth: int = 0
-    num_classes: int = 1000
-    pre_post_timestep_conditioning: bool = False
+    input_size: int = 32  # height and width of what the model sees
+    patch_size: int = 2  # p; T = (input_size / p)^2
+    in_channels: int = 4  # C
+    hidden_size: int = 1152  # D
+    num_heads: int = 16  # H
+    pre_depth: int = 1  # fpdm: blocks before the loop
+    post_depth: int = 1  # fpdm: blocks after the loop
+    depth: int = 0  # dit: blocks
+    num_classes: int = 1000  # the null label is num_classes
+    pre_post_timestep_conditioning: bool = False  # pre, post and final blocks see t too
 
-    def __post_init__(self) -> None:
-        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
-        if self.input_size % self.patch_size:
-            raise ConfigError(
-                f"model.input_size: got {self.input_size}, expected a multiple of "
-                f"model.patch_size = {self.patch_size}"
-            )
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"model.hidden_size: got {self.hidden_size}, expected a multiple of "
-                f"model.num_heads = {self.num_heads}"
-            )
-        if self.hidden_size % 4:
-            raise ConfigError(
-                f"model.hidden_size: got {self.hidden_size}, expected a multiple of 4 "
-                "(2-D sine-cosine positions)"
-            )
-        if self.kind == "fpdm" and (self.depth or self.pre_depth < 0 or self.post_depth < 0):
-            raise ConfigError(
-                f"model: got depth={self.depth}, pre_depth={self.pre_depth}, "
-                f"post_depth={self.post_depth}, expected depth=0 and depths >= 0 for kind=fpdm"
-            )
-        if self.kind == "dit" and (self.depth < 1 or self.pre_depth or self.post_depth):
-            raise ConfigError(
-                f"model: got depth={self.depth}, pre_depth={self.pre_depth}, "
-                f"post_depth={self.post_depth}, expected depth>=1 and no pre/post for kind=dit"
-            )
+    def check(self) -> None:
+        """Sizes divide, depths fit the kind."""
+        self.at_least(1, "input_size", "patch_size", "in_channels", "hidden_size", "num_heads")
+        self.at_least(1, "num_classes")
+        self.require(
+            self.input_size % self.patch_size == 0,
+            "input_size",
+            f"a multiple of model.patch_size = {self.patch_size}",
+        )
+        self.require(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            f"a multiple of model.num_heads = {self.num_heads}",
+        )
+        self.require(
+            self.hidden_size % 4 == 0,
+            "hidden_size",
+            "a multiple of 4 (2-D sine-cosine positions)",
+        )
+        looped, depths = self.kind == "fpdm", (self.pre_depth, self.post_depth)
+        self.require(
+            min(depths) >= 0 and self.depth == 0 if looped else self.depth >= 1 and not any(depths),
+            "depth, pre_depth, post_depth",
+            "depth = 0 and the others >= 0 for kind = fpdm"
+            if looped
+            else "depth >= 1 and the others 0 for kind = dit",
+        )
 
     @property
     def tokens(self) -> int:
@@ -84,150 +102,199 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ExecutionConfig:
+class ExecutionConfig(Settings):
     """How the blocks run; never changes what they compute beyond rounding."""
 
-    impl: Impl = "auto"
-    recompute: Recompute = "none"
-    residual_dtype: Literal["compute", "float32"] = "compute"
+    section: ClassVar[str] = "execution"
+
+    impl: Impl = "auto"  # what cannot run is an error, never replaced
+    recompute: Recompute = "none"  # memory against time in the m iterations
+    residual_dtype: Literal["compute", "float32"] = "compute"  # of the iterate
 
 
 @dataclass(frozen=True)
-class FixedPointConfig:
-    """S-JFB (paper section 3.3): n ~ U{n_min..n_max}, m ~ U{m_min..m_max}, one draw per micro-batch.
+class FixedPointConfig(Settings):
+    """S-JFB (paper section 3.3): n ~ U{n_min..n_max}, m ~ U{m_min..m_max} per micro-batch.
 
     JFB is ``m_min = m_max = 1``; multi-step JFB is ``m_min = m_max = M``; full unrolling is
     ``n_max = 0`` with ``detach_init=False``. ``draws="per_rank"`` is the published habit.
     """
 
-    n_min: int = 0
-    n_max: int = 10
-    m_min: int = 1
-    m_max: int = 12
-    detach_init: bool = True
+    section: ClassVar[str] = "fixed_point"
+
+    n_min: int = 0  # iterations without gradient, lowest
+    n_max: int = 10  # N
+    m_min: int = 1  # iterations with gradient, lowest
+    m_max: int = 12  # M
+    detach_init: bool = True  # no gradient through the iterate that enters the m iterations
     draws: Literal["global", "per_rank"] = "global"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.n_min <= self.n_max:
-            raise ConfigError(
-                f"fixed_point.n_min, n_max: got {self.n_min}, {self.n_max}, "
-                "expected 0 <= n_min <= n_max"
-            )
-        if not 1 <= self.m_min <= self.m_max:
-            raise ConfigError(
-                f"fixed_point.m_min, m_max: got {self.m_min}, {self.m_max}, "
-                "expected 1 <= m_min <= m_max"
-            )
+    def check(self) -> None:
+        """Both ranges are in order."""
+        self.require(0 <= self.n_min <= self.n_max, "n_min, n_max", "0 <= n_min <= n_max")
+        self.require(1 <= self.m_min <= self.m_max, "m_min, m_max", "1 <= m_min <= m_max")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """Forward process and loss. ``v_mse`` = (SNR+1), ``p2`` = SNR sqrt(1-abar) (published),
     ``min_snr`` = min(SNR, gamma) and ``eps_mse`` = SNR, each times the squared x0 error."""
+
+    section: ClassVar[str] = "diffusion"
 
     timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    zero_terminal_snr: bool = True
+    zero_terminal_snr: bool = True  # rescaled so that abar at the last timestep is exactly 0
     prediction: Literal["v", "eps", "x0"] = "v"
     loss_weight: Literal["v_mse", "p2", "min_snr", "eps_mse"] = "v_mse"
     min_snr_gamma: float = 5.0
-    vb_weight: float = 1.0
+    vb_weight: float = 1.0  # of the variational bound that trains the variance
 
-    def __post_init__(self) -> None:
-        if self.timesteps < 2:
-            raise ConfigError(f"diffusion.timesteps: got {self.timesteps}, expected at least 2")
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise ConfigError(
-                f"diffusion.beta_start, beta_end: got {self.beta_start}, {self.beta_end}, "
-                "expected 0 < beta_start <= beta_end < 1"
-            )
-        if self.prediction == "eps" and self.zero_terminal_snr:
-            raise ConfigError(
-                "diffusion.prediction: got eps with zero_terminal_snr=true, expected v or x0 "
-                "(at the terminal step eps carries no information about x0)"
-            )
+    def check(self) -> None:
+        """Betas rise inside (0, 1); eps is refused where it says nothing about x0."""
+        self.at_least(2, "timesteps")
+        self.at_least(0, "vb_weight")
+        self.require(self.min_snr_gamma > 0, "min_snr_gamma", "more than 0")
+        self.require(
+            0.0 < self.beta_start <= self.beta_end < 1.0,
+            "beta_start, beta_end",
+            "0 < beta_start <= beta_end < 1",
+        )
+        self.require(
+            not (self.prediction == "eps" and self.zero_terminal_snr),
+            "prediction",
+            "v or x0 with zero_terminal_snr=true "
+            "(at the terminal step eps carries no information about x0)",
+        )
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
-    """A sampling run. Exactly one of ``iters``, ``budget`` (blocks per image) or ``budget_macs`` (MACs per
-    image, guidance included) decides the cost; ``schedule`` lists k per step in sampling order."""
+class SamplerConfig(Settings):
+    """A sampling run. Exactly one of ``iters``, ``budget`` and ``budget_macs`` decides the cost, or
+    ``schedule`` with allocation=explicit."""
+
+    section: ClassVar[str] = "sample"
 
     method: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = 28
-    iters: int | None = None
-    budget: int | None = None
-    budget_macs: float | None = None
+    steps: int = 28  # S
+    iters: int | None = None  # k, the same at every step
+    budget: int | None = None  # blocks per image
+    budget_macs: float | None = None  # MACs per image, guidance included
     spacing: Literal["trailing", "linspace", "leading"] = "trailing"
     allocation: Literal["constant", "increasing", "decreasing", "explicit"] = "constant"
-    schedule: tuple[int, ...] = ()
-    reuse: Literal["none", "full", "blend", "extrapolate"] = "none"
-    reuse_gamma: float = 0.5
-    reuse_rho: float = 0.5
-    guidance: float = 1.0
-    guidance_channels: int | None = None
-    eta: float = 0.0
+    schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
+    reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # of the previous solution
+    reuse_gamma: float = 0.5  # blend: h + gamma (x*_prev - h)
+    reuse_rho: float = 0.5  # extrapolate: x*_1 + rho (x*_1 - x*_2)
+    guidance: float = 1.0  # 1: none
+    guidance_channels: int | None = None  # none: all C; 3: the published habit
+    eta: float = 0.0  # ddim: 0 is deterministic
     batch: int = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    invariant: bool = False
+    invariant: bool = False  # bitwise the same image in every batch, at a cost
+
+    def check(self) -> None:
+        """Counts are counts; what the cost allows is the business of fpdm.budget."""
+        self.at_least(1, "steps", "batch", "guidance_channels", "iters", "budget")
+        self.at_least(0, "eta")
+        macs = self.budget_macs
+        self.require(macs is None or macs > 0, "budget_macs", "more than 0")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """``digits``: the built-in 8x8 set (``split`` train or all). ``images``: a folder of class folders.
-    ``latents``: a folder of shards with a manifest."""
+class DataConfig(Settings):
+    """digits: the built-in 8x8 set. images: a folder of class folders. latents: a folder of shards
+    with a manifest."""
+
+    section: ClassVar[str] = "data"
 
     kind: Literal["digits", "images", "latents"] = "digits"
-    path: str = ""
-    split: Literal["train", "reference", "all"] = "train"
-    image_size: int = 32
-    flip: bool = False
-    latent_scale: float = 0.18215
+    path: str = ""  # images, latents: the folder
+    split: Literal["train", "reference", "all"] = "train"  # digits: which half
+    image_size: int = 32  # images: height and width after decoding
+    flip: bool = False  # mirror half of the samples
+    latent_scale: float = 0.18215  # latents: factor to unit variance
+
+    def check(self) -> None:
+        """Sizes are positive."""
+        self.at_least(1, "image_size")
+        self.require(self.latent_scale > 0, "latent_scale", "more than 0")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW (decoupled weight decay) with an exponential moving average of the parameters."""
+
+    section: ClassVar[str] = "optim"
 
     impl: Literal["auto", "fused", "foreach", "single"] = "auto"
     lr: float = 1e-4
-    lr_final: float | None = None
-    warmup_steps: int = 0
+    lr_final: float | None = None  # cosine to this at the last step; none: constant
+    warmup_steps: int = 0  # linear
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # of the gradient of all parameters
     ema_decay: float = 0.9999
-    ema_warmup: bool = False
+    ema_warmup: bool = False  # shorter average early on
+
+    def check(self) -> None:
+        """Rates and decays lie where AdamW converges."""
+        self.at_least(0, "lr", "lr_final", "warmup_steps", "weight_decay")
+        for name in ("beta1", "beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        self.require(0 <= self.ema_decay <= 1, "ema_decay", "0 to 1")
+        self.require(self.eps > 0, "eps", "more than 0")
+        self.require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "more than 0")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The run: lengths, precision, cadence. ``batch`` is the global batch (all ranks, all micro-batches)."""
+class TrainConfig(Settings):
+    """The run: length, precision, cadence."""
 
-    out: str = "runs"
-    name: str = ""
+    section: ClassVar[str] = "train"
+
+    out: str = "runs"  # runs live in OUT/NAME
+    name: str = ""  # empty: the recipe's
     steps: int = 400_000
-    batch: int = 512
-    accumulate: int = 1
+    batch: int = 512  # global: all ranks, all micro-batches
+    accumulate: int = 1  # micro-batches per step
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    label_dropout: float = 0.1
-    log_every: int = 100
-    save_every: int = 5_000
-    keep: int = 3
-    grid_every: int = 10_000
+    label_dropout: float = 0.1  # share of labels replaced by the null label
+    log_every: int = 100  # steps per row of metrics.jsonl
+    save_every: int = 5_000  # steps per checkpoint; 0: at the end only
+    keep: int = 3  # checkpoints
+    grid_every: int = 10_000  # steps per sample grid; 0: at the end only
     grid_per_class: int = 4
-    max_nonfinite: int = 20
-    scale_init: float = 65536.0
+    max_nonfinite: int = 20  # in a row, then the run ends
+    scale_init: float = 65536.0  # fp16 loss scale
     scale_growth_interval: int = 2000
     scale_floor: float = 1.0
     resume: Literal["auto", "never"] = "auto"
     tensorboard: bool = False
     ddp_timeout_s: int = 600
+
+    def check(self) -> None:
+        """Counts are counts, and micro-batches are equal."""
+        self.at_least(1, "steps", "batch", "accumulate", "log_every", "keep", "grid_per_class")
+        self.at_least(1, "max_nonfinite", "scale_growth_interval", "ddp_timeout_s")
+        self.at_least(0, "save_every", "grid_every")
+        self.require(
+            self.batch % self.accumulate == 0,
+            "batch",
+            f"a multiple of train.accumulate = {self.accumulate}",
+        )
+        self.require(0 <= self.seed < 2**64, "seed", "0 to 2^64 - 1")
+        self.require(0 <= self.label_dropout < 1, "label_dropout", "at least 0 and below 1")
+        self.require(
+            0 < self.scale_floor <= self.scale_init,
+            "scale_floor, scale_init",
+            "0 < scale_floor <= scale_init",
+        )
 
 
 @dataclass(frozen=True)
@@ -239,7 +306,157 @@ class Config:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     fixed_point: FixedPointConfig = field(default_factory=FixedPointConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(kind="latents"))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        """What no section can know alone. Raises ConfigError."""
+        m, s = self.model, self.sample
+        if self.diffusion.zero_terminal_snr and s.spacing == "leading":
+            raise ConfigError(
+                "sample.spacing: got leading, expected trailing or linspace with "
+                "diffusion.zero_terminal_snr=true (leading omits the terminal step)"
+            )
+        if s.steps > self.diffusion.timesteps:
+            raise ConfigError(
+                f"sample.steps: got {s.steps}, expected at most diffusion.timesteps = "
+                f"{self.diffusion.timesteps}"
+            )
+        if s.guidance != 1.0 and self.train.label_dropout == 0.0:
+            raise ConfigError(
+                f"sample.guidance: got {s.guidance}, expected 1 with train.label_dropout=0 "
+                "(the null label is never trained)"
+            )
+        shape = (m.in_channels, m.input_size, m.num_classes)
+        if self.data.kind == "digits" and shape != (1, 8, 10):
+            raise ConfigError(
+                f"model.in_channels, input_size, num_classes: got {shape}, expected (1, 8, 10) "
+                "for data.kind=digits"
+            )
+        if self.data.kind == "images" and self.data.image_size != m.input_size:
+            raise ConfigError(
+                f"data.image_size: got {self.data.image_size}, expected model.input_size = "
+                f"{m.input_size}"
+            )
+
+
+# settings and sections that a resumed run may change, each with the reason; a changed seed, batch
+# or cadence of metrics.jsonl makes another run. train.steps counts as changed after all when
+# optim.lr_final is set (see ``diff``).
+RESUME_FREE: Mapping[str, str] = {
+    "recipe": "a label",
+    "execution": "rounding only",
+    "sample": "draws the grids only",
+    "train.out": "where the run lives",
+    "train.name": "where the run lives",
+    "train.steps": "a longer or shorter run has the same beginning",
+    "train.device": "rounding only",
+    "train.save_every": "cadence of checkpoints",
+    "train.keep": "old checkpoints only",
+    "train.grid_every": "cadence of pictures",
+    "train.grid_per_class": "size of pictures",
+    "train.max_nonfinite": "when to give up",
+    "train.resume": "asked of this session only",
+    "train.tensorboard": "a copy of the metrics",
+    "train.ddp_timeout_s": "when to give up",
+}
+
+
+def diff(old: Any, new: Any, ignore: Mapping[str, str] | None = None) -> list[str]:
+    """``["section.key: old -> new", ...]`` for two Configs, sections or their dicts.
+
+    ``ignore`` (``RESUME_FREE``) names settings or whole sections that may differ. With it
+    ``train.steps`` may not when the learning rate depends on it (``optim.lr_final``).
+    """
+    a, b = settings.flat(old), settings.flat(new)
+    free = set(ignore or ())
+    if b.get("optim.lr_final") is not None:
+        free.discard("train.steps")
+    return [
+        f"{name}: {a.get(name)} -> {b.get(name)}"
+        for name in dict.fromkeys([*a, *b])
+        if a.get(name) != b.get(name) and name not in free and name.split(".")[0] not in free
+    ]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A Config or a section as nested dicts, lists and scalars."""
+    return settings.plain(config)
+
+
+def from_dict(data: Mapping[str, Any], base: Config | None = None) -> Config:
+    """The inverse of ``to_dict``; what ``data`` lacks is taken from ``base``.
+
+    Raises ConfigError for a bad value, and for an unknown key, naming the nearest known one.
+    """
+    return settings.update(base or Config(), data)
+
+
+def to_yaml(config: Config) -> str:
+    """What ``config.yaml`` holds; ``load_config`` reads it back."""
+    return settings.write_yaml(to_dict(config))
+
+
+def with_preset(config: Config, preset: str) -> Config:
+    """``config`` with the architecture of ``preset``; its input, channels and classes stay."""
+    from fpdm.recipes import MODEL_PRESETS
+
+    if preset not in MODEL_PRESETS:
+        near = settings.suggest(preset, MODEL_PRESETS)
+        raise ConfigError(
+            f"unknown preset {preset}{near or '; known: ' + ', '.join(MODEL_PRESETS)}"
+        )
+    m = config.model
+    kept = {k: getattr(m, k) for k in ("input_size", "in_channels", "num_classes")}
+    kept["pre_post_timestep_conditioning"] = m.pre_post_timestep_conditioning
+    model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
+    return dataclasses.replace(config, model=model)
+
+
+def _read(recipe: str) -> Config:
+    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture."""
+    from fpdm.recipes import RECIPES
+
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    if not recipe.endswith((".yaml", ".yml")):
+        near = settings.suggest(recipe, RECIPES)
+        known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
+        raise ConfigError(f"unknown recipe {recipe or '(none)'}{near or known}")
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(f"recipe: got {path}, expected a file")
+    data = settings.read_yaml(path)
+    base, preset = str(data.get("recipe") or ""), data.pop("preset", None)
+    if base and base not in RECIPES:
+        raise ConfigError(f"{path}: unknown recipe {base}{settings.suggest(base, RECIPES)}")
+    config = RECIPES[base] if base else Config()
+    try:
+        if preset is not None:
+            config = with_preset(config, str(preset))
+        return from_dict(data | {"recipe": base}, config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def load_config(recipe: str, argv: Sequence[str] = (), prog: str = "fpdm.train") -> Config:
+    """The Config of ``fpdm.train RECIPE [--preset NAME] [--section.key value]...``.
+
+    RECIPE is a name in ``fpdm.recipes.RECIPES`` or the path of a YAML file (whole or partial); the
+    preset is applied next, then the options in their order. Raises ConfigError: unknown recipe,
+    key or option (naming the nearest), bad value. ``--help`` prints the options with the recipe's
+    values and exits.
+    """
+    from fpdm.cli import parse_options, take_option
+
+    if recipe in ("-h", "--help"):
+        recipe, argv = "digits", ["--help"]
+    config = _read(recipe)
+    preset, rest = take_option("--preset", list(argv))
+    if preset is not None:
+        config = with_preset(config, preset)
+    presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
+    extra = {"--preset": f"NAME: architecture, before all other options: {presets}"}
+    return parse_options(config, rest, f"{prog} {recipe}", extra, fixed=("recipe",))

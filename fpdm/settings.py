@@ -1,0 +1,224 @@
+"""Typed settings from Python, YAML and text: the machinery under ``fpdm.config``.
+
+It knows no setting by name. Values are checked against the annotations of a frozen dataclass; what
+does not fit is a ConfigError of one line that says what was got and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that says what was got and what was expected.
+
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+class ConfigError(UserError):
+    """A setting that cannot be met."""
+
+
+class Settings:
+    """Base of a frozen dataclass of settings: every value fits its annotation, then ``check``.
+
+    ints are accepted as floats, lists as tuples, NumPy scalars as numbers; NaN and Inf are refused.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in hints(type(self)).items():
+            value = coerce(f"{self.section}.{name}", hint, getattr(self, name))
+            object.__setattr__(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """What annotations cannot say. Raises ConfigError."""
+
+    def require(self, ok: bool, names: str, expected: str) -> None:
+        """Raises ConfigError for the fields in ``names`` ("a, b") unless ``ok``."""
+        if not ok:
+            got = ", ".join(str(getattr(self, name)) for name in names.split(", "))
+            raise ConfigError(f"{self.section}.{names}: got {got}, expected {expected}")
+
+    def at_least(self, bound: float, *names: str) -> None:
+        """Raises ConfigError for the first of ``names`` below ``bound``; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value >= bound, name, f"at least {bound}")
+
+
+def hints(cls: Any) -> dict[str, Any]:
+    """Field name -> resolved annotation of a dataclass, in the order of its fields."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    resolved = typing.get_type_hints(cls)
+    return {f.name: resolved[f.name] for f in dataclasses.fields(cls)}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, else the annotation itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    words = {
+        bool: "true or false", int: "an integer", float: "a finite number", str: "text",
+        type(None): "none",
+    }  # fmt: skip
+    if typing.get_origin(hint) is tuple:
+        return "a list of integers"
+    return " or ".join(words[option] for option in _options(hint))
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """``value`` as ``hint`` wants it. Raises ValueError when it does not fit."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if isinstance(value, str) and value in typing.get_args(hint):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_fit(typing.get_args(hint)[0], item) for item in value)
+    elif hint is bool or hint is str:
+        if isinstance(value, hint):
+            return value
+    elif isinstance(value, bool):
+        pass
+    elif hint is int:
+        if isinstance(value, numbers.Integral):
+            return int(value)
+    elif hint is float and isinstance(value, (numbers.Real, str)):
+        # YAML 1.1 reads 1e-4 as text
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    raise ValueError
+
+
+def coerce(name: str, hint: Any, value: Any) -> Any:
+    """``value`` checked against ``hint``. Raises ConfigError naming ``name``."""
+    options = _options(hint)
+    if type(None) in options and (value is None or value in ("none", "None")):
+        return None
+    for option in options:
+        try:
+            return _fit(option, value)
+        except (ValueError, OverflowError):
+            continue
+    near = ""
+    if typing.get_origin(hint) is Literal:
+        near = suggest(str(value), typing.get_args(hint))
+    raise ConfigError(f"{name}: got {value!r}, expected {describe(hint)}{near}")
+
+
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean X?"`` for the nearest of the dotted names ``known``, else ``""``.
+
+    The same last part in another section comes first: ``train.lr`` is answered with ``optim.lr``.
+    """
+    known = list(known)
+    leaf = name.split(".")[-1]
+    found = [k for k in known if "." in k and k.split(".")[-1] == leaf]
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not found:
+        leaves = {k.split(".")[-1]: k for k in known}
+        found = [leaves[k] for k in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean {' or '.join(prefix + k for k in found)}?" if found else ""
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, for a (nested) dataclass or mapping."""
+    if dataclasses.is_dataclass(value):
+        items: Iterable[tuple[str, Any]] = ((n, getattr(value, n)) for n in hints(type(value)))
+    else:
+        items = value.items()
+    out: dict[str, Any] = {}
+    for name, item in items:
+        if dataclasses.is_dataclass(item) or isinstance(item, Mapping):
+            out.update(flat(item, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = list(item) if isinstance(item, tuple) else item
+    return out
+
+
+def plain(value: Any) -> Any:
+    """A (nested) dataclass as dicts, lists and scalars, ready for JSON or YAML."""
+    if dataclasses.is_dataclass(value):
+        return {name: plain(getattr(value, name)) for name in hints(type(value))}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def update(base: T, data: Mapping[str, Any], path: str = "", known: Iterable[str] = ()) -> T:
+    """``base`` (a dataclass) with the values of the nested mapping ``data``.
+
+    Raises ConfigError for an unknown key, naming the nearest known one, and for a bad value.
+    """
+    known = list(known) or list(flat(base))
+    changed: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{path}{key}"
+        if key not in hints(type(base)):
+            raise ConfigError(f"unknown key {name}{suggest(name, known)}")
+        old = getattr(base, key)
+        if not dataclasses.is_dataclass(old):
+            changed[key] = coerce(name, hints(type(base))[key], value)
+        elif value is None or isinstance(value, Mapping):
+            changed[key] = update(old, value or {}, f"{name}.", known)
+        else:
+            raise ConfigError(f"{name}: got {value!r}, expected a section with keys")
+    return dataclasses.replace(base, **changed)  # type: ignore[type-var]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError naming the file and line; a key given twice is
+    an error, not a value lost."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses what the safe loader would drop in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{path}: key {name} given again in line {line}")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: got no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
+    return data
+
+
+def write_yaml(data: Mapping[str, Any]) -> str:
+    """YAML text of a nested mapping, in its order."""
+    import yaml
+
+    return yaml.safe_dump(dict(data), sort_keys=False, default_flow_style=False)

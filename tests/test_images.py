@@ -1,0 +1,203 @@
+"""Image folders: order, decoding, the index, and files that are no images (C15)."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_shards import refused, rows
+
+from fpdm import images
+from fpdm.config import DataConfig
+from fpdm.data import open_dataset
+
+
+def picture(mode: str = "RGB", seed: int = 0, kind: str = "PNG") -> bytes:
+    """40 wide, 30 high."""
+    image_module = pytest.importorskip("PIL.Image")
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,), "LA": (2,), "CMYK": (4,)}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, *channels), np.uint8)
+    out = io.BytesIO()
+    image_module.fromarray(pixels, mode).save(out, kind)
+    return out.getvalue()
+
+
+def folder(root: Path, mode: str = "RGB", per_class: int = 3) -> Path:
+    path = root / "images"
+    for c, name in enumerate(("n02", "n01", "n10")):
+        (path / name / "deep").mkdir(parents=True)
+        for i in range(per_class):
+            where = path / name / ("deep" if i == 2 else "") / f"{i}.png"
+            where.write_bytes(picture(mode=mode, seed=10 * c + i))
+    return path
+
+
+def open_images(path: Path, size: int = 8) -> images.ImageFolder:
+    return open_dataset(DataConfig(kind="images", path=str(path), image_size=size))
+
+
+def test_images_are_sorted_cropped_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    x, y = opened.batch(rows(9))
+    assert y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert (opened.shape, opened.num_classes, x.shape) == ((3, 8, 8), 3, (9, 3, 8, 8))
+    assert x.min() >= -1
+    assert x.max() <= 1
+    image_module = pytest.importorskip("PIL.Image")
+    first = image_module.open(io.BytesIO(picture(seed=10)))  # class n01, file 0
+    small = first.resize((20, 15), image_module.BOX).resize((11, 8), image_module.BICUBIC)
+    want = np.asarray(small.crop((1, 0, 9, 8))).transpose(2, 0, 1) / 127.5 - 1
+    assert np.allclose(x[0].numpy(), want, atol=1e-6)
+    flips = np.arange(9) % 2 == 1
+    mirrored, _ = opened.batch(rows(9), flips)
+    assert torch.equal(mirrored[0::2], x[0::2])
+    assert torch.equal(mirrored[1::2], x[1::2].flip(-1))
+    walk, generator = os.walk, np.random.default_rng(0)
+    monkeypatch.setattr(
+        os, "walk", lambda p: [(r, d, list(generator.permutation(f))) for r, d, f in walk(p)][::-1]
+    )
+    (path / images.INDEX).unlink()
+    again = open_images(path)
+    assert again.fingerprint == opened.fingerprint
+    assert torch.equal(again.batch(rows(9))[0], x)
+    assert open_images(path, 16).fingerprint != opened.fingerprint
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("LA", 1), ("RGBA", 3)])
+def test_channels_follow_the_files(tmp_path: Path, mode: str, channels: int):
+    path = folder(tmp_path, mode)
+    assert open_images(path).shape == (channels, 8, 8)
+    (path / "n01" / "colour.jpg").write_bytes(picture(kind="JPEG"))
+    assert open_images(path).shape == (3, 8, 8)
+
+
+def test_one_flat_folder_is_one_class(tmp_path: Path):
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(seed=i, kind="JPEG"))
+    opened = open_images(tmp_path)
+    assert opened.num_classes == 1
+    assert opened.batch(rows(4))[1].tolist() == [0] * 4
+    (tmp_path / "cats").mkdir()
+    refused(lambda: open_images(tmp_path), "cats", "no images")
+    (tmp_path / "cats" / "5.png").write_bytes(picture())
+    refused(lambda: open_images(tmp_path), "beside the class folders", "0.jpg")
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    )
+
+
+def broken_images() -> dict[str, bytes]:
+    """Thirty ways in which a file is not an image that we read."""
+    png, jpeg = picture(), picture(kind="JPEG")
+    corrupt = bytearray(png)
+    corrupt[20] ^= 0x40  # the width in IHDR, against its CRC
+    body = bytearray(png)
+    body[len(png) // 2] ^= 0xFF  # compressed pixels, against the CRC and adler of IDAT
+    end = chunk(b"IEND", b"")
+    return {
+        **{f"cut{i}.png": png[: int(len(png) * i / 100)] for i in (0, 1, 10, 30, 50, 80, 95)},
+        **{f"cut{i}.jpg": jpeg[: int(len(jpeg) * i / 100)] for i in (0, 1, 10, 30, 50, 80, 95)},
+        "width.png": bytes(corrupt),
+        "pixels.png": bytes(body),
+        "nodata.png": header(8, 8) + end,
+        "zero.png": header(0, 0) + chunk(b"IDAT", zlib.compress(b"")) + end,
+        "bomb.png": header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + end,
+        "notzlib.png": header(8, 8) + chunk(b"IDAT", b"\xff" * 99) + end,
+        "depth.png": header(8, 8, depth=3) + chunk(b"IDAT", zlib.compress(b"\0" * 200)) + end,
+        "sixteen.png": header(8, 8, 16, 0) + chunk(b"IDAT", zlib.compress(b"\0" * 136)) + end,
+        "noise.png": np.random.default_rng(0).bytes(500),
+        "noise.jpg": b"\xff\xd8\xff" + np.random.default_rng(1).bytes(500),
+        "nul.jpg": b"\0" * 500,
+        "page.jpg": b"<html><body>404 Not Found</body></html>",
+        "text.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "gif.png": b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff;",
+        "ps.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+        "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>",
+        "pdf.jpg": b"%PDF-1.4\n1 0 obj\n",
+        "half.webp": b"RIFF\x24\x00\x00\x00WEBPVP8 \x18\x00\x00\x00",
+        "head.bmp": b"BM" + b"\0" * 20,
+    }
+
+
+def test_broken_images_are_listed_counted_and_skipped_on_agreement(tmp_path: Path):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    broken = broken_images()
+    assert len(broken) >= 30
+    for name, raw in broken.items():
+        (path / "n02" / name).write_bytes(raw)
+    (path / "n02" / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(path / "n02" / "fifo.png")
+    count = len(broken) + 2
+    for _ in range(2):  # the second time from the index
+        refused(lambda: open_images(path), f"{count} broken of {9 + count}", f"{count - 5} more")
+    records, skipped = images.index_images(path, accept_broken=True)
+    assert {Path(name).name for name in skipped} == {*broken, "dangling.png", "fifo.png"}
+    assert "pixels" in records["n02/bomb.png"].problem
+    assert "8 bits" in records["n02/sixteen.png"].problem
+    again = open_images(path)
+    assert len(again.skipped) == count
+    assert torch.equal(again.batch(rows(9))[0], opened.batch(rows(9))[0])
+    assert again.num_classes == 3
+    (path / "n02" / "new.png").write_bytes(b"new damage")
+    refused(lambda: open_images(path), f"1 broken of {10 + count}", "new.png")
+    (path / "n02" / "new.png").unlink()
+    (path / "n02" / "noise.png").write_bytes(b"changed damage")
+    refused(lambda: open_images(path), "1 broken", "noise.png")
+
+
+def test_an_image_that_changes_later_is_named(tmp_path: Path):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    victim = path / "n01" / "1.png"
+    status, whole = victim.stat(), victim.read_bytes()
+    victim.write_bytes(picture(seed=99)[: len(whole)].ljust(len(whole), b"\0"))
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    hidden = open_images(path)  # same size and time: the index is believed at open...
+    assert hidden.fingerprint == opened.fingerprint
+    refused(lambda: hidden.batch(rows(9)), "n01/1.png", "image 1")  # ...and the bytes are not
+    hidden.batch(np.array([0, 2, 3]))
+    victim.unlink()
+    refused(lambda: hidden.batch(np.array([1])), "n01/1.png")
+    victim.write_bytes(picture(seed=99))
+    assert open_images(path).fingerprint != opened.fingerprint
+
+
+def test_a_damaged_index_is_built_again(tmp_path: Path):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    index = path / images.INDEX
+    whole = index.read_bytes()
+    for raw in (b"", whole[:-1], whole[:99] + b"f" + whole[100:], b"[" * 99_999, b"x\n{}"):
+        index.write_bytes(raw)
+        again = open_images(path)
+        again.batch(rows(9))
+        assert again.fingerprint == opened.fingerprint
+        assert index.read_bytes() == whole
+
+
+def test_image_settings_and_missing_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = folder(tmp_path)
+    refused(lambda: open_images(tmp_path / "none"), "data.path")
+    refused(lambda: open_images(path / "n01" / "deep" / "2.png"), "data.path")
+    config = DataConfig(kind="images", path=str(path), split="reference")
+    refused(lambda: open_dataset(config), "data.split")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: open_images(tmp_path / "empty"), "no images")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    refused(lambda: open_images(path), "pillow", "pip install 'fpdm[eval]'")

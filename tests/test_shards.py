@@ -1,0 +1,424 @@
+"""Latent shards: what goes in comes out, and every damage is named at open (C13)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fpdm import files, shards
+from fpdm.config import DataConfig
+from fpdm.data import open_dataset
+from fpdm.shards import DataError
+
+
+def refused(function: Callable[[], Any], *words: str) -> str:
+    """The message of the DataError, one line that holds all words."""
+    with pytest.raises(DataError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for word in words:
+        assert word in message, (word, message)
+    return message
+
+
+def rows(n: int) -> np.ndarray:
+    return np.arange(n)
+
+
+def latents(count: int, seed: int = 0, shape: tuple[int, ...] = (4, 4, 4)) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, *shape)).astype(np.float32)
+
+
+def write(out: Path, count: int = 50, flip: bool = True, **changes: Any) -> tuple[np.ndarray, ...]:
+    x, mirrored = latents(count), latents(count, 1)
+    y = np.arange(count) * 7 % 10
+    settings = {
+        "dtype": "float32", "latent_scale": 0.5, "rows_per_shard": 16, "num_classes": 10, **changes
+    }  # fmt: skip
+    parts = [slice(0, 5), slice(5, 6), slice(6, count)]
+    batches = [(x[p], y[p], mirrored[p] if flip else None) for p in parts]
+    shards.write_shards(iter(batches), out, **settings)
+    return x, y, mirrored
+
+
+def open_latents(path: Path, flip: bool = False, scale: float = 0.5) -> shards.LatentShards:
+    return open_dataset(DataConfig(kind="latents", path=str(path), flip=flip, latent_scale=scale))
+
+
+def test_shards_give_back_what_was_written(tmp_path: Path):
+    x, y, mirrored = write(tmp_path / "a")
+    opened = open_latents(tmp_path / "a", flip=True)
+    assert (len(opened), opened.shape, opened.num_classes) == (50, (4, 4, 4), 10)
+    assert len(opened.manifest.shards) == 4
+    picks = np.random.default_rng(0).integers(0, 50, 200)
+    flips = np.random.default_rng(1).random(200) < 0.5
+    got, labels = opened.batch(picks, flips)
+    want = np.where(flips[:, None, None, None], mirrored[picks], x[picks])
+    assert np.array_equal(got.numpy(), want)
+    assert np.array_equal(labels.numpy(), y[picks])
+    assert got.dtype == torch.float32
+    assert opened.batch(rows(0))[0].shape == (0, 4, 4, 4)
+    plain, _ = opened.batch(picks)
+    assert np.array_equal(plain.numpy(), x[picks])
+    doubled, _ = open_latents(tmp_path / "a", scale=1.0).batch(picks)
+    assert np.array_equal(doubled.numpy(), 2 * x[picks]), "stored at 0.5, wanted at 1"
+    refused(lambda: opened.batch(np.array([50])), "got 50", "< 50")
+    refused(lambda: opened.batch(rows(2), np.array([1, 0])), "flips")
+
+
+def test_shards_do_not_depend_on_how_batches_were_cut(tmp_path: Path):
+    x, y, mirrored = write(tmp_path / "a")
+    whole = [(x, y, mirrored)]
+    shards.write_shards(
+        whole, tmp_path / "b", dtype="float32", latent_scale=0.5, rows_per_shard=16, num_classes=10
+    )
+    for name in sorted(os.listdir(tmp_path / "a")):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert open_latents(tmp_path / "a").fingerprint == open_latents(tmp_path / "b").fingerprint
+
+
+def test_fingerprint_follows_content_and_settings(tmp_path: Path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", num_classes=11)
+    x, y, _ = write(tmp_path / "c", flip=False)
+    y[0] += 1
+    shards.write_shards(
+        [(x, y, None)], tmp_path / "d", dtype="float32", latent_scale=0.5, rows_per_shard=16,
+        num_classes=10,
+    )  # fmt: skip
+    prints = [open_latents(tmp_path / name).fingerprint for name in "abcd"]
+    prints.append(open_latents(tmp_path / "a", scale=1.0).fingerprint)
+    assert len(set(prints)) == 5
+
+
+def test_half_precision_shards(tmp_path: Path):
+    x, _, _ = write(tmp_path / "a", dtype="float16")
+    got, _ = open_latents(tmp_path / "a").batch(rows(50))
+    assert np.array_equal(got.numpy(), x.astype(np.float16).astype(np.float32))
+
+
+def test_flip_without_mirrored_latents_is_refused(tmp_path: Path):
+    write(tmp_path / "a", flip=False)
+    refused(lambda: open_latents(tmp_path / "a", flip=True), "data.flip", "latents_flip")
+    opened = open_latents(tmp_path / "a")
+    refused(lambda: opened.batch(rows(2), np.array([False, True])), "flips")
+
+
+def test_opening_maps_and_copies_nothing(tmp_path: Path):
+    big = np.zeros((8192, 4, 32, 32), np.float16)
+    big[-1] = 3
+    batch = (big, np.zeros(8192, np.int64), None)
+    settings: dict[str, Any] = {"dtype": "float16", "latent_scale": 1, "rows_per_shard": 8192}
+    shards.write_shards([batch], tmp_path / "a", **settings)
+    del big, batch
+    before = anonymous_mb()
+    opened = open_latents(tmp_path / "a", scale=1.0)
+    assert opened.batch(np.array([8191]))[0].eq(3).all()
+    assert anonymous_mb() - before < 24, "64 MB of latents are not in private memory"
+    copied = shards.map_tensors(tmp_path / "a" / "shard_00000.safetensors")["latents"].clone()
+    assert anonymous_mb() - before > 48, f"negative control: a copy of {len(copied)} rows shows"
+
+
+def anonymous_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def test_rows_past_two_gigabytes_are_addressed(tmp_path: Path):
+    """A sparse file of 4.6 GB: element offsets pass 2^31 (no hash, it would read it all)."""
+    count, row = 560_000, 4 * 32 * 32
+    header = {
+        "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, 8 * count]},
+        "latents": {
+            "dtype": "F16",
+            "shape": [count, 4, 32, 32],
+            "data_offsets": [8 * count, 8 * count + 2 * row * count],
+        },
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "sparse.safetensors"
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(8 + len(text) + 8 * count + 2 * row * (count - 1))
+        file.write(np.full(row, 5, np.float16).tobytes())
+    manifest = shards.Manifest(
+        (4, 32, 32), "float16", count, 1, 1.0, False, (shards.Shard("", count, 0, "", {}),)
+    )
+    opened = shards.LatentShards(manifest, [shards.map_tensors(path)], 1.0)
+    x, _ = opened.batch(np.array([count - 1, count - 2]))
+    assert x[0].eq(5).all()
+    assert x[1].eq(0).all()
+
+
+# damage to shards (C13)
+
+
+def tamper(path: Path, shard: int, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Change tensors of a shard and make all hashes agree again: another writer's fault."""
+    manifest = shards.read_manifest(path)
+    name = manifest.shards[shard].file
+    tensors = load_file(path / name)
+    change(tensors)
+    with open(path / name, "wb") as file:
+        record, _ = files.write_safetensors(
+            file.write, {k: torch.from_numpy(v) for k, v in tensors.items()}
+        )
+    fixed = replace(
+        manifest.shards[shard], size=record.size, sha256=record.sha256, crc32=record.tensors
+    )
+    parts = (*manifest.shards[:shard], fixed, *manifest.shards[shard + 1 :])
+    (path / shards.MANIFEST).write_bytes(replace(manifest, shards=parts).to_bytes())
+
+
+def test_tampering_alone_is_accepted(tmp_path: Path):
+    """Negative control of the tests below: what they refuse is the change, not the rewriting."""
+    write(tmp_path / "a")
+    tamper(tmp_path / "a", 1, lambda tensors: None)
+    open_latents(tmp_path / "a")
+
+
+def test_every_flipped_bit_is_found_and_named(tmp_path: Path):
+    write(tmp_path / "a")
+    generator = np.random.default_rng(0)
+    for path in sorted((tmp_path / "a").iterdir()):
+        whole = path.read_bytes()
+        for _ in range(40):
+            raw = bytearray(whole)
+            raw[generator.integers(len(raw))] ^= 1 << generator.integers(8)
+            path.write_bytes(raw)
+            refused(lambda: open_latents(tmp_path / "a"), path.name)
+        path.write_bytes(whole)
+    open_latents(tmp_path / "a")
+
+
+def test_bit_flips_pass_without_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Negative control: with the hash check out of the way a flipped mantissa bit is not seen."""
+    _, _, mirrored = write(tmp_path / "a")
+    path = tmp_path / "a" / "shard_00002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-4] ^= 1
+    path.write_bytes(raw)
+    refused(lambda: open_latents(tmp_path / "a", flip=True), "latents_flip", "rows 32..47")
+    monkeypatch.setattr(shards, "read_safetensors", lambda *args, **kwargs: {})
+    got, _ = open_latents(tmp_path / "a", flip=True).batch(np.array([47]), np.array([True]))
+    assert 0 < np.abs(got[0].numpy() - mirrored[47]).max() < 1e-6
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_truncated_files_are_found_and_named(tmp_path: Path, keep: float):
+    write(tmp_path / "a")
+    for path in sorted((tmp_path / "a").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(keep * len(whole))])
+        refused(lambda: open_latents(tmp_path / "a"), path.name)
+        path.write_bytes(whole)
+
+
+def test_missing_and_surplus_shards(tmp_path: Path):
+    write(tmp_path / "a")
+    shutil.copy(tmp_path / "a/shard_00001.safetensors", tmp_path / "a/shard_00004.safetensors")
+    refused(lambda: open_latents(tmp_path / "a"), "not in the manifest", "shard_00004")
+    (tmp_path / "a/shard_00004.safetensors").unlink()
+    open_latents(tmp_path / "a")
+    (tmp_path / "a/shard_00001.safetensors").unlink()
+    refused(lambda: open_latents(tmp_path / "a"), "shard_00001", "missing", "rows 16..31")
+    (tmp_path / "a/shard_00002.safetensors").unlink()
+    refused(lambda: open_latents(tmp_path / "a"), "shard_00001", "1 more damaged")
+    (tmp_path / "a" / shards.MANIFEST).unlink()
+    refused(lambda: open_latents(tmp_path / "a"), "manifest.json")
+    refused(lambda: open_latents(tmp_path / "b"), "data.path")
+
+
+def test_exchanged_shards_are_found(tmp_path: Path):
+    write(tmp_path / "a", count=48)
+    first, second = (tmp_path / "a" / f"shard_0000{i}.safetensors" for i in (0, 1))
+    whole = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(whole)
+    refused(lambda: open_latents(tmp_path / "a"), "shard_00000")
+
+
+def set_nan(name: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][3, 0, 1, 1] = np.nan
+
+    return change
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], list[str]]] = {
+    "nan": (set_nan("latents"), ["NaN or Inf", "row 19"]),
+    "nan in flips": (set_nan("latents_flip"), ["latents_flip", "NaN or Inf", "row 19"]),
+    "inf": (lambda t: t["latents"].__setitem__(5, np.inf), ["NaN or Inf", "row 21"]),
+    "shape": (lambda t: t.update(latents=t["latents"][:, :, :2].copy()), ["(16, 4, 2, 4)"]),
+    "dtype": (lambda t: t.update(latents=t["latents"].astype(np.float16)), ["float16", "float32"]),
+    "label dtype": (lambda t: t.update(labels=t["labels"].astype(np.int32)), ["labels", "int32"]),
+    "fewer labels": (lambda t: t.update(labels=t["labels"][:-1].copy()), ["(15,)", "(16,)"]),
+    "label 10 of 10": (lambda t: t["labels"].__setitem__(2, 10), ["label 10", "row 18", "< 10"]),
+    "label -1": (lambda t: t["labels"].__setitem__(0, -1), ["label -1", "row 16"]),
+    "no labels": (lambda t: t.pop("labels"), ["expected ['labels'"]),
+    "surplus tensor": (lambda t: t.update(x=np.zeros(1)), ["'x'"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_behind_right_hashes_are_found_and_named(tmp_path: Path, fault: str):
+    write(tmp_path / "a")
+    change, words = FAULTS[fault]
+    tamper(tmp_path / "a", 1, change)
+    refused(lambda: open_latents(tmp_path / "a"), "shard_00001.safetensors", *words)
+
+
+def change_manifest(path: Path, **changes: Any) -> None:
+    manifest = shards.read_manifest(path)
+    (path / shards.MANIFEST).write_bytes(replace(manifest, **changes).to_bytes())
+
+
+def test_manifests_that_lie_behind_a_right_hash(tmp_path: Path):
+    write(tmp_path / "a")
+    good = shards.read_manifest(tmp_path / "a")
+    change_manifest(tmp_path / "a")
+    open_latents(tmp_path / "a")
+    escape = replace(good.shards[0], file="../a/shard_00000.safetensors")
+    twisted = (good.shards[1], good.shards[0], *good.shards[2:])
+    lies: list[dict[str, Any]] = [
+        {"shards": (escape, *good.shards[1:])},
+        {"shards": twisted},
+        {"shards": good.shards[:-1]},
+        {"shards": ()},
+        {"shards": (replace(good.shards[0], crc32=[]), *good.shards[1:])},
+        {"count": 51},
+        {"count": None},
+        {"shape": (4, 4)},
+        {"shape": (4, 4, -4)},
+        {"dtype": "float64"},
+        {"dtype": []},
+        {"num_classes": 0},
+        {"num_classes": 9},
+        {"latent_scale": 0.0},
+        {"latent_scale": float("nan")},
+        {"flip": False},
+    ]
+    for lie in lies:
+        (tmp_path / "a" / shards.MANIFEST).write_bytes(good.to_bytes())
+        change_manifest(tmp_path / "a", **lie)
+        refused(lambda: open_latents(tmp_path / "a"))
+    newer = json.loads(good.to_bytes())
+    newer.update(version=2, surprise=1)
+    for text in (json.dumps(newer), "[]", "", "[" * 100_000, "1" * 5000, '{"format": 1}'):
+        (tmp_path / "a" / shards.MANIFEST).write_text(text)
+        refused(lambda: open_latents(tmp_path / "a"), "manifest.json")
+
+
+def test_a_header_that_claims_four_terabytes_allocates_nothing(tmp_path: Path):
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "shard_00000.safetensors"
+    header = {"latents": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+    text = json.dumps(header).encode()
+    for raw in (len(text).to_bytes(8, "little") + text, (2**42).to_bytes(8, "little") + text):
+        path.write_bytes(raw)
+        manifest = shards.read_manifest(tmp_path / "a")
+        sized = replace(
+            manifest.shards[0], size=len(raw), sha256=hashlib.sha256(raw).hexdigest(), crc32={}
+        )
+        change_manifest(tmp_path / "a", shards=(sized, *manifest.shards[1:]))
+        before = peak_mb()
+        refused(lambda: open_latents(tmp_path / "a"), "shard_00000", "header damaged")
+        assert peak_mb() - before < 20
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# writing shards
+
+
+def test_writer_refuses_bad_rows_and_leaves_nothing(tmp_path: Path):
+    good, y = latents(8), np.arange(8)
+    holed, huge = good.copy(), good.copy()
+    holed[5, 1, 1, 1] = np.nan
+    huge[6] = 1e6
+    cases: list[tuple[Any, ...]] = [
+        ((holed, y, None), "row 13", "NaN or Inf"),
+        ((huge, y, None), "row 14", "float16"),
+        ((good, y, holed), "latents_flip"),
+        ((good[:, :2], y, None), "row 8", "(8, 2, 4, 4)"),
+        ((good, y[:7], None), "row 8", "(7,)"),
+        ((good, y.astype(np.float32), None), "labels", "float32"),
+        ((good, y + 3, None), "row 15", "label 10"),
+        ((good, y - 1, None), "row 8", "label -1"),
+        ((good.astype(np.int32), y, None), "int32"),
+    ]
+    settings: dict[str, Any] = {"dtype": "float16", "latent_scale": 1.0, "rows_per_shard": 4}
+    out, batches = tmp_path / "out", [(good, y, None)]
+    for batch, *words in cases:
+        batches[1:] = [batch]
+        refused(lambda: shards.write_shards(batches, out, **settings, num_classes=10), *words)
+        assert not list(tmp_path.iterdir())
+    refused(lambda: shards.write_shards([], tmp_path / "out", **settings), "no rows")
+    (tmp_path / "out").mkdir()
+    refused(lambda: shards.write_shards(batches, tmp_path / "out", **settings), "exists")
+    settings["rows_per_shard"] = 0
+    refused(lambda: shards.write_shards(batches, tmp_path / "new", **settings), "rows_per_shard 0")
+
+
+def test_writer_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def name(fd: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{fd}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"fsync {name(fd)}"), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    write(tmp_path / "a", count=20)
+    names = ["shard_00000.safetensors", "shard_00001.safetensors", "manifest.json", ".a.partial"]
+    assert calls == [*(f"fsync {n}" for n in names), "rename", f"fsync {tmp_path.name}"]
+
+
+def test_writer_on_a_full_disk_leaves_nothing(tmp_path: Path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    try:
+        refused(lambda: write(tmp_path / "a"), str(tmp_path / "a"), "space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["open:3", "mid-write:4", "before-fsync:2", "before-rename", "before-dir-fsync"]
+)
+def test_writer_killed_leaves_all_or_nothing(tmp_path: Path, failpoint: str):
+    child = os.fork()
+    if child == 0:
+        os.environ["FPDM_FAILPOINT"] = failpoint
+        write(tmp_path / "a")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if failpoint == "before-dir-fsync":
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    else:
+        assert [p.name for p in tmp_path.iterdir()] == [".a.partial"]
+        write(tmp_path / "a")  # what the kill left is used up
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    open_latents(tmp_path / "a")
