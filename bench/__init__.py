@@ -1,0 +1,1 @@
+"""Measurements: baselines and what runs on a lent GPU."""

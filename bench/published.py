@@ -31,7 +31,8 @@ def _adaln(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def _attention(w: Weights, name: str, z: Tensor, heads: int) -> Tensor:
     b, t, d = z.shape
     qkv = _linear(w, f"{name}.qkv", z).view(b, t, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(*qkv.unbind(0))
+    q, k, v = qkv.unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v)
     return _linear(w, f"{name}.proj", y.transpose(1, 2).reshape(b, t, d))
 
 

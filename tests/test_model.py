@@ -15,13 +15,15 @@ from conftest import (
     tiny_model,
     worst_relative,
 )
-from fpdm.diffusion import Diffusion
+from contract import violation
 from fpdm.steps import guide
 from torch import Tensor
 
 from bench import published as plain
 from fpdm.config import ModelConfig
+from fpdm.diffusion import Diffusion
 from fpdm.model import FPDM, build_model, sincos_2d
+from fpdm.weights import PreparedWeights
 
 GOLDEN = 5e-6
 
@@ -156,6 +158,39 @@ def test_equals_plain_architecture_fp64(config: ModelConfig) -> None:
         assert param.grad is not None
         assert grad is not None
         assert ((param.grad - grad).norm() / grad.norm()).item() <= 1e-12, name
+
+
+def bf16_violations(model: FPDM, golden: dict[str, Tensor]) -> list[str]:
+    """The contract in bf16, forward and every gradient: float64 oracle, plain bf16 PyTorch."""
+    config = model.config
+    x, t, y = golden["x"], golden["t"], golden["y"]
+    generator = torch.Generator().manual_seed(2)
+    probe = torch.randn(x.shape[0], config.out_channels, *x.shape[2:], generator=generator)
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        state = {k: v.detach().to(dtype).requires_grad_() for k, v in model.state_dict().items()}
+        out, _ = plain.forward(state, config, x.to(dtype), t, y, 2, 1)
+        (out * probe.to(dtype)).sum().backward()
+        return {"output": out.detach()} | {
+            k: v.grad for k, v in state.items() if v.grad is not None
+        }
+
+    oracle, low = run(torch.float64), run(torch.bfloat16)
+    model.zero_grad()
+    out = model(x, t, y, 2, 1, weights=PreparedWeights(model, torch.bfloat16))
+    (out.float() * probe).sum().backward()
+    found = {"output": out.detach()} | {k: p.grad for k, p in model.named_parameters()}
+    lines = []
+    for name, value in found.items():
+        assert value is not None
+        line = violation(value, low[name], oracle[name], torch.bfloat16)
+        lines += [f"{name}: {line}"] if line else []
+    return lines
+
+
+def test_bf16_within_contract(tiny: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
+    assert bf16_violations(tiny_model(tiny), tiny) == []
+    assert bf16_violations(extra_model(extra), extra) == []
 
 
 def test_parameter_counts() -> None:

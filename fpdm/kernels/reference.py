@@ -176,18 +176,20 @@ def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _wide(x: Tensor) -> Tensor:
+    # half precision is widened: scores overflow float16, and dp - delta cancels
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    # scaled before the product, so that half precision does not overflow first
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
 
 
 def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v per head.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
-    q, k, v = _heads(qkv, heads)
+    q, k, v = (_wide(x) for x in _heads(qkv, heads))
     y = (_probabilities(q, k) @ v).transpose(1, 2)
-    if out is None:
-        return y.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3) if out is None else out
     out.view(y.shape).copy_(y)
     return out
 
@@ -196,15 +198,15 @@ def attention_backward(
     dy: Tensor, qkv: Tensor, y: Tensor, heads: int, out: Tensor | None = None
 ) -> Tensor:
     """Gradient with respect to qkv, probabilities recomputed.   dy, y (B,T,D) -> (B,T,3D)."""
-    q, k, v = _heads(qkv, heads)
+    q, k, v = (_wide(x) for x in _heads(qkv, heads))
     out = torch.empty_like(qkv) if out is None else out
     dq, dk, dv = _heads(out, heads)
     split = (*dy.shape[:2], heads, q.shape[-1])
-    g = dy.view(split).transpose(1, 2)
+    g = _wide(dy.view(split).transpose(1, 2))
     p = _probabilities(q, k)
     dv.copy_(p.transpose(-1, -2) @ g)
     # row sum of p dp = row sum of y dy
-    delta = (g * y.view(split).transpose(1, 2)).sum(-1, keepdim=True)
+    delta = (g * _wide(y.view(split).transpose(1, 2))).sum(-1, keepdim=True)
     ds = (g @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(q.shape[-1] ** -0.5)
     dq.copy_(ds @ k)
     dk.copy_(ds.transpose(-1, -2) @ q)

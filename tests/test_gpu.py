@@ -1,0 +1,58 @@
+"""On a GPU: the same numbers as on the CPU, the contract in half precision, bitwise repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY, random_model, worst_relative
+from contract import violation
+from torch import Tensor
+
+from bench import published as plain
+from fpdm.weights import PreparedWeights
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 4, 8, 8, generator=g).cuda()
+    return x, torch.tensor([999, 500, 0]).cuda(), torch.tensor([1, 10, 3]).cuda()
+
+
+def test_equals_cpu(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = random_model(TINY)
+    with torch.no_grad():
+        want = model(*(b.cpu() for b in batch), 4)
+        found = model.cuda()(*batch, 4).cpu()
+    assert worst_relative(found, want) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contract(batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
+    model = random_model(TINY).cuda()
+    state = model.state_dict()
+
+    def reference(kind: torch.dtype) -> Tensor:
+        cast = {k: v.to(kind) for k, v in state.items()}
+        return plain.forward(cast, TINY, batch[0].to(kind), *batch[1:], 2)[0]
+
+    oracle, low = reference(torch.float64), reference(dtype)
+    with torch.no_grad():
+        found = model(*batch, 2, weights=PreparedWeights(model, dtype))
+    assert violation(found, low, oracle, dtype) is None
+
+
+def test_repeats_are_bitwise(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    model = random_model(TINY).cuda()
+    prepared = PreparedWeights(model, torch.bfloat16)
+    seen: list[list[Tensor]] = []
+    for _ in range(50):
+        model.zero_grad()
+        out = model(*batch, 3, no_grad_iters=1, weights=prepared)
+        out.float().square().mean().backward()
+        seen.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
