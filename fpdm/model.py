@@ -10,13 +10,14 @@ works. The module holds no state beside its parameters and draws no random numbe
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fpdm import fixed_point
-from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, SolveStats
 from fpdm.kernels import ops
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
@@ -193,6 +194,20 @@ class FPDM(_Transformer):
         self.block_fixed_point_projection_fc1 = nn.Linear(2 * d, 2 * d)
         self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
         self.initialize()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> FPDM:
+        """The model of an export (``config.json`` + ``model.safetensors``), hash verified.
+
+        Raises CheckpointError for a damaged export, ConfigError for another kind of model.
+        """
+        # interop builds models, so it can only be reached from here when called
+        from fpdm.interop import from_pretrained
+
+        model = from_pretrained(directory)
+        if not isinstance(model, cls):
+            raise ConfigError(f"{directory}: got a {model.config.kind} export, expected fpdm")
+        return model
 
     def modulation_pp(
         self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None
