@@ -400,7 +400,8 @@ def to_yaml(config: Config) -> str:
 
 
 def with_preset(config: Config, preset: str) -> Config:
-    """``config`` with the architecture of ``preset``; its input, channels and classes stay."""
+    """``config`` with the architecture of ``preset``; its input, channels and classes stay. A DiT
+    has no iterations, so their number leaves the sampler."""
     from fpdm.recipes import MODEL_PRESETS
 
     if preset not in MODEL_PRESETS:
@@ -412,7 +413,10 @@ def with_preset(config: Config, preset: str) -> Config:
     kept = {k: getattr(m, k) for k in ("input_size", "in_channels", "num_classes")}
     kept["pre_post_timestep_conditioning"] = m.pre_post_timestep_conditioning
     model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
-    return dataclasses.replace(config, model=model)
+    sample = config.sample
+    if model.kind == "dit":
+        sample = dataclasses.replace(sample, iters=None, reuse="none")
+    return dataclasses.replace(config, model=model, sample=sample)
 
 
 def _read(recipe: str) -> Config:

@@ -1,0 +1,48 @@
+# make train    trains on the built-in digits, then evaluates; minutes on two cores
+# make test     ruff, mypy and the tests
+#
+# Each sets up a virtual environment from pinned requirements first, when it is missing or old.
+# Variables: PYTHON (the interpreter it is made with), VENV (where), PIP_ARGS (for pip install),
+# TRAIN_ARGS (--section.key value ...), PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TRAIN_ARGS ?=
+PYTEST_ARGS ?=
+
+RUN := runs/digits
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+
+.PHONY: train test clean
+
+train: $(VENV)/.run
+	$(PY) -m fpdm.train digits --train.out $(dir $(RUN)) --train.name $(notdir $(RUN)) $(TRAIN_ARGS)
+	$(PY) -m fpdm.evaluate $(RUN)
+	@echo "the digits it draws: $$(ls $(RUN)/samples/*.png | tail -n 1)"
+
+test: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy -p fpdm
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else f"got Python {v[0]}.{v[1]}, expected 3.10 to 3.13: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# --no-build-isolation: setuptools and wheel are pinned there too
+$(VENV)/.run: requirements/run.txt pyproject.toml setup.py | $(VENV)/.python
+	$(PIP) -r requirements/run.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt requirements/triton.txt $(VENV)/.run
+	$(PIP) -r requirements/dev.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -r requirements/triton.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,199 @@
+"""What every command shares: options from a dataclass of settings, and how a command ends.
+
+Exit status: 0 done; 2 the user can mend it (``prog: error: ...``, one line); 1 the system refused a
+file; 130 interrupted. A traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, TypeVar
+
+from fpdm import settings
+from fpdm.settings import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+def run_main(
+    prog: str, fn: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs ``fn(argv)`` (default ``sys.argv[1:]``) and exits with its status.
+
+    A UserError, an OSError and an interrupt become one line on stderr; anything else keeps its
+    traceback.
+    """
+    try:
+        status = fn(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        status = _tell(prog, f"error: {error}", 2)
+    except BrokenPipeError:
+        status = 1  # the reader has left (``| head``)
+        _drop_stdout()
+    except OSError as error:
+        if error.errno is None:
+            raise  # a library's own use of the class, not the system's
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        where = " -> ".join(names)
+        what = f"{where}: {error.strerror}" if where else str(error.strerror)
+        status = _tell(prog, f"error: {what}", 1)
+        _drop_stdout()
+    except KeyboardInterrupt:
+        status = _tell(prog, "interrupted", 130)
+    sys.exit(status)
+
+
+def _tell(prog: str, message: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _drop_stdout() -> None:
+    """The interpreter flushes stdout once more at exit, which must not fail a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def take_option(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The last value of ``--name value`` or ``--name=value`` in ``argv``, and the rest."""
+    value, rest, tokens = None, [], iter(argv)
+    for token in tokens:
+        if token == name:
+            value = next(tokens, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"{name}: got no value")
+        elif token.startswith(name + "="):
+            value = token[len(name) + 1 :]
+        else:
+            rest.append(token)
+    return value, rest
+
+
+def parse_options(
+    default: T,
+    argv: Sequence[str],
+    prog: str,
+    extra: Mapping[str, str] = MappingProxyType({}),
+    fixed: Sequence[str] = (),
+) -> T:
+    """``default`` (a dataclass, sections allowed) with ``--section.key value`` and ``--key=value``.
+
+    ``extra`` are options that the caller has taken already (name: its help), for suggestions and
+    the help; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
+    prints the options with their present values and exits.
+    """
+    if not argv:
+        return default
+    import tyro
+
+    kind: Any = type(default)
+    fields = {name: hint for name, hint in settings.hints(kind).items() if name not in fixed}
+    now = {name: getattr(default, name) for name in fields}
+    shown = [(name, hint, dataclasses.field(default=now[name])) for name, hint in fields.items()]
+    options = dataclasses.make_dataclass("Options", shown, frozen=True)
+    args = _tokens(argv, _leaves(fields, now), extra)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            parsed: Any = tyro.cli(
+                options,
+                prog=prog,
+                description="\n".join(f"{name} {text}" for name, text in extra.items()),
+                args=args,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ConfigError(_sentence(told.getvalue())) from None
+    return dataclasses.replace(default, **{name: getattr(parsed, name) for name in fields})  # type: ignore[type-var]
+
+
+def _leaves(hints: dict[str, Any], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted option name -> annotation."""
+    out: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            section = values[name]
+            inner = settings.hints(type(section))
+            out.update(_leaves(inner, {n: getattr(section, n) for n in inner}, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = hint
+    return out
+
+
+def _tokens(argv: Sequence[str], known: dict[str, Any], extra: Mapping[str, str]) -> list[str]:
+    """``argv`` checked, in the spelling of tyro: underscores in names, True, False and None."""
+    args: list[str] = []
+    for name, values in _grouped(argv, known, extra):
+        if name == "help":
+            return ["--help"]
+        hint = known[name]
+        read = [_read(value, hint) for value in values]
+        if typing.get_origin(hint) is tuple:
+            settings.coerce(name, hint, read)
+        elif len(read) == 1:
+            settings.coerce(name, hint, read[0])
+        else:
+            got = " ".join(values) or "no value"
+            raise ConfigError(f"{name}: got {got}, expected {settings.describe(hint)}")
+        args += [f"--{name}", *map(str, read)]
+    return args
+
+
+def _grouped(
+    argv: Sequence[str], known: dict[str, Any], extra: Mapping[str, str]
+) -> list[tuple[str, list[str]]]:
+    """Option names, checked, each with its values."""
+    groups: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token in ("-h", "--help"):
+            return [("help", [])]
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in known:
+                near = settings.suggest(name, [*known, *(e[2:] for e in extra)], prefix="--")
+                raise ConfigError(f"unknown option {token.partition('=')[0]}{near}")
+            groups.append((name, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(token)
+        else:
+            raise ConfigError(f"got {token!r}, expected --section.key value")
+    return groups
+
+
+def _read(text: str, hint: Any) -> Any:
+    """What YAML would make of ``text``, where ``hint`` is not text itself."""
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph of an error box of tyro, on one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip().strip("│").strip()
+        if not text or set(text) <= set("─╰╯"):
+            break
+        lines.append(text)
+    message = " ".join(lines) or " ".join(box.split())
+    # a section refused its fields, which it names itself
+    return message.partition(": ")[2] if message.startswith("Error parsing ") else message

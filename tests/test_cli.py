@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from fpdm.cli import run_main, take_option
+from fpdm.config import ConfigError, SamplerConfig, load_config
+
+
+def ends(
+    capsys: pytest.CaptureFixture[str], fn: Any, argv: tuple[str, ...] = ()
+) -> tuple[Any, str]:
+    with pytest.raises(SystemExit) as left:
+        run_main("fpdm.x", fn, argv)
+    return left.value.code, capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Any:
+    def fn(argv: list[str]) -> NoReturn:
+        raise error
+
+    return fn
+
+
+def test_the_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    told = ends(capsys, raising(ConfigError("train.batch: got 0,\n  expected 1")))
+    assert told == (2, "fpdm.x: error: train.batch: got 0, expected 1\n")
+
+
+def test_the_systems_error_names_the_file_and_is_status_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def write(argv: list[str]) -> None:
+        Path(argv[0]).write_text("x")
+
+    told = ends(capsys, write, ("/nowhere/at/all",))
+    assert told == (1, "fpdm.x: error: /nowhere/at/all: No such file or directory\n")
+    full = OSError(28, os.strerror(28))
+    assert ends(capsys, raising(full)) == (1, "fpdm.x: error: No space left on device\n")
+    two = OSError(18, "no link", "a", None, "b")
+    assert ends(capsys, raising(two)) == (1, "fpdm.x: error: a -> b: no link\n")
+
+
+def test_an_interrupt_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(capsys, raising(KeyboardInterrupt())) == (130, "fpdm.x: interrupted\n")
+
+
+def test_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(capsys, lambda argv: None) == (0, "")
+    assert ends(capsys, lambda argv: 3) == (3, "")
+    assert ends(capsys, raising(SystemExit(4))) == (4, "")
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("no number")])
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        run_main("fpdm.x", raising(error), ())
+    assert caught.value is error
+
+
+def run_python(code: str, *argv: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], text=True, capture_output=True, timeout=60, **kwargs
+    )
+
+
+def test_a_real_process_exits_2_with_one_line() -> None:
+    code = (
+        "import sys; from fpdm.cli import run_main; from fpdm.config import load_config\n"
+        "run_main('fpdm.train', lambda argv: print(load_config(argv[0], argv[1:]).recipe))"
+    )
+    done = run_python(code, "digits", "--train.batch", "many")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("fpdm.train: error: train.batch: got 'many', ")
+    assert done.stderr.count("\n") == 1
+    # control: without the mistake it runs
+    done = run_python(code, "digits", "--train.batch", "8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "digits\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_and_a_closed_pipe_are_quiet() -> None:
+    code = "from fpdm.cli import run_main; run_main('fpdm.x', lambda argv: print('x' * 9))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, "fpdm.x: error: No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_take_option() -> None:
+    assert take_option("--a", ["x", "--a", "1", "--b", "2"]) == ("1", ["x", "--b", "2"])
+    assert take_option("--a", ["--a=1", "--a=2"]) == ("2", [])
+    assert take_option("--a", ["--ab", "1"]) == (None, ["--ab", "1"])
+    for argv in (["--a"], ["--a", "--b"]):
+        with pytest.raises(ConfigError, match="--a: got no value"):
+            take_option("--a", argv)
+
+
+def test_options_of_a_single_section() -> None:
+    from fpdm.cli import parse_options
+
+    parsed = parse_options(SamplerConfig(), ["--steps", "5", "--schedule", "1", "2"], "fpdm.sample")
+    assert parsed == SamplerConfig(steps=5, schedule=(1, 2))
+    with pytest.raises(ConfigError, match="unknown option --step; did you mean --steps"):
+        parse_options(SamplerConfig(), ["--step", "5"], "fpdm.sample")
+    with pytest.raises(ConfigError, match=r"sample\.steps: got 0, expected at least 1$"):
+        parse_options(SamplerConfig(), ["--steps", "0"], "fpdm.sample")
+
+
+def test_a_narrow_terminal_does_not_cut_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(ConfigError) as caught:
+        load_config("digits", ["--train.batch", "10", "--train.accumulate", "3"])
+    assert str(caught.value) == "train.batch: got 10, expected a multiple of train.accumulate = 3"

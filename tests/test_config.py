@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from fpdm import config as c
+from fpdm import settings
+from fpdm.config import Config, ConfigError, diff, from_dict, load_config, to_dict, to_yaml
+from fpdm.recipes import MODEL_PRESETS, RECIPES
+
+SECTIONS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)[1:]}
+
+
+def refused(*argv: str, recipe: str = "digits") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not set("╭│╰") & set(message)
+    return message
+
+
+def parameters(m: c.ModelConfig) -> int:
+    """As published, without the fixed positions."""
+    D, p = m.hidden_size, m.patch_size
+    block = 18 * D * D + 15 * D
+    embed = p * p * m.in_channels * D + D + 256 * D + D + D * D + D + (m.num_classes + 1) * D
+    final = 2 * D * D + 2 * D + (D + 1) * p * p * m.out_channels
+    loop = (D * D + D) + (4 * D * D + 2 * D) + (2 * D * D + D) if m.kind == "fpdm" else 0
+    blocks = m.depth or m.pre_depth + 1 + m.post_depth
+    return embed + blocks * block + loop + final
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_round_trips(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config == RECIPES[name]
+    assert config.recipe == name
+    assert from_dict(to_dict(config)) == config
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config
+    assert diff(config, load_config(str(path))) == []
+
+
+def test_the_recipes_say_what_the_paper_says() -> None:
+    i, u = RECIPES["imagenet256"], RECIPES["unconditional256"]
+    assert i.model == MODEL_PRESETS["fpdm-xl-2"]
+    assert (i.train.batch, i.optim.lr, i.optim.weight_decay, i.optim.ema_decay) == (
+        512, 1e-4, 0.0, 0.9999,
+    )  # fmt: skip
+    assert (i.train.steps, u.train.steps) == (400_000, 100_000)
+    assert i.sample.iters is not None
+    assert i.sample.steps * (i.sample.iters + 2) == 560
+    assert (u.model.num_classes, u.train.label_dropout, u.sample.guidance) == (1, 0.0, 1.0)
+
+
+def test_presets_have_the_counted_sizes() -> None:
+    names = {
+        f"{k}-{s}-{p}" for k in ("fpdm", "dit") for s in ("s", "b", "l", "xl") for p in (2, 4, 8)
+    }
+    assert set(MODEL_PRESETS) == names | {"dit-xl-2-3layer"}
+    counted = {
+        "fpdm-xl-2": 86.50, "dit-xl-2": 674.83, "dit-b-2": 130.3, "dit-xl-2-3layer": 77.2,
+    }  # fmt: skip
+    for name, millions in counted.items():
+        assert round(parameters(MODEL_PRESETS[name]) / 1e6, 1) == round(millions, 1)
+    # control: another depth would be seen
+    other = dataclasses.replace(MODEL_PRESETS["dit-b-2"], depth=11)
+    assert round(parameters(other) / 1e6, 1) != 130.3
+
+
+def test_a_preset_is_applied_before_the_options_and_keeps_the_input() -> None:
+    config = load_config("digits", ["--model.depth=3", "--preset", "dit-b-4"])
+    m = config.model
+    assert (m.kind, m.patch_size, m.hidden_size, m.depth) == ("dit", 4, 768, 3)
+    assert (m.input_size, m.in_channels, m.num_classes) == (8, 1, 10)
+    looped = load_config("digits", ["--preset=fpdm-s-2"])
+    assert looped.model.hidden_size == 384
+    # a DiT has no iterations for the sampler to count
+    assert (config.sample.iters, looped.sample.iters) == (None, RECIPES["digits"].sample.iters)
+    assert "did you mean fpdm-xl-2?" in refused("--preset", "fpdm-xxl-2")
+    assert "no value" in refused("--preset")
+
+
+def test_options_of_every_type() -> None:
+    argv = ["--train.batch", "64", "--optim.lr=3e-4", "--optim.clip_norm", "1", "--train.name", "x",
+            "--train.tensorboard", "true", "--sample.iters", "none", "--sample.allocation",
+            "explicit", "--sample.steps", "3", "--sample.schedule", "5", "4", "3",
+            "--train.log-every", "7"]  # fmt: skip
+    config = load_config("digits", argv)
+    assert config.train.batch == 64
+    assert (config.optim.lr, config.optim.clip_norm) == (3e-4, 1.0)
+    assert (config.train.name, config.train.tensorboard, config.train.log_every) == ("x", True, 7)
+    assert (config.sample.iters, config.sample.schedule) == (None, (5, 4, 3))
+    # control: nothing else moved
+    changed = {line.split(":")[0] for line in diff(RECIPES["digits"], config)}
+    assert changed == {
+        "train.batch", "optim.lr", "optim.clip_norm", "train.name", "train.tensorboard",
+        "sample.iters", "sample.allocation", "sample.steps", "sample.schedule", "train.log_every",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("token", "meant"),
+    [
+        ("--train.bath", "--train.batch"),
+        ("--train.lr", "--optim.lr"),
+        ("--optin.lr", "--optim.lr"),
+        ("--steps", "--train.steps or --sample.steps"),
+        ("--fixedpoint.n_max", "--fixed_point.n_max"),
+        ("--pre-set", "--preset"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(token: str, meant: str) -> None:
+    for argv in ((token, "3"), (f"{token}=3",)):
+        message = refused(*argv)
+        assert message.startswith(f"unknown option {token}; did you mean")
+        assert message.endswith(f"did you mean {meant}?")
+
+
+def test_what_resembles_nothing_is_refused_without_advice() -> None:
+    assert refused("--zzz", "3") == "unknown option --zzz"
+    assert refused("--recipe", "digits").startswith("unknown option --recipe")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("digit", "unknown recipe digit; did you mean digits?"),
+        ("imagenet", "did you mean imagenet256?"),
+        ("", "expected digits, imagenet256, unconditional256 or the path of a .yaml file"),
+        ("nowhere/x.yaml", "expected a file"),
+    ],
+)
+def test_an_unknown_recipe(recipe: str, words: str) -> None:
+    assert words in refused(recipe=recipe)
+
+
+BAD = [
+    ("--train.batch 0", "train.batch: got 0, expected at least 1"),
+    ("--train.batch x", "train.batch: got 'x', expected an integer"),
+    ("--train.batch 1.5", "got '1.5', expected an integer"),
+    ("--train.batch", "train.batch: got no value, expected an integer"),
+    ("--train.batch 3 4", "train.batch: got 3 4, expected an integer"),
+    ("stray", "got 'stray'"),
+    ("--train.batch 10 --train.accumulate 3", "a multiple of train.accumulate = 3"),
+    ("--train.steps 0", "train.steps"),
+    ("--train.log_every 0", "train.log_every"),
+    ("--train.keep 0", "train.keep"),
+    ("--train.save_every -1", "train.save_every"),
+    ("--train.label_dropout 1", "train.label_dropout: got 1.0"),
+    ("--train.precision fp8", "got 'fp8', expected one of fp32, bf16, fp16"),
+    ("--train.seed -1", "train.seed"),
+    ("--train.scale_floor 0", "train.scale_floor"),
+    ("--train.tensorboard 2", "train.tensorboard: got 2, expected true or false"),
+    ("--optim.lr nan", "optim.lr: got 'nan', expected a finite number"),
+    ("--optim.lr inf", "optim.lr: got 'inf'"),
+    ("--optim.lr -1", "optim.lr"),
+    ("--optim.beta2 1", "optim.beta2"),
+    ("--optim.ema_decay 1.01", "optim.ema_decay"),
+    ("--optim.clip_norm 0", "optim.clip_norm"),
+    ("--optim.clip_norm abc", "got 'abc', expected a finite number or none"),
+    ("--sample.schedule 1 x", "expected a list of integers"),
+    ("--optim.eps 0", "optim.eps"),
+    ("--model.patch_size 3", "a multiple of model.patch_size = 3"),
+    ("--model.num_heads 5", "a multiple of model.num_heads = 5"),
+    ("--model.kind dit", "model.depth, pre_depth, post_depth"),
+    ("--model.in_channels 3", "for data.kind=digits"),
+    ("--model.num_classes 11", "for data.kind=digits"),
+    ("--fixed_point.n_min 4", "0 <= n_min <= n_max"),
+    ("--fixed_point.m_min 0", "1 <= m_min <= m_max"),
+    ("--diffusion.beta_end 1", "beta_start, beta_end"),
+    ("--diffusion.prediction eps", "expected v or x0 with zero_terminal_snr=true"),
+    ("--sample.spacing leading", "leading omits the terminal step"),
+    ("--sample.steps 0", "sample.steps"),
+    ("--sample.steps 1001", "diffusion.timesteps = 1000"),
+    ("--sample.guidance nan", "sample.guidance"),
+    ("--sample.guidance 2 --train.label_dropout 0", "the null label is never trained"),
+    ("--sample.guidance_channels 0", "sample.guidance_channels"),
+    ("--sample.eta -0.1", "sample.eta"),
+    ("--sample.batch 0", "sample.batch"),
+    ("--sample.iters 0", "sample.iters"),
+    ("--data.kind images", "data.image_size: got 32, expected model.input_size = 8"),
+    ("--data.kind video", "expected one of digits, images, latents"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[argv for argv, _ in BAD])
+def test_a_bad_value_is_one_line(argv: str, words: str) -> None:
+    assert words in refused(*argv.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--train.batch 12 --train.accumulate 3",
+        "--diffusion.prediction eps --diffusion.zero_terminal_snr false --sample.spacing leading",
+        "--train.precision fp16 --train.device cpu",
+        "--train.save_every 0 --train.grid_every 0",
+        "--train.seed 18446744073709551615",
+        "--sample.guidance -1",
+    ],
+)
+def test_what_only_looks_bad_is_taken(argv: str) -> None:
+    load_config("digits", argv.split())
+
+
+def test_python_values_are_checked_like_text() -> None:
+    import numpy as np
+
+    assert c.SamplerConfig(steps=np.int64(5), guidance=2).guidance == 2.0  # type: ignore[arg-type]
+    assert type(c.SamplerConfig(steps=np.int64(5)).steps) is int  # type: ignore[arg-type]
+    assert c.SamplerConfig(schedule=[3, 2]).schedule == (3, 2)  # type: ignore[arg-type]
+    mistakes = [
+        {"batch": True}, {"batch": 2.0}, {"batch": "2"}, {"eta": math.inf}, {"eta": 10**400},
+        {"dtype": "f4"}, {"schedule": [1.5]}, {"invariant": 1}, {"method": None},
+    ]  # fmt: skip
+    for bad in mistakes:
+        with pytest.raises(ConfigError, match=r"^sample\.\w+: got "):
+            c.SamplerConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="did you mean float16"):
+        c.SamplerConfig(dtype="float15")  # type: ignore[arg-type]
+
+
+def test_a_partial_yaml_names_its_base_and_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "recipe: digits\npreset: fpdm-b-2\ntrain:\n  batch: 32\noptim: {lr: 1e-4, lr_final: none}\n"
+        "sample:\n  schedule: [1, 2]\ndata:\n"
+    )
+    config = load_config(str(path), ["--train.batch", "16"])
+    assert (config.recipe, config.model.hidden_size, config.train.batch) == ("digits", 768, 16)
+    assert (config.optim.lr, config.sample.schedule) == (1e-4, (1, 2))
+    assert config.fixed_point == RECIPES["digits"].fixed_point
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe: digits\ntrain: {bath: 3}", "unknown key train.bath; did you mean train.batch?"),
+        ("trian: {batch: 3}", "unknown key trian"),
+        ("train: {lr: 3}", "did you mean optim.lr?"),
+        ("recipe: digitz", "unknown recipe digitz; did you mean digits?"),
+        ("preset: fpdm-b-3", "unknown preset fpdm-b-3"),
+        ("train: 3", "train: got 3, expected a section"),
+        ("train: {batch: many}", "train.batch: got 'many', expected an integer"),
+        ("train: {precision: fp17}", "did you mean fp16?"),
+        ("optim: {lr: .nan}", "optim.lr: got nan"),
+        ("train: {batch: 3}\ntrain: {steps: 4}", "key train given again in line 2"),
+        ("[1, 2]", "expected a mapping"),
+        ("a: [", "got no YAML"),
+        ("a: !!python/object/apply:os.system [exit]", "got no YAML"),
+    ],
+)
+def test_a_bad_yaml_is_one_line_that_names_the_file(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refused(recipe=str(path))
+    assert words in message
+    assert "bad.yaml" in message
+
+
+def test_diff_names_what_a_resumed_run_may_not_change() -> None:
+    old = RECIPES["digits"]
+    free = ["--train.steps", "9", "--train.keep", "9", "--sample.iters", "9", "--train.out", "x"]
+    assert diff(old, load_config("digits", free), c.RESUME_FREE) == []
+    new = load_config("digits", [*free, "--optim.lr", "0.5", "--train.seed", "3"])
+    assert diff(old, new, c.RESUME_FREE) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
+    assert len(diff(old, new)) == 6
+    # the learning rate depends on the number of steps once it decays
+    decays = load_config("digits", ["--optim.lr_final", "0"])
+    longer = load_config("digits", ["--optim.lr_final", "0", "--train.steps", "9"])
+    assert diff(decays, longer, c.RESUME_FREE) == ["train.steps: 2600 -> 9"]
+    assert diff(to_dict(old), new, c.RESUME_FREE) == diff(old, new, c.RESUME_FREE)
+
+
+def test_resume_free_names_exist_and_have_reasons() -> None:
+    known = {*settings.flat(Config()), *SECTIONS}
+    assert set(c.RESUME_FREE) <= known
+    assert all(c.RESUME_FREE.values())
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_valid_value_round_trips(data: st.DataObject) -> None:
+    section, default = data.draw(st.sampled_from(sorted(SECTIONS.items())))
+    name, hint = data.draw(st.sampled_from(sorted(settings.hints(type(default)).items())))
+    value = data.draw(
+        st.one_of(st.integers(-3, 2000), st.floats(), st.booleans(), st.text(), st.none())
+    )
+    tried: dict[str, Any] = {section: {name: value}}
+    try:
+        config = from_dict(tried)
+    except ConfigError:
+        return
+    import yaml
+
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+    assert getattr(getattr(config, section), name) == value or value == "none"
+    assert hint is not bool or isinstance(value, bool)
+
+
+def test_help_lists_every_option_with_the_recipes_values(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        load_config("digits", ["--help"])
+    assert not left.value.code
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"--(\w+\.\w+)", text))
+    assert shown == set(settings.flat(Config())) - {"recipe"}
+    assert "--preset" in text
+    assert "(default: 2600)" in text
+
+
+def test_every_default_has_one_home() -> None:
+    # every field has a default, and every section is reachable from Config
+    for section in SECTIONS.values():
+        assert type(section)() is not None
+    assert {s.section for s in SECTIONS.values()} == set(SECTIONS)

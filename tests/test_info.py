@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from fpdm import info
+from fpdm.config import ConfigError
+from fpdm.kernels import ops
+
+
+def test_the_report_tells_every_implementation_and_why_not() -> None:
+    report = info.collect()
+    told = report["implementations"]["cpu"]
+    assert set(told) == {*ops.IMPLEMENTATIONS, "auto"}
+    for name, reason in ops.availability("cpu").items():
+        assert told[name] == (reason or "available")
+    assert told["reference"] == "available"
+    assert told["auto"] == ops.choose("auto", "cpu")
+
+
+def test_both_forms_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["versions", "processor", "devices", "implementations", "packages"]
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    for value in (report["versions"]["torch"], *report["packages"].values()):
+        assert value in text
+    assert "failed" not in text
+    with pytest.raises(ConfigError, match="--jsn"):
+        info.main(["--jsn"])
+
+
+def test_packages_are_found_or_absent() -> None:
+    assert info.package("numpy", ("numpy",), "numbers").startswith("found 2.")
+    assert info.package("no_such_thing", ("no-such-thing",), "a dream") == "absent: a dream"
+    # a module without a distribution is found all the same
+    assert info.package("tests", ("no-such-thing",), "x") in (
+        "found (version unknown)",
+        "absent: x",
+    )
+    assert all(
+        text.startswith(("found ", "absent: ", "refused: ")) for text in info.packages().values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [("optimizers", "found"), ("multi_tensor_apply", "found"), ("models", "refused: ")],
+)
+def test_the_registrys_apex_is_not_nvidias(
+    folder: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex" / folder).mkdir(parents=True)
+    # importing either would be a mistake: the one runs a web framework, the other needs a GPU
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = info.packages()["apex"]
+    assert told.startswith(says)
+    assert ("unrelated" in told) == (says != "found")
+    assert "\n" not in told
+
+
+def test_it_never_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object) -> NoReturn:
+        raise RuntimeError("driver\nis broken")
+
+    monkeypatch.setattr(ops, "availability", broken)
+    monkeypatch.setattr("torch.cuda.is_available", broken)
+    monkeypatch.setattr("torch.get_num_threads", broken)
+    monkeypatch.setattr("importlib.util.find_spec", broken)
+    monkeypatch.setattr("importlib.metadata.version", broken)
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert text.count("RuntimeError: driver is broken") == 4 + len(info.PACKAGES)

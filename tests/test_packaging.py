@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fpdm
+
+ROOT = Path(__file__).parents[1]
+# ask for them where they are used, not at import
+HEAVY = {"tyro", "yaml", "triton", "cupy", "matplotlib", "PIL", "diffusers", "tensorboard", "apex",
+         "sklearn", "flash_attn"}  # fmt: skip
+
+
+def imported(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(done.stdout.split())
+
+
+def test_the_library_imports_nothing_optional() -> None:
+    loaded = imported("import fpdm, fpdm.model, fpdm.recipes, fpdm.cli, fpdm.info")
+    assert loaded & {"torch", "fpdm"} == {"torch", "fpdm"}
+    assert not loaded & HEAVY
+
+
+def test_settings_need_no_torch_and_the_probe_bites() -> None:
+    loaded = imported("import fpdm.config, fpdm.recipes; fpdm.config.load_config('digits')")
+    assert not loaded & {"torch", "numpy", *HEAVY}
+    # control: the probe sees what a command line needs
+    argv = "['--train.batch', '8']"
+    loaded = imported(f"import fpdm.config; fpdm.config.load_config('digits', {argv})")
+    assert "tyro" in loaded
+    assert "torch" not in loaded
+
+
+def project() -> str:
+    return (ROOT / "pyproject.toml").read_text()
+
+
+def listed(name: str) -> list[str]:
+    """A list of strings in pyproject.toml; Python 3.10 has no tomllib."""
+    found = re.search(rf"^{name} = \[(.*?)\]$", project(), re.M | re.S)
+    assert found, name
+    return re.findall(r'"([^"]+)"', found.group(1))
+
+
+def test_the_project_is_what_it_says() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fpdm.__version__)
+    assert 'attr = "fpdm.__version__"' in project()
+    assert 'requires-python = ">=3.10,<3.14"' in project()
+    assert listed("dependencies") == [
+        "torch>=2.10",
+        "numpy",
+        "safetensors",
+        "pyyaml",
+        "tqdm",
+        "tyro",
+    ]
+    for extra in ("triton", "cuda12", "cuda13", "diffusers", "eval", "bench", "dev"):
+        listed(extra)
+    extras = project().partition("[project.optional-dependencies]")[2].partition("[tool.")[0]
+    assert "flash" not in extras
+    assert "apex" not in extras
+    folders = {p.parent for p in (ROOT / "fpdm").rglob("*.py")}
+    packages = {".".join(p.relative_to(ROOT).parts) for p in folders}
+    assert set(listed("packages")) == packages
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def pins(name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / "requirements" / name).read_text().splitlines():
+        if line and not line.startswith(("#", "-r")):
+            package, pinned, rest = line.partition("==")
+            assert pinned, f"{name}: {line} is not pinned"
+            found.setdefault(package.lower(), []).append(rest)
+    return found
+
+
+def test_everything_is_pinned_and_nothing_twice() -> None:
+    run, dev, triton = pins("run.txt"), pins("dev.txt"), pins("triton.txt")
+    assert not set(run) & set(dev)
+    assert run["torch"] == ["2.13.0"]
+    assert triton["triton"][0].startswith("3.6.0")
+    for package, rest in {**run, **dev}.items():
+        # two pins of one package are for complementary pythons
+        markers = [text.partition(";")[2].strip() for text in rest]
+        if len(rest) > 1:
+            assert markers == ['python_version < "3.11"', 'python_version >= "3.11"'], package
+    for name in listed("dependencies"):
+        assert name.split(">")[0].lower() in run
+    for name in listed("dev"):
+        assert name.lower() in dev
+    for name in listed("eval"):
+        assert name.lower() in run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="make and modes are of Unix")
+def test_ci_runs_make_test_in_a_fresh_environment() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    assert 'make test VENV="$scratch/venv" </dev/null' in text
+    subprocess.run(["bash", "-n", script], check=True)
+    # a dry run shows every command of `make test` without running one
+    done = subprocess.run(
+        ["make", "-n", "test", "VENV=/nowhere/venv"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "-m venv",
+        "requirements/dev.txt",
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "pytest",
+    ):
+        assert part in done.stdout
+    train = subprocess.run(["make", "-n", "train"], cwd=ROOT, capture_output=True, text=True)
+    assert "fpdm.train digits" in train.stdout
+    assert "fpdm.evaluate runs/digits" in train.stdout
+
+
+def test_no_file_names_a_registry_or_a_machine() -> None:
+    files = [ROOT / "Makefile", ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+    for path in [*files, *(ROOT / "requirements").iterdir()]:
+        text = path.read_text()
+        assert "://" not in text, path
+        assert "--hash" not in text, path
+        assert not re.search(r"(^|[\s\"'=])/(home|root|work|opt|usr)/", text), path
