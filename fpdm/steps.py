@@ -1,0 +1,168 @@
+"""Sampling steps: which timesteps, and the affine map from one to the next (DDPM, DDIM; guidance).
+
+Everything is a linear combination of x_t, the prediction and a normal z with float64 coefficients:
+
+    x_0 = a x_t - s v,  eps = s x_t + a v      under v-prediction
+    x_0 = (x_t - s eps) / a                    under eps-prediction, which never meets abar = 0
+    eps = (x_t - a x_0) / s                    under x0-prediction
+
+    DDIM   x_p = a_p x_0 + sqrt(1 - abar_p - sigma^2) eps + sigma z
+           sigma = eta sqrt((1 - abar_p) / (1 - abar)) sqrt(1 - abar / abar_p)
+    DDPM   x_p = (a_p beta x_0 + sqrt(1 - beta) (1 - abar_p) x_t) / (1 - abar) + sigma z
+           log sigma^2 = f log beta + (1 - f) log beta~,  f = (u + 1) / 2 not clamped
+
+a = sqrt(abar), s = sqrt(1 - abar); p is the next retained timestep, abar_p = 1 after the last, and
+beta = 1 - abar / abar_p. The last step adds no noise. Nothing divides by a unless the prediction is
+eps, so zero terminal SNR is an ordinary row. S steps, B batch, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpdm.config import ConfigError
+from fpdm.diffusion import Diffusion, log_posterior_variance
+
+Array = NDArray[np.float64]
+
+COLUMNS = ("x", "prediction", "noise", "log_std", "log_std_slope")
+
+
+def timesteps(total: int, steps: int, spacing: str, zero_terminal_snr: bool) -> list[int]:
+    """S of the timesteps 0..T-1, descending, all different.
+
+    trailing   round_half_even(T - i T/S) - 1, i = 0..S-1, in exact fractions: T-1 is in, 0 is not
+    linspace   c = 0, (T-1)/(S-1), ... added up in float64, rounded half to even, 0 and T-1 both in:
+               the published rule. Adding up matters: np.linspace differs
+    leading    i floor(T/S): 0 is in, T-1 usually not
+
+    S = 1 is [T-1] in all of them. Raises ConfigError for S outside 1..T, an unknown spacing, and
+    leading under zero terminal SNR, which would start from noise at a timestep that has signal.
+    """
+    if not 1 <= steps <= total:
+        raise ConfigError(f"sample.steps: got {steps}, expected 1..{total}")
+    if spacing not in ("trailing", "linspace", "leading"):
+        raise ConfigError(f"sample.spacing: got {spacing}, expected trailing, linspace or leading")
+    if spacing == "leading" and zero_terminal_snr:
+        raise ConfigError(
+            "sample.spacing: got leading with zero terminal SNR, expected trailing or linspace "
+            "(sampling must start at the last timestep)"
+        )
+    if steps == 1:
+        return [total - 1]
+    if spacing == "trailing":
+        return [round(Fraction(total * (steps - i), steps)) - 1 for i in range(steps)]
+    if spacing == "leading":
+        return [i * (total // steps) for i in reversed(range(steps))]
+    kept, position, stride = [], 0.0, (total - 1) / (steps - 1)
+    for _ in range(steps):
+        kept.append(round(position))
+        position += stride
+    return kept[::-1]
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Coefficients of every step in sampling order.
+
+    timesteps: S descending indices of the training schedule (what the network is told).
+    coefficients (S,5) float64, columns ``COLUMNS``, all finite. The noise's standard deviation is
+    noise exp(log_std + log_std_slope u); its three numbers are 0 where the step adds none.
+    random: S booleans, whether the step wants normals.
+    """
+
+    timesteps: tuple[int, ...]
+    coefficients: Array
+    random: tuple[bool, ...]
+
+    def rows(self, device: torch.device | str = "cpu") -> Tensor:
+        """The coefficients, float32 (S,5) on ``device``; a row of it goes to ``step``."""
+        return torch.from_numpy(self.coefficients).to(device, torch.float32)
+
+
+def build_table(
+    diffusion: Diffusion, timesteps: Sequence[int], method: str, eta: float
+) -> StepTable:
+    """Coefficients for descending ``timesteps`` of ``diffusion``.
+
+    ``method`` ddim (stochastic with ``eta`` > 0; 1 has DDPM's posterior variance) or ddpm (learned
+    variance, on the betas of the retained timesteps; eta must be 0). Raises ConfigError otherwise.
+    """
+    last = diffusion.config.timesteps
+    if not timesteps or any(a <= b for a, b in zip([last, *timesteps], [*timesteps, -1])):
+        raise ConfigError(f"timesteps: got {list(timesteps)}, expected {last - 1}..0, descending")
+    if method not in ("ddim", "ddpm"):
+        raise ConfigError(f"sample.method: got {method}, expected ddim or ddpm")
+    if eta < 0.0 or (eta and method == "ddpm"):
+        raise ConfigError(f"sample.eta: got {eta} with {method}, expected 0, or more with ddim")
+    abar = diffusion.alphas_cumprod[np.asarray(timesteps)]
+    previous = np.append(abar[1:], 1.0)
+    x0, eps = _from_prediction(abar, diffusion.config.prediction)
+    if method == "ddim":
+        sigma = eta * np.sqrt((1.0 - previous) / (1.0 - abar) * (1.0 - abar / previous))
+        direction = np.sqrt(np.maximum(1.0 - previous - sigma**2, 0.0))
+        affine = np.sqrt(previous) * x0 + direction * eps
+        spread = np.stack([sigma, np.zeros_like(sigma), np.zeros_like(sigma)])
+    else:
+        beta = 1.0 - abar / previous
+        affine = np.sqrt(previous) * beta / (1.0 - abar) * x0
+        affine[0] += np.sqrt(1.0 - beta) * (1.0 - previous) / (1.0 - abar)
+        # the chain of retained timesteps runs forward in time
+        log_tilde = log_posterior_variance(beta[::-1], abar[::-1])[::-1]
+        log_beta = np.log(beta)
+        spread = np.stack(
+            [np.ones_like(beta), (log_beta + log_tilde) / 4.0, (log_beta - log_tilde) / 4.0]
+        )
+        spread[:, -1] = 0.0
+    coefficients = np.concatenate([affine, spread]).T.copy()
+    random = tuple(bool(value) for value in coefficients[:, 2])
+    return StepTable(tuple(int(t) for t in timesteps), coefficients, random)
+
+
+def _from_prediction(abar: Array, prediction: str) -> tuple[Array, Array]:
+    """x_0 and eps as combinations of (x_t, prediction): two arrays (2,S)."""
+    a, s = np.sqrt(abar), np.sqrt(1.0 - abar)
+    zero, one = np.zeros_like(a), np.ones_like(a)
+    if prediction == "v":
+        return np.stack([a, -s]), np.stack([s, a])
+    if prediction == "eps":
+        return np.stack([1.0 / a, -s / a]), np.stack([zero, one])
+    return np.stack([zero, one]), np.stack([1.0 / s, -a / s])
+
+
+def step(x: Tensor, output: Tensor, row: Tensor | Sequence[float], noise: Tensor | None) -> Tensor:
+    """x at the next timestep, fp32 (B,C,h,w), from x (B,C,h,w) and output (B,2C,h,w).
+
+    ``row`` is a row of ``StepTable.rows`` (stays on the device, no synchronisation) or of its
+    coefficients; ``noise`` (B,C,h,w) normals, ignored by steps that add none, or None for none.
+    """
+    c = x.shape[1]
+    keep, predict, spread, log_std, slope = row
+    mean = keep * x.float() + predict * output[:, :c].float()
+    if noise is None:
+        return mean
+    return mean + spread * torch.exp(log_std + slope * output[:, c:].float()) * noise
+
+
+def guide(
+    cond: Tensor, uncond: Tensor, scale: float | Tensor, channels: int | None = None
+) -> Tensor:
+    """Classifier-free guidance, (B,2C,h,w): uncond + scale (cond - uncond) on prediction channels.
+
+    All C of them, or the first ``channels`` (3 is the published habit at C = 4); the other channels
+    and the variance are cond's. Guiding v, eps or x_0 is the same, each being affine in the others.
+    Exactly cond at scale 1. Raises ConfigError for channels outside 1..C.
+    """
+    c = cond.shape[1] // 2
+    guided = c if channels is None else channels
+    if not 1 <= guided <= c:
+        raise ConfigError(f"sample.guidance_channels: got {guided}, expected 1..{c}")
+    mixed = torch.lerp(uncond[:, :guided], cond[:, :guided], scale)
+    return torch.cat([mixed, cond[:, guided:]], 1)
