@@ -1,0 +1,276 @@
+"""Pictures: grids of samples as PNG, curves of a run, residuals of a sampler.
+
+Grids need nothing but zlib. The plots need matplotlib (``pip install "fpdm[eval]"``); without it
+they print one line and return False, so that a run never fails over a picture. Every file is
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpdm.config import ConfigError
+from fpdm.files import atomic_write
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_MIN_SIDE = 48  # pixels; smaller images are enlarged unless the caller gives a scale
+_LINE = 96  # gray of the separators
+_WINDOWS = 25  # a curve is averaged over about this part of its rows
+# 3 x 5 dots per digit, rows from the top
+_GLYPHS = (
+    "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
+    "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111",
+)  # fmt: skip
+
+
+# grids
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """(N,C,h,w) in [-1,1] -> (N,h,w,C) uint8: clamp(127.5 x + 128, 0, 255) truncated, NaN black."""
+    pixels = (127.5 * x.detach().float() + 128).nan_to_num(0.0).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """(h,w,C) uint8, C = 1 (gray) or 3 (RGB), as an 8-bit PNG without line filters."""
+    h, w, c = pixels.shape
+    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.reshape(h, w * c)], axis=1)
+    header = struct.pack(">IIBBBBB", w, h, 8, {1: 0, 3: 2}[c], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return PNG_MAGIC + b"".join(packed)
+
+
+def make_grid(
+    x: Tensor, columns: int, scale: int | None = None, labels: Sequence[int] | None = None
+) -> np.ndarray:
+    """Images (N,C,h,w) in [-1,1], row by row, as one picture (H,W,1 or 3) uint8.
+
+    C = 1 or 2 shows the first channel in gray, C >= 3 the first three as RGB (latents are shown as
+    they are, not decoded). Pixels are repeated ``scale`` times; None is the least factor that makes
+    an image 48 pixels high. ``labels``: one non-negative integer per row, drawn at its left.
+    Raises ConfigError for other shapes or numbers.
+    """
+    if x.dim() != 4 or 0 in x.shape:
+        raise ConfigError(f"grid: got images of shape {tuple(x.shape)}, expected (N,C,h,w)")
+    if columns < 1 or (scale is not None and scale < 1):
+        raise ConfigError(f"grid: got columns={columns}, scale={scale}, expected at least 1")
+    images = to_uint8(x[:, :3] if x.shape[1] >= 3 else x[:, :1])
+    n, h, w, c = images.shape
+    rows = math.ceil(n / columns)
+    if labels is not None and (len(labels) != rows or min(labels) < 0):
+        raise ConfigError(f"grid: got labels {list(labels)}, expected {rows} integers >= 0")
+    scale = scale or math.ceil(_MIN_SIDE / h)
+    gap = max(1, scale // 3)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    h, w = h * scale, w * scale
+    margin, dot = 0, max(1, h // 8)
+    if labels is not None:
+        margin = gap + dot * (4 * max(len(str(label)) for label in labels) + 1)
+    shape = (gap + rows * (h + gap), margin + gap + columns * (w + gap), c)
+    grid = np.full(shape, _LINE, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), margin + gap + i % columns * (w + gap)
+        grid[top : top + h, left : left + w] = image
+    for i, label in enumerate(labels or ()):
+        top = gap + i * (h + gap) + max(0, (h - 5 * dot) // 2)
+        _draw_number(grid, label, top, gap + dot, dot)
+    return grid
+
+
+def _draw_number(grid: np.ndarray, number: int, top: int, left: int, dot: int) -> None:
+    """White digits of 3 x 5 dots; what lies outside the picture is cut off."""
+    for digit in str(number):
+        glyph = np.array([int(bit) for bit in _GLYPHS[int(digit)]], bool).reshape(5, 3)
+        glyph = glyph.repeat(dot, axis=0).repeat(dot, axis=1)
+        part = grid[top : top + 5 * dot, left : left + 3 * dot]
+        part[glyph[: part.shape[0], : part.shape[1]]] = 255
+        left += 4 * dot
+
+
+def save_grid(
+    x: Tensor,
+    path: str | Path,
+    columns: int,
+    scale: int | None = None,
+    labels: Sequence[int] | None = None,
+) -> None:
+    """Write ``make_grid`` of the same arguments as an 8-bit PNG, atomically.
+
+    Raises ConfigError for a bad shape or number, UserError when the file cannot be written.
+    """
+    atomic_write(path, encode_png(make_grid(x, columns, scale, labels)))
+
+
+def decode(path: str | Path) -> np.ndarray:
+    """The pixels (H,W,C) of a PNG, C = 1 or 3, read by Pillow and not by the code that wrote it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+# plots
+
+
+def _figure(width: float, height: float, wanted: str) -> Any:
+    """A matplotlib figure outside pyplot's global state, or None after saying what is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(
+            f'{wanted}: not drawn, matplotlib is not installed (pip install "fpdm[eval]")',
+            file=sys.stderr,
+        )
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    atomic_write(path, buffer.getvalue())
+
+
+def read_history(path: str | Path) -> dict[str, np.ndarray]:
+    """Columns of a metrics file, float64, one entry per row that has a step, in the order of steps.
+
+    A value that is missing, null or no number is NaN; a line that a kill cut short is left out; a
+    step that appears twice (a run resumed) counts as it was last written. Raises UserError when the
+    file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    rows: dict[float, dict[str, Any]] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            rows[float(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    ordered = [rows[step] for step in sorted(rows)]
+    names = sorted({name for row in ordered for name in row})
+    return {name: np.array([_number(row.get(name)) for row in ordered]) for name in names}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def smooth(values: np.ndarray, decay: float) -> np.ndarray:
+    """Running average s_i = sum_j<=i decay^(i-j) v_j / sum_j<=i decay^(i-j) over the finite v_j;
+    NaN before the first of them."""
+    total = weight = 0.0
+    out = np.full(len(values), math.nan)
+    for i, value in enumerate(values):
+        total, weight = decay * total, decay * weight
+        if math.isfinite(value):
+            total, weight = total + value, weight + 1.0
+        if weight:
+            out[i] = total / weight
+    return out
+
+
+def plot_history(metrics: str | Path, path: str | Path) -> bool:
+    """Loss, relative residual and iterations n, m over the steps of a ``metrics.jsonl``, as a PNG.
+
+    True when the picture was written; False, after one line on stderr, when matplotlib is missing
+    or there are no rows. Raises UserError when a file cannot be read or written.
+    """
+    history = read_history(metrics)
+    steps = history.get("step", np.zeros(0))
+    if not len(steps):
+        print(f"{path}: not drawn, {metrics} has no rows", file=sys.stderr)
+        return False
+    figure = _figure(8.0, 8.0, str(path))
+    if figure is None:
+        return False
+    loss, residual, iterations = figure.subplots(3, 1, sharex=True)
+    for name in ("loss", "mse", "vb"):
+        _curve(loss, steps, history.get(name), name)
+    _curve(residual, steps, history.get("residual"), "residual")
+    for name in ("n", "m"):
+        if name in history:
+            iterations.plot(steps, history[name], ".", markersize=3, label=name)
+    for axis, title in (
+        (loss, "loss"), (residual, "relative residual"), (iterations, "iterations"),
+    ):  # fmt: skip
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc="upper right")
+    iterations.set_xlabel("step")
+    _save(figure, path)
+    return True
+
+
+def _curve(axis: Any, steps: np.ndarray, values: np.ndarray | None, name: str) -> None:
+    """Raw values faint, their running average strong; logarithmic where every value is positive."""
+    if values is None or not np.isfinite(values).any():
+        return
+    values = np.where(np.isfinite(values), values, math.nan)
+    decay = min(0.98, max(0.0, 1 - _WINDOWS / len(values)))
+    marker = "." if np.isfinite(values).sum() == 1 else ""
+    (line,) = axis.plot(steps, smooth(values, decay), marker=marker, label=name)
+    axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+    if axis.get_yscale() == "linear" and np.nanmin(values) > 0:
+        axis.set_yscale("log")
+    elif np.nanmin(values) <= 0:
+        axis.set_yscale("symlog", linthresh=1e-3)
+
+
+def plot_residuals(residual: Tensor, timesteps: Sequence[int], path: str | Path) -> bool:
+    """Relative residual of a sampler, (S,K) or (S,K,B) averaged over B, as a PNG: timesteps t of
+    the plan from noise (top) to image, iterations from left to right, colour logarithmic.
+
+    NaN marks iterations that a timestep did not run. True when the picture was written; False,
+    after one line on stderr, when matplotlib is missing or no iteration was run (a DiT). Raises
+    ConfigError for other shapes.
+    """
+    if residual.dim() not in (2, 3) or len(residual) != len(timesteps):
+        raise ConfigError(
+            f"residual: got shape {tuple(residual.shape)} for {len(timesteps)} timesteps, "
+            "expected (S,K) or (S,K,B)"
+        )
+    values = residual.detach().double().cpu()
+    values = values.nanmean(dim=2) if values.dim() == 3 else values
+    table = np.ma.masked_invalid(values.numpy())
+    table = np.ma.masked_less_equal(table, 0.0)
+    if not table.count():
+        print(f"{path}: not drawn, no iteration has a residual", file=sys.stderr)
+        return False
+    figure = _figure(2.5 + 0.35 * table.shape[1], 1.5 + 0.2 * table.shape[0], str(path))
+    if figure is None:
+        return False
+    from matplotlib.colors import LogNorm
+
+    axis = figure.subplots()
+    low = float(table.min())
+    norm = LogNorm(low, max(float(table.max()), 1.001 * low))
+    image = axis.imshow(table, norm=norm, aspect="auto", interpolation="nearest")
+    axis.set_xticks(range(table.shape[1]), [str(j + 1) for j in range(table.shape[1])])
+    axis.set_yticks(range(table.shape[0]), [str(t) for t in timesteps])
+    axis.set_xlabel("iteration")
+    axis.set_ylabel("timestep")
+    figure.colorbar(image, label="relative residual")
+    _save(figure, path)
+    return True

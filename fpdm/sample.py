@@ -1,0 +1,412 @@
+"""Images from a trained model: ``python -m fpdm.sample [SOURCE] [options]``.
+
+SOURCE is a run directory (the EMA of its newest checkpoint), an export directory, or nothing: the
+digits model that ships with the package. Image i is a function of its seed and label alone, so
+shards (``--shard i/n`` makes images i, i+n, ...), batches and restarts agree. The output directory
+is described in fpdm.gallery: a second run with the same settings makes only what is missing, with
+other settings it is refused, and whichever shard finds every image there writes samples.npz and
+grid.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fpdm import checkpoint, figures, interop
+from fpdm.cli import run_main
+from fpdm.config import (
+    ConfigError,
+    DiffusionConfig,
+    ExecutionConfig,
+    ModelConfig,
+    SamplerConfig,
+    from_dict,
+)
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler, check_labels, check_seeds
+from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
+from fpdm.kernels import ops
+from fpdm.model import FPDM, DiT, build_model
+from fpdm.settings import plain, update
+
+SHIPPED = Path(__file__).parent / "assets" / "digits_export"
+COST = ("iters", "budget", "budget_macs")
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A trained model and how it was trained; ``which`` of its weights: ema or raw."""
+
+    model: FPDM | DiT
+    diffusion: Diffusion
+    model_config: ModelConfig
+    diffusion_config: DiffusionConfig
+    sampler_config: SamplerConfig
+    name: str
+    which: str
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
+        digest = hashlib.sha256()
+        for name, param in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Image i has ``labels[i]`` and ``seeds[i]``; this process makes ``ids``; columns of the grid.
+
+    ``settings`` is what the images depend on, as ``settings.json`` keeps it.
+    """
+
+    labels: list[int]
+    seeds: list[int]
+    ids: list[int]
+    columns: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a process made: images, seconds without the writing, mean residual (S,K) over them."""
+
+    images: int
+    seconds: float
+    residual: Tensor
+
+
+# sources
+
+
+def load_source(
+    path: str | Path | None = None,
+    which: str | None = None,
+    execution: ExecutionConfig | None = None,
+    device: str | torch.device = "cpu",
+) -> LoadedSource:
+    """The model in a run directory (``which`` = ema or raw of its newest good checkpoint; None is
+    ema) or in an export directory (which holds one of them); without path: the shipped digits.
+
+    Raises ConfigError when ``path`` is neither or does not hold the weights asked for,
+    CheckpointError when its files are damaged.
+    """
+    if which not in (None, "ema", "raw"):
+        raise ConfigError(f"weights: got {which!r}, expected ema or raw")
+    path = SHIPPED if path is None else Path(path)
+    if (path / interop.CONFIG).is_file():
+        return _load_export(path, which, execution, device)
+    if (path / "checkpoints").is_dir():
+        return _load_run(path, which or "ema", execution, device)
+    raise ConfigError(
+        f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
+        f"(with {interop.CONFIG})"
+    )
+
+
+def _load_export(
+    path: Path, which: str | None, execution: ExecutionConfig | None, device: str | torch.device
+) -> LoadedSource:
+    found = interop.read_export(path)
+    if which not in (None, found.weights):
+        raise ConfigError(f"weights: got {which}, expected {found.weights}, all that {path} holds")
+    model = interop.from_pretrained(path, execution).to(device)
+    # where the export names no cost: the model's own default
+    sampler = SamplerConfig(iters=8 if found.model.kind == "fpdm" else None)
+    if "sample" in found.extra:
+        sampler = update(SamplerConfig(), found.extra["sample"], "sample.")
+    diffusion = Diffusion(found.diffusion, device)
+    name = path.resolve().name
+    return LoadedSource(
+        model, diffusion, found.model, found.diffusion, sampler, name, found.weights
+    )
+
+
+def _load_run(
+    path: Path, which: str, execution: ExecutionConfig | None, device: str | torch.device
+) -> LoadedSource:
+    found = checkpoint.load_newest(path / "checkpoints", report=_warn)
+    if found is None:
+        raise ConfigError(f"source: got {path} without a checkpoint, expected a run that saved one")
+    config = from_dict(found.meta["config"])
+    state = dict(found.tensors["model"])
+    if which == "ema":
+        state.update(found.tensors["ema"])
+    model = build_model(config.model, execution or config.execution)
+    interop.load_strict(model, state, str(found.path))
+    return LoadedSource(
+        model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
+        config.sample, f"{path.resolve().name}-{found.step}", which,
+    )  # fmt: skip
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# what was asked for
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one ConfigError, like every other mistake of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what is not given comes from the source's own sampler settings."""
+    p = _Parser(
+        prog="fpdm.sample",
+        description="Draw images with a trained FPDM or DiT.",
+        allow_abbrev=False,
+    )
+    p.add_argument("source", nargs="?", help="run or export directory (default: shipped digits)")
+    p.add_argument("--out", help="output directory (default: samples/<source>-<settings>)")
+    p.add_argument("--weights", choices=("ema", "raw"), help="of a run directory (default: ema)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--impl", help="auto, " + ", ".join(ops.IMPLEMENTATIONS))
+    p.add_argument("--steps", type=int, help="timesteps S")
+    cost = p.add_mutually_exclusive_group()
+    cost.add_argument("--iters", type=int, help="fixed-point iterations per timestep")
+    cost.add_argument("--budget", type=int, help="blocks per image")
+    cost.add_argument("--budget-macs", type=float, help="multiply-adds per image")
+    cost.add_argument("--schedule", help="iterations of every timestep in order: 8,8,4,...")
+    p.add_argument("--method", choices=("ddim", "ddpm"))
+    p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
+    p.add_argument("--spacing", choices=("trailing", "linspace", "leading"))
+    p.add_argument("--allocation", choices=("constant", "increasing", "decreasing"))
+    p.add_argument("--reuse", choices=("none", "full", "blend", "extrapolate"))
+    p.add_argument("--gamma", type=float, dest="reuse_gamma", help="of --reuse blend")
+    p.add_argument("--rho", type=float, dest="reuse_rho", help="of --reuse extrapolate")
+    p.add_argument("--guidance", type=float, help="scale; 1 is the conditional model alone")
+    p.add_argument("--guidance-channels", type=int, help="guide only the first ones")
+    p.add_argument("--labels", default="balanced", help="balanced, all, or 0,3,5-7 (cycled)")
+    p.add_argument("--count", type=int, help="number of images")
+    seeds = p.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
+    seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
+    p.add_argument("--batch", type=int, help="images at once")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
+    p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
+    p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
+    return p
+
+
+def sampler_config(base: SamplerConfig, args: argparse.Namespace) -> SamplerConfig:
+    """``base`` with what the command line gives; a new cost replaces the old one."""
+    names = {field.name for field in fields(SamplerConfig)} - {"schedule"}
+    given = {n: v for n, v in vars(args).items() if n in names and v is not None}
+    explicit = base.allocation == "explicit"
+    if args.schedule is not None:
+        ks = tuple(parse_integers("schedule", args.schedule))
+        given = {"steps": len(ks)} | given | dict.fromkeys(COST)
+        return replace(base, **given, allocation="explicit", schedule=ks)
+    if any(name in given for name in COST):
+        given = dict.fromkeys(COST) | given
+        if explicit:
+            given = {"allocation": "constant"} | given | {"schedule": ()}
+    return replace(base, **given)
+
+
+def parse_integers(name: str, text: str) -> list[int]:
+    """The integers in text like ``0,3,5-7``; ConfigError for anything else."""
+    values: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ConfigError(f"{name}: got {text!r}, expected integers like 0,3,5-7")
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if not 0 <= last - first < 1 << 24:
+            raise ConfigError(f"{name}: got the range {part.strip()}, expected first-last")
+        values.extend(range(first, last + 1))
+    return values
+
+
+def choose_images(args: argparse.Namespace, classes: int) -> tuple[list[int], list[int], int]:
+    """(labels, seeds, grid columns) of every image, whatever the shard."""
+    cycle = list(range(classes))
+    if args.labels not in ("all", "balanced"):
+        cycle = check_labels(parse_integers("labels", args.labels), classes)
+    seeds = None if args.seeds is None else parse_integers("seeds", args.seeds)
+    count = args.count
+    if count is None and seeds is not None:
+        count = len(seeds)
+    elif count is None:
+        few = 8 * classes if classes <= 16 else 16
+        count = few if args.labels == "balanced" else len(cycle)
+    if count < 1:
+        raise ConfigError(f"count: got {count}, expected at least 1")
+    if seeds is None:
+        seeds = [args.seed + i for i in range(count)]
+    if args.labels == "balanced":
+        labels = [i * classes // count for i in range(count)]
+        columns = count // classes if count % classes == 0 else 0
+    else:
+        labels = [cycle[i % len(cycle)] for i in range(count)]
+        columns = len(cycle) if len(cycle) <= 16 < 2 * count else 0
+    columns = columns or math.ceil(math.sqrt(min(count, GRID_IMAGES)))
+    return labels, check_seeds(seeds, count), columns
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of text like ``0/4``, 0 <= i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"shard: got {text!r}, expected i/n with 0 <= i < n")
+    return int(match[1]), int(match[2])
+
+
+def make_request(args: argparse.Namespace, source: LoadedSource, config: SamplerConfig) -> Request:
+    """Everything that is to be made, and by this process."""
+    labels, seeds, columns = choose_images(args, source.model_config.num_classes)
+    shard, shards = parse_shard(args.shard)
+    settings = {
+        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+        "model": plain(source.model_config),
+        "diffusion": plain(source.diffusion_config),
+        "sample": {k: v for k, v in plain(config).items() if k != "batch"},
+        "labels": args.labels,
+        "seeds": args.seeds if args.seeds is not None else f"{args.seed}+i",
+        "count": len(labels),
+    }
+    ids = list(range(shard, len(labels), shards))
+    return Request(labels, seeds, ids, columns, settings)
+
+
+# making and writing
+
+
+def generate(sampler: Sampler, request: Request, store: Store) -> Made:
+    """Make the images of this process that are missing, one batch after the other."""
+    missing = [i for i in request.ids if store.read(i) is None]
+    plan = sampler.plan.steps
+    residual = torch.zeros(len(plan), max(k for _, k in plan), device=sampler.device)
+    seconds = 0.0
+    with tqdm(total=len(missing) * len(plan), unit="step", disable=not missing) as bar:
+        for start in range(0, len(missing), sampler.config.batch):
+            ids = missing[start : start + sampler.config.batch]
+            labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
+            began = time.perf_counter()
+            samples = sampler.sample(labels, seeds, progress=bar.update)
+            x = samples.x.cpu()
+            seconds += time.perf_counter() - began
+            residual += samples.stats.residual.sum(dim=2)
+            for i, image in zip(ids, x):
+                store.write(i, image)
+    return Made(len(missing), seconds, residual.cpu() / max(1, len(missing)))
+
+
+# telling
+
+
+def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
+    """What is going to run and what it costs."""
+    plan, c, m = sampler.plan, sampler.config, source.model_config
+    ks = [k for _, k in plan.steps]
+    solver = f"k {min(ks)}" if min(ks) == max(ks) else f"k {min(ks)} to {max(ks)}"
+    if m.kind == "fpdm":
+        solver += f", {c.allocation}, reuse {c.reuse}"
+    else:
+        solver = "no fixed point"
+    stranded = f" ({plan.stranded} stranded)" if plan.stranded else ""
+    parameters = sum(p.numel() for p in source.model.parameters())
+    return [
+        f"source     {source.name} ({source.which}): {m.kind}, {parameters / 1e6:.2f} M parameters",
+        f"plan       {c.method}, {len(ks)} steps {c.spacing}, {solver}, guidance {c.guidance:g}",
+        f"per image  {plan.blocks} blocks{stranded}, {plan.macs / 1e9:.3g} GMACs",
+        f"running    {impl} on {sampler.device}, {c.dtype}, batch {sampler.batch}",
+    ]
+
+
+def residual_table(plan: Sequence[tuple[int, int]], residual: Tensor) -> list[str]:
+    """Mean relative residual |f(x)-x| / |f(x)| of the first and last iteration, per timestep."""
+    cells = [
+        f"{t:4d} {k:2d} {row[0]:.0e}>{row[k - 1]:.0e}"
+        for (t, k), row in zip(plan, residual.tolist())
+        if k
+    ]
+    lines = [cells[i : i + 4] for i in range(0, len(cells), 4)]
+    head = ["residual   t, iterations, first > last (mean over the images)"] if lines else []
+    return head + ["           " + "   ".join(line) for line in lines]
+
+
+def check_operators(impl: str) -> str:
+    """Which implementation ran how many calls; ImplError unless all ran on ``impl``."""
+    used: dict[str, list[str]] = {}
+    for operator, by_impl in sorted(ops.counters().items()):
+        for name, calls in by_impl.items():
+            used.setdefault(name, []).append(f"{operator} {calls}")
+    told = "; ".join(f"{name}: {', '.join(calls)}" for name, calls in used.items())
+    if set(used) - {impl}:
+        raise ops.ImplError(f"operators: got {told}; expected all on {impl}, as announced")
+    return told
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; auto is CUDA when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {name!r}, expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got cuda, expected cpu (no CUDA device is usable here)")
+    return device
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; see the module."""
+    args = parser().parse_args(argv)
+    device = choose_device(args.device)
+    execution = None if args.impl is None else ExecutionConfig(impl=args.impl)
+    source = load_source(args.source, args.weights, execution, device)
+    impl = ops.choose(source.model.execution.impl, device)
+    sampler = Sampler(source.model, source.diffusion, sampler_config(source.sampler_config, args))
+    request = make_request(args, source, sampler.config)
+    tag = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()[:8]
+    out = Path(args.out or f"samples/{source.name}-{tag}")
+    claim(out, request.settings)
+    print("\n".join(describe(sampler, source, impl)), flush=True)
+    ops.reset_counters()
+    store = Store(out, source.model_config)
+    made = generate(sampler, request, store)
+    told = check_operators(impl)
+    there = len(request.ids) - made.images
+    each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
+    print(f"images     {made.images} made, {there} were there{each}")
+    if made.images:
+        print("\n".join(residual_table(sampler.plan.steps, made.residual)))
+        print(f"operators  {told}")
+        if args.residuals:
+            timesteps = [t for t, _ in sampler.plan.steps]
+            figures.plot_residuals(made.residual, timesteps, out / "residuals.png")
+    if assemble(store, request.labels, request.seeds, request.columns):
+        what = "latents: a VAE turns them into images" if store.latent else "images"
+        print(f"wrote      {out}/grid.png, samples.npz and {len(request.labels)} {what}")
+    else:
+        print(f"wrote      {len(request.ids)} images to {out}; the other shards' are not all there")
+
+
+if __name__ == "__main__":
+    run_main("fpdm.sample", main)

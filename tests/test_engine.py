@@ -1,0 +1,548 @@
+"""The sampler against published numbers, a naive loop, and itself in other batches."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    TINY_DIT,
+    extra_model,
+    random_model,
+    relative,
+    tiny_dit,
+    tiny_model,
+    worst_relative,
+)
+from torch import Tensor
+
+from fpdm import engine, fixed_point, steps
+from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler, initial_iterate, launches
+from fpdm.weights import PreparedWeights
+
+SMALL = ModelConfig(
+    input_size=4,
+    in_channels=2,
+    hidden_size=16,
+    num_heads=2,
+    num_classes=5,
+    pre_depth=1,
+    post_depth=2,
+)
+TIMED = replace(SMALL, pre_post_timestep_conditioning=True)
+DIT = ModelConfig(
+    kind="dit", input_size=4, in_channels=2, hidden_size=16, num_heads=2, num_classes=5,
+    pre_depth=0, post_depth=0, depth=2,
+)  # fmt: skip
+BUSY = SamplerConfig(
+    method="ddpm", steps=4, iters=2, reuse="extrapolate", guidance=2.5, batch=3, spacing="linspace"
+)
+LABELS, SEEDS = [0, 4, 1, 1, 3, 2, 0], [5, 0, 2**63, 2**64 - 1, 7, 8, 9]
+
+
+def network(config: ModelConfig = SMALL) -> Any:
+    return random_model(config)
+
+
+def sampler(config: SamplerConfig, model: Any = None, **diffusion: Any) -> Sampler:
+    return Sampler(model or network(), Diffusion(DiffusionConfig(**diffusion)), config)
+
+
+def draw(config: SamplerConfig, labels: Any = LABELS, seeds: Any = SEEDS, **kw: Any) -> Tensor:
+    return sampler(config, **kw).sample(labels, seeds).x
+
+
+# published numbers
+
+GOLDEN = SamplerConfig(steps=10, iters=3, spacing="linspace", batch=4)
+PUBLISHED: dict[str, tuple[SamplerConfig, dict[str, Any]]] = {
+    "sample.ddim10": (GOLDEN, {}),
+    "sample.ddim10_reuse": (replace(GOLDEN, reuse="full"), {}),
+    "sample.ddpm10": (replace(GOLDEN, method="ddpm"), {}),
+    "sample.eps_linear_ddim10": (GOLDEN, {"prediction": "eps", "zero_terminal_snr": False}),
+}
+
+
+def published_sample(golden: dict[str, Tensor], name: str, fold: bool, **changes: Any) -> float:
+    config, diffusion = PUBLISHED[name]
+    model = tiny_model(golden)
+    weights = PreparedWeights(model, torch.float32, fold=fold)
+    s = Sampler(model, Diffusion(DiffusionConfig(**diffusion)), replace(config, **changes), weights)
+    y = golden["y"]
+    noise = golden["sample.ddpm10_noise"] if config.method == "ddpm" else None
+    found = s.sample(y, range(len(y)), noise=golden["sample.z"], step_noise=noise)
+    return worst_relative(found.x, golden[name])
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_samples(tiny: dict[str, Tensor], name: str, fold: bool) -> None:
+    assert published_sample(tiny, name, fold) <= 5e-6
+
+
+def test_published_samples_bite(tiny: dict[str, Tensor]) -> None:
+    assert published_sample(tiny, "sample.ddim10", True, spacing="trailing") > 1e-3
+    assert published_sample(tiny, "sample.ddim10_reuse", True, reuse="none") > 1e-4
+    assert published_sample(tiny, "sample.ddim10", True, iters=2) > 1e-4
+    turned = dict(tiny)
+    turned["sample.ddpm10_noise"] = tiny["sample.ddpm10_noise"].flip(0)
+    assert published_sample(turned, "sample.ddpm10", True) > 1e-3
+
+
+def test_published_guidance_and_reuse(extra: dict[str, Tensor]) -> None:
+    model = extra_model(extra)
+    weights = PreparedWeights(model, torch.float32, fold=True)
+    n = len(extra["x"])
+    x = torch.cat([extra["x"], extra["x"]])
+    y = torch.cat([extra["y"], torch.full((n,), EXTRA_NULL)])
+    config = SamplerConfig(iters=2, reuse="full")
+    solutions: tuple[Tensor, ...] = ()
+    with torch.no_grad():
+        for t in (999, 500):
+            mod = model.modulation(torch.full((2 * n,), t), y, weights=weights)
+            h = model.encode(x, mod, weights=weights)
+            z, _ = model.iterate(initial_iterate(config, h, solutions), h, mod, 2, weights=weights)
+            out = model.decode(z, mod, weights=weights)
+            assert worst_relative(out, extra[f"cfg_reuse.t{t}"]) <= 5e-6
+            solutions = (z,)
+    guided = steps.guide(out[:n], out[n:], 4.0, 1)
+    expected = extra["cfg_reuse.guided500"]
+    assert worst_relative(guided, expected[: len(guided)]) <= 5e-6
+
+
+EXTRA_NULL = 5
+
+
+def test_published_guidance(tiny: dict[str, Tensor]) -> None:
+    model = tiny_model(tiny)
+    x = torch.cat([tiny["x"][:2], tiny["x"][:2]])
+    with torch.no_grad():
+        out = model(x, torch.full((4,), 500), tiny["cfg.y"], iters=4)
+    expected = tiny["cfg.out_scale4"][:2]
+    assert worst_relative(steps.guide(out[:2], out[2:], 4.0, 3), expected) <= 5e-6
+    assert worst_relative(steps.guide(out[:2], out[2:], 4.0), expected) > 1e-3
+
+
+# a naive loop
+
+
+def naive(model: Any, s: Sampler, labels: list[int], noise: Tensor) -> Tensor:
+    """DDIM of one image at a time, both branches apart, straight from the formulas in float64."""
+    config, classes = s.config, model.config.num_classes
+    model = model.double()
+    abar = torch.as_tensor(s.diffusion.alphas_cumprod, dtype=torch.float64)
+    plan = list(s.plan.steps)
+    images = []
+    for label, x in zip(labels, noise.double()):
+        x = x[None]
+        past: dict[int, list[Tensor]] = {label: [], classes: []}
+        for row, (t, k) in enumerate(plan):
+            outs = []
+            for y in [label, classes] if config.guidance != 1 else [label]:
+                args = (x, torch.tensor([t]), torch.tensor([y]))
+                if model.config.kind == "dit":
+                    outs.append(model(*args))
+                    continue
+                init, old = None, past[y]
+                if config.reuse == "blend" and old:
+                    mod = model.modulation(args[1], args[2])
+                    h = model.encode(x, mod)
+                    init = h + config.reuse_gamma * (old[-1] - h)
+                elif config.reuse == "extrapolate" and len(old) > 1:
+                    init = old[-1] + config.reuse_rho * (old[-1] - old[-2])
+                elif config.reuse in ("full", "extrapolate") and old:
+                    init = old[-1]
+                found = model.solve(*args, iters=k, init=init)
+                old.append(found.solution)
+                outs.append(found.output)
+            v = outs[0]
+            if config.guidance != 1:
+                v = outs[1] + config.guidance * (outs[0] - outs[1])
+            v = v[:, : model.config.in_channels]
+            a = abar[t]
+            x0 = a.sqrt() * x - (1 - a).sqrt() * v
+            eps = (1 - a).sqrt() * x + a.sqrt() * v
+            prev = abar[plan[row + 1][0]] if row + 1 < len(plan) else torch.tensor(1.0)
+            x = prev.sqrt() * x0 + (1 - prev).sqrt() * eps
+        images.append(x[0])
+    model.float()
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("reuse", ["none", "full", "blend", "extrapolate"])
+@pytest.mark.parametrize("config", [SMALL, TIMED])
+@torch.no_grad()
+def test_naive_loop(config: ModelConfig, reuse: Any, guidance: float) -> None:
+    model = network(config)
+    s = sampler(SamplerConfig(steps=3, iters=2, reuse=reuse, guidance=guidance, batch=2), model)
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = s.sample([4, 0, 2], [0, 1, 2], noise=noise).x
+    assert worst_relative(found, naive(model, s, [4, 0, 2], noise)) < 2e-5
+
+
+@torch.no_grad()
+def test_naive_loop_of_a_dit(tiny: dict[str, Tensor]) -> None:
+    model = network(DIT)
+    s = sampler(SamplerConfig(steps=3, guidance=2.0, batch=2), model)
+    assert [k for _, k in s.plan.steps] == [0, 0, 0]
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = s.sample([4, 0, 2], [0, 1, 2], noise=noise)
+    assert found.stats.residual.shape == (3, 0, 3)
+    assert worst_relative(found.x, naive(model, s, [4, 0, 2], noise)) < 2e-5
+    published = sampler(SamplerConfig(steps=2), tiny_dit(tiny))
+    assert published.model.config == TINY_DIT
+    assert published.sample([0], [0]).x.isfinite().all()
+
+
+# one sample, one image
+
+
+def test_same_image_in_every_batch_and_shard() -> None:
+    alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
+    for batch in (1, 3, 32):
+        assert (draw(replace(BUSY, batch=batch)) - alone).abs().max() <= 1e-4
+    for shards in (2, 3):
+        for i in range(shards):
+            part = draw(BUSY, LABELS[i::shards], SEEDS[i::shards])
+            assert (part - alone[i::shards]).abs().max() <= 1e-4
+    assert (alone[2] - alone[3]).abs().max() > 0.1  # same label, other seed
+
+
+def test_slot_keyed_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
+    as_keys = engine.as_keys
+    monkeypatch.setattr(engine, "as_keys", lambda seeds: as_keys(range(len(seeds))))
+    assert (draw(BUSY) - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("model", [SMALL, TIMED, DIT])
+def test_invariant_is_bitwise(model: ModelConfig) -> None:
+    config = replace(BUSY, invariant=True, iters=None if model is DIT else 2)
+    net = network(model)
+    labels, seeds = LABELS[:4], SEEDS[:4]
+    alone = torch.cat([draw(config, [y], [s], model=net) for y, s in zip(labels, seeds)])
+    for batch in (3, 32):
+        assert torch.equal(draw(replace(config, batch=batch), labels, seeds, model=net), alone)
+    order = [3, 0, 2, 1]
+    shuffled = draw(config, [labels[i] for i in order], [seeds[i] for i in order], model=net)
+    assert torch.equal(shuffled, alone[order])
+
+
+def test_two_samplers_in_two_threads() -> None:
+    model = network()
+    first, second = sampler(BUSY, model), sampler(replace(BUSY, reuse="full", method="ddim"), model)
+    jobs = [(first, LABELS, SEEDS), (second, LABELS[::-1], SEEDS), (first, LABELS[::-1], SEEDS)]
+    solo = [s.sample(y, k).x for s, y, k in jobs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        s, y, k = jobs[i]
+        wrong.extend(i for _ in range(4) if not torch.equal(s.sample(y, k).x, solo[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Leaky(engine._Run):
+    """A run that keeps its solutions where others find them."""
+
+    shared: tuple[Tensor, ...] = ()
+
+    @property
+    def solutions(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return Leaky.shared
+
+    @solutions.setter
+    def solutions(self, value: tuple[Tensor, ...]) -> None:
+        Leaky.shared = value
+
+
+@pytest.mark.parametrize("run", [engine._Run, Leaky])
+def test_interleaved_runs(run: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sampler(BUSY)
+    solo, other = s.sample(LABELS[:3], SEEDS[:3]).x, s.sample(LABELS[3:6], SEEDS[3:6]).x
+    monkeypatch.setattr(engine, "_Run", run)
+    mixed: list[Tensor] = []
+
+    def between(_: int) -> None:
+        if not mixed:
+            mixed.append(s.sample(LABELS[3:6], SEEDS[3:6]).x)
+
+    found = s.sample(LABELS[:3], SEEDS[:3], progress=between).x
+    unharmed = torch.equal(found, solo) and torch.equal(mixed[0], other)
+    assert unharmed == (run is not Leaky)
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    names = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    sampler(BUSY, model).sample(LABELS, SEEDS)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == names
+
+
+# guidance and reuse
+
+
+def test_guidance_one_is_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    rows: list[int] = []
+    encode = model.encode
+
+    def counted(x: Tensor, mod: Any, **kw: Any) -> Tensor:
+        rows.append(len(x))
+        return encode(x, mod, **kw)
+
+    monkeypatch.setattr(model, "encode", counted)
+    config = replace(BUSY, guidance=1.0)
+    plain = draw(config, LABELS[:3], SEEDS[:3], model=model)
+    assert rows == [3] * 4
+    near = draw(replace(config, guidance=1.0 + 1e-7), LABELS[:3], SEEDS[:3], model=model)
+    assert rows[4:] == [6] * 4
+    assert (near - plain).abs().max() < 1e-4
+    far = draw(replace(config, guidance=2.0), LABELS[:3], SEEDS[:3], model=model)
+    assert (far - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_guidance_touches_predictions_only(
+    channels: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = sampler(replace(BUSY, guidance_channels=channels))
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    guide = steps.guide
+
+    def watched(cond: Tensor, null: Tensor, *args: Any) -> Tensor:
+        out = guide(cond, null, *args)
+        seen.append((cond.clone(), null.clone(), out.clone()))
+        return out
+
+    monkeypatch.setattr(steps, "guide", watched)
+    s.sample(LABELS[:3], SEEDS[:3])
+    assert len(seen) == 4
+    guided = 2 if channels is None else channels
+    for cond, null, out in seen:
+        assert relative(out[:, :guided], (null + 2.5 * (cond - null))[:, :guided]) < 1e-6
+        assert torch.equal(out[:, guided:], cond[:, guided:])
+        assert not torch.equal(out[:, guided - 1], cond[:, guided - 1])
+
+
+def test_reuse_identities() -> None:
+    base = replace(BUSY, reuse="none")
+    none, full = draw(base), draw(replace(base, reuse="full"))
+    assert not torch.equal(none, full)
+    blend = replace(base, reuse="blend")
+    assert torch.equal(draw(replace(blend, reuse_gamma=0.0)), none)
+    assert torch.equal(draw(replace(blend, reuse_gamma=1.0)), full)
+    assert not torch.equal(draw(replace(blend, reuse_gamma=0.5)), full)
+    extrapolate = replace(base, reuse="extrapolate")
+    assert torch.equal(draw(replace(extrapolate, reuse_rho=0.0)), full)
+    assert not torch.equal(draw(replace(extrapolate, reuse_rho=0.5)), full)
+
+
+# the plan and what it costs
+
+
+def test_launch_plan() -> None:
+    plan = launches([3, 1, 2], 2)
+    assert [(x.op, x.step, x.count) for x in plan] == [
+        ("tables", 0, 2), ("encode", 0, 0), ("iterate", 0, 3), ("update", 0, 0),
+        ("encode", 1, 0), ("iterate", 1, 1), ("update", 1, 0),
+        ("tables", 2, 1), ("encode", 2, 0), ("iterate", 2, 2), ("update", 2, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplerConfig(steps=5, iters=3),
+        SamplerConfig(steps=5, budget=37, allocation="increasing"),
+        SamplerConfig(steps=4, budget=30, allocation="decreasing", method="ddpm"),
+        SamplerConfig(steps=3, allocation="explicit", schedule=(4, 1, 2)),
+        SamplerConfig(steps=5, budget=37),
+    ],
+)
+def test_every_plan_entry_runs_once(config: SamplerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, solves, seen = [0], [], []
+    step_forward = fixed_point.step_forward
+
+    def counted(*args: Any, **kw: Any) -> Tensor:
+        blocks[0] += 1
+        return step_forward(*args, **kw)
+
+    monkeypatch.setattr(fixed_point, "step_forward", counted)
+    model = network()
+    iterate, times = model.iterate, model.modulation_fp
+
+    def iterated(x: Tensor, h: Tensor, mod: Any, k: int, **kw: Any) -> Any:
+        solves.append(k)
+        return iterate(x, h, mod, k, **kw)
+
+    def timed(t: Tensor, y: Tensor, **kw: Any) -> Tensor:
+        seen.extend(t[:: len(LABELS)].tolist())
+        return times(t, y, **kw)
+
+    monkeypatch.setattr(model, "iterate", iterated)
+    monkeypatch.setattr(model, "modulation_fp", timed)
+    s = sampler(config, model)
+    found = s.sample(LABELS, SEEDS)
+    assert list(zip(seen, solves)) == list(s.plan.steps)
+    assert blocks[0] == s.plan.blocks
+    if config.budget is not None:
+        assert s.plan.blocks + s.plan.stranded == config.budget
+    filled = (~found.stats.residual.isnan()).sum(dim=1)
+    assert filled.tolist() == [[k] * len(LABELS) for k in solves]
+
+
+@pytest.mark.parametrize("model", [SMALL, TIMED])
+def test_tables_in_chunks(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, config = network(model), replace(BUSY, steps=7)
+    whole = draw(config, model=net)
+    row = 2 * 3 * (6 if model is SMALL else 6 * 4 + 2) * 16 * 4
+    for count, expected in ((1, 7), (3, 3), (100, 1)):
+        monkeypatch.setattr(engine, "TABLE_BYTES", count * row)
+        s = sampler(config, net)
+        assert sum(x.op == "tables" for x in s.launches) == expected
+        assert (s.sample(LABELS, SEEDS).x - whole).abs().max() <= 1e-5
+    monkeypatch.setattr(engine, "TABLE_BYTES", 1)
+    assert sum(x.op == "tables" for x in sampler(config, net).launches) == 7
+
+
+def test_vectors_of_the_run_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = network(), []
+    modulation_pp = model.modulation_pp
+
+    def counted(*args: Any, **kw: Any) -> Any:
+        calls.append(1)
+        return modulation_pp(*args, **kw)
+
+    monkeypatch.setattr(model, "modulation_pp", counted)
+    monkeypatch.setattr(engine, "TABLE_BYTES", 1)
+    sampler(replace(BUSY, batch=7), model).sample(LABELS, SEEDS)
+    assert len(calls) == 1
+
+
+def test_residuals_are_those_of_the_model() -> None:
+    model = network()
+    s = sampler(SamplerConfig(steps=1, iters=4, batch=2), model)
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    stats = s.sample([1, 2, 3], [0, 0, 0], noise=noise).stats
+    t = torch.full((3,), s.plan.steps[0][0])
+    with torch.no_grad():
+        found = model.solve(noise, t, torch.tensor([1, 2, 3]), iters=4)
+    assert found.stats is not None
+    assert relative(stats.residual[0], found.stats.residual) < 1e-4
+
+
+def test_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing between the first launch and the last reads a tensor's value."""
+    s, touched = sampler(BUSY), []
+
+    def guard(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any, **kw: Any) -> Any:
+            touched.append(name)
+            return original(self, *args, **kw)
+
+        return call
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, guard(name))
+    s.sample(LABELS, SEEDS)
+    assert touched == []
+    s.sample(LABELS, SEEDS, progress=lambda _: bool(torch.ones(1) > 0))
+    assert "__bool__" in touched
+
+
+# the ends of the ranges
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("how", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_finite_at_zero_signal(spacing: Any, how: tuple[Any, float], prediction: str) -> None:
+    for count in (1, 2, 3, 10):
+        config = SamplerConfig(
+            method=how[0], eta=how[1], steps=count, iters=1, spacing=spacing, guidance=2.0
+        )
+        s = sampler(config, prediction=prediction)
+        assert s.plan.steps[0][0] == 999
+        assert s.diffusion.alphas_cumprod[999] == 0
+        assert s.sample(LABELS[:2], SEEDS[:2]).x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: Any) -> None:
+    exact = draw(replace(BUSY, method="ddim", guidance=1.0))
+    half = draw(replace(BUSY, method="ddim", guidance=1.0, dtype=dtype))
+    assert half.dtype == torch.float32
+    assert 0 < relative(half, exact) < 0.1
+
+
+def test_empty_and_tensor_labels() -> None:
+    assert draw(BUSY, [], []).shape == (0, 2, 4, 4)
+    assert torch.equal(draw(BUSY, torch.tensor(LABELS)), draw(BUSY))
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "words"),
+    [
+        ([-1], [0], "labels: got -1, expected 0..4"),
+        ([0, 5], [0, 1], "labels: got 5, expected 0..4"),
+        ([1.0], [0], "labels: got 1.0, expected integers 0..4"),
+        ([math.nan], [0], "labels: got nan, expected integers"),
+        ([True], [0], "labels: got True, expected integers"),
+        (torch.tensor([0.5]), [0], "labels: got 0.5, expected integers"),
+        ([0], [-1], "seeds: got -1, expected integers 0..2^64 - 1"),
+        ([0], [2**64], f"seeds: got {2**64}, expected integers"),
+        ([0], [0.5], "seeds: got 0.5, expected integers"),
+        ([0, 1], [0], "seeds: got 1 for 2 labels, expected one per label"),
+    ],
+)
+def test_bad_labels_and_seeds(labels: Any, seeds: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        draw(BUSY, labels, seeds)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guidance_channels": 3}, "sample.guidance_channels: got 3, expected 1..2"),
+        ({"spacing": "leading"}, "leading"),
+        ({"steps": 1001}, "1001"),
+        ({"iters": None, "budget": 5}, "5"),
+        ({"iters": None}, "iters"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        sampler(replace(BUSY, **changes))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_noise_and_weights() -> None:
+    s, model = sampler(BUSY), network()
+    with pytest.raises(
+        ConfigError, match=r"^noise: got shape \(1, 2, 4, 5\), expected \(1, 2, 4, 4\)"
+    ):
+        s.sample([0], [0], noise=torch.zeros(1, 2, 4, 5))
+    with pytest.raises(ConfigError, match=r"^step_noise: got shape"):
+        s.sample([0], [0], step_noise=torch.zeros(3, 1, 2, 4, 4))
+    with pytest.raises(ConfigError, match=r"expected the weights' torch.bfloat16"):
+        Sampler(model, s.diffusion, BUSY, PreparedWeights(model, torch.bfloat16))

@@ -1,0 +1,360 @@
+"""The command ``python -m fpdm.sample``: what it writes, what it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from PIL import Image
+
+from fpdm import checkpoint, gallery, interop, sample
+from fpdm.cli import run_main
+from fpdm.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SamplerConfig,
+    to_dict,
+)
+from fpdm.engine import Sampler
+from fpdm.kernels import ops
+from fpdm.sample import choose_images, load_source, main, parse_integers, parser
+
+MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
+SETTINGS = SamplerConfig(steps=2, iters=2, batch=3)
+DIT = ModelConfig(
+    kind="dit", depth=1, pre_depth=0, post_depth=0, input_size=4, in_channels=3, hidden_size=16,
+    num_heads=2, num_classes=3,
+)  # fmt: skip
+
+
+def export(path: Path, model: ModelConfig = MODEL, settings: SamplerConfig = SETTINGS) -> Path:
+    return interop.export(
+        path, model, random_model(model).state_dict(), which="ema", diffusion=DiffusionConfig(),
+        extra={"sample": to_dict(settings)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("source") / "tiny")
+
+
+def pngs(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("*.png") if path.stem.isdigit())
+
+
+def npz(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out / "samples.npz") as file:
+        return dict(file)
+
+
+def complain(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refused command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        run_main("fpdm.sample", main, argv)
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fpdm.sample: error: ")
+    assert told.count("\n") == 1
+    return told
+
+
+def test_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    main([str(source), "--out", str(out), "--count", "6", "--seed", "40"])
+    found, told = npz(out), capsys.readouterr().out
+    assert found["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert found["seeds"].tolist() == list(range(40, 46))
+    loaded = load_source(source)
+    assert (loaded.name, loaded.which) == ("tiny", "ema")
+    assert loaded.sampler_config == SETTINGS
+    x = (
+        Sampler(loaded.model, loaded.diffusion, SETTINGS)
+        .sample([0, 0, 1, 1, 2, 2], range(40, 46))
+        .x
+    )
+    adm = (127.5 * x.permute(0, 2, 3, 1) + 128).clamp(0, 255).to(torch.uint8).numpy()
+    assert found["arr_0"].shape == (6, 4, 4, 1)
+    assert np.array_equal(found["arr_0"], adm)
+    for i, name in enumerate(pngs(out)):
+        assert name == f"{i:06d}.png"
+        with Image.open(out / name) as image:
+            assert np.array_equal(np.asarray(image), adm[i, :, :, 0])
+    with Image.open(out / "grid.png") as image:
+        assert image.size[0] < image.size[1]  # two columns, three rows
+    assert sorted(p.name for p in out.iterdir() if not p.stem.isdigit()) == [
+        "grid.png", "samples.npz", "settings.json",
+    ]  # fmt: skip
+    # (1 + 2 + 1) blocks twice
+    for words in (
+        "8 blocks",
+        "MACs",
+        "ms per image",
+        " 2 ",
+        "attention",
+        "reference",
+        "first > last",
+    ):
+        assert words in told
+
+
+def test_a_second_run_completes(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = [str(source), "--out", str(out), "--count", "7"]
+    main(argv)
+    whole, written = npz(out), {p: p.stat().st_mtime_ns for p in out.glob("0*.png")}
+    data = (out / "samples.npz").read_bytes()
+    main(argv)
+    assert "0 made, 7 were there" in capsys.readouterr().out
+    (out / "000001.png").unlink()
+    (out / "000004.png").write_bytes((out / "000005.png").read_bytes()[:-20])
+    (out / "samples.npz").unlink()
+    main([*argv, "--batch", "1"])
+    assert "2 made, 5 were there" in capsys.readouterr().out
+    changed = [p.name for p, when in written.items() if p.stat().st_mtime_ns != when]
+    assert sorted(changed) == ["000001.png", "000004.png"]
+    again = npz(out)
+    assert np.abs(again["arr_0"].astype(int) - whole["arr_0"].astype(int)).max() <= 1
+    (out / "000001.png").unlink()
+    (out / "000004.png").unlink()
+    main(argv)
+    assert np.array_equal(npz(out)["arr_0"].shape, whole["arr_0"].shape)
+    assert len((out / "samples.npz").read_bytes()) == len(data)
+
+
+def test_shards_agree(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = ["--count", "8", "--labels", "2,0", "--method", "ddpm", "--guidance", "2"]
+    main([str(source), "--out", str(whole), *argv])
+    for i in (2, 0, 1):
+        assert not (parts / "samples.npz").exists()
+        main([str(source), "--out", str(parts), *argv, "--shard", f"{i}/3"])
+    found, expected = npz(parts), npz(whole)
+    assert found["labels"].tolist() == [2, 0] * 4
+    assert np.abs(found["arr_0"].astype(int) - expected["arr_0"].astype(int)).max() <= 1
+    assert "not all there" in capsys.readouterr().out
+    # other ids, other images: the comparison can fail
+    shifted = np.roll(expected["arr_0"], 1, axis=0).astype(int)
+    assert np.abs(found["arr_0"].astype(int) - shifted).max() > 10
+
+
+def test_invariant_shards_are_bitwise(source: Path, tmp_path: Path) -> None:
+    argv = [str(source), "--count", "5", "--invariant", "--reuse", "full"]
+    main([*argv, "--out", str(tmp_path / "a"), "--batch", "4"])
+    for i in range(2):
+        main([*argv, "--out", str(tmp_path / "b"), "--batch", "1", "--shard", f"{i}/2"])
+    for name in [*pngs(tmp_path / "a"), "samples.npz", "grid.png"]:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("occurrence", [1, 4, 8, 9])
+def test_killed_while_writing(occurrence: int, source: Path, tmp_path: Path) -> None:
+    """Settings, seven images, npz: killed just before the n-th of them appears."""
+    out = tmp_path / "out"
+    argv = [str(source), "--out", str(out), "--count", "7"]
+    env = dict(os.environ, FPDM_FAILPOINT=f"atomic-write:{occurrence}", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "fpdm.sample", *argv]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    store = gallery.Store(out, MODEL)
+    there = pngs(out)
+    assert len(there) == min(max(0, occurrence - 2), 7)
+    assert all(store.read(int(name[:6])) is not None for name in there)
+    assert not (out / "samples.npz").exists()
+    before = {name: (out / name).stat().st_mtime_ns for name in there}
+    main(argv)
+    assert {name: (out / name).stat().st_mtime_ns for name in there} == before
+    assert len(npz(out)["arr_0"]) == len(pngs(out)) == 7
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+def test_other_settings_are_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = [str(source), "--out", str(out), "--count", "4"]
+    main(argv)
+    told = complain([*argv, "--steps", "3"], capsys)
+    assert "sample.steps: got 3, expected 2 of" in told
+    assert "count: got 4, expected 5" not in told
+    assert "seeds: got 1+i, expected 0+i of" in complain([*argv, "--seed", "1"], capsys)
+    assert "count: got 5, expected 4 of" in complain([*argv[:-1], "5"], capsys)
+    other = export(tmp_path / "other", replace(MODEL, num_classes=4))
+    assert "source." in complain([str(other), *argv[1:]], capsys)
+    (out / "settings.json").write_text("[")
+    assert "settings.json: got no settings" in complain(argv, capsys)
+
+
+def test_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = replace(MODEL, in_channels=4)
+    path, out = export(tmp_path / "latents", model), tmp_path / "out"
+    main([str(path), "--out", str(out), "--labels", "all"])
+    loaded = load_source(path)
+    x = Sampler(loaded.model, loaded.diffusion, SETTINGS).sample([0, 1, 2], [0, 1, 2]).x
+    found = npz(out)
+    assert found["arr_0"].dtype == np.float32
+    assert np.array_equal(found["arr_0"], x.numpy())
+    assert "VAE" in capsys.readouterr().out
+    assert pngs(out) == []
+    assert np.array_equal(np.load(out / "000002.npy"), x[2].numpy())
+
+
+def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = export(tmp_path / "dit", DIT, replace(SETTINGS, iters=None)), tmp_path / "out"
+    main([str(path), "--out", str(out), "--count", "3"])
+    told = capsys.readouterr().out
+    assert "2 blocks" in told
+    assert "no fixed point" in told
+    assert npz(out)["arr_0"].shape == (3, 4, 4, 3)
+
+
+def test_export_without_settings(tmp_path: Path) -> None:
+    for model, iters in ((MODEL, 8), (DIT, None)):
+        state = random_model(model).state_dict()
+        path = interop.export(
+            tmp_path / model.kind, model, state, which="raw", diffusion=DiffusionConfig(), extra={}
+        )
+        loaded = load_source(path)
+        assert loaded.sampler_config == SamplerConfig(iters=iters)
+        assert loaded.which == "raw"
+
+
+def test_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = ModelConfig(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10)
+    config = Config(model=digits, data=DataConfig(kind="digits"), sample=SETTINGS)
+    raw, ema = random_model(digits, seed=1), random_model(digits, seed=2)
+    groups = {
+        "model": raw.state_dict(),
+        "ema": {name: p.detach() for name, p in ema.named_parameters()},
+    }
+    run = tmp_path / "run"
+    checkpoint.save(run / "checkpoints", 12, groups, {"config": to_dict(config)}, keep=2)
+    for which, model in (("ema", ema), ("raw", raw)):
+        loaded = load_source(run, which)
+        assert (loaded.name, loaded.which) == ("run-12", which)
+        assert loaded.sampler_config == SETTINGS
+        for name, p in model.named_parameters():
+            assert torch.equal(dict(loaded.model.named_parameters())[name], p)
+    main([str(run), "--out", str(tmp_path / "out"), "--count", "2"])
+    assert len(npz(tmp_path / "out")["arr_0"]) == 2
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert "without a checkpoint" in complain([str(tmp_path / "empty")], capsys)
+
+
+def chosen(argv: list[str], classes: int = 3) -> tuple[list[int], list[int], int]:
+    return choose_images(parser().parse_args(argv), classes)
+
+
+def test_choice_of_images() -> None:
+    assert chosen(["--count", "6"]) == ([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5], 2)
+    assert chosen(["--labels", "all"]) == ([0, 1, 2], [0, 1, 2], 2)
+    assert chosen(["--labels", "all", "--count", "5"])[0] == [0, 1, 2, 0, 1]
+    assert chosen(["--labels", "2,0-1"])[0] == [2, 0, 1]
+    assert chosen(["--seeds", "7,3-5"])[:2] == ([0, 0, 1, 2], [7, 3, 4, 5])
+    assert chosen(["--seed", str(2**63), "--count", "2"])[1] == [2**63, 2**63 + 1]
+    labels, seeds, columns = chosen([], 10)
+    assert (len(labels), columns, seeds[-1]) == (80, 8, 79)
+    assert len(chosen([], 1000)[0]) == 16
+    assert parse_integers("x", "1, 3-4") == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--labels", "3"], "labels: got 3, expected 0..2"),
+        (["--labels", "-1"], "labels: got -1, expected 0..2"),
+        (["--labels", "x"], "labels: got 'x', expected integers"),
+        (["--count", "0"], "count: got 0, expected at least 1"),
+        (["--count", "x"], "--count: invalid int value: 'x'"),
+        (["--seeds", "1,2", "--count", "3"], "seeds: got 2 for 3 labels"),
+        (["--seed", "-1"], "seeds: got -1, expected"),
+        (["--seed", str(2**64)], f"seeds: got {2**64}, expected"),
+        (["--batch", "0"], "sample.batch: got 0, expected at least 1"),
+        (["--steps", "0"], "sample.steps: got 0, expected at least 1"),
+        (["--steps", "1001"], "1001"),
+        (["--iters", "0"], "0"),
+        (["--budget", "3"], "3"),
+        (["--iters", "2", "--budget", "9"], "not allowed with"),
+        (["--guidance", "nan"], "sample.guidance: got nan"),
+        (["--spacing", "leading"], "leading"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--schedule", "2,x"], "schedule: got '2,x', expected integers"),
+        (["--shard", "2/2"], "shard: got '2/2', expected i/n with 0 <= i < n"),
+        (["--device", "toaster"], "device: got 'toaster', expected"),
+        (["--device", "meta"], "device: got 'meta', expected"),
+        (["--weights", "raw"], "weights: got raw, expected ema"),
+        (["--impl", "magic"], "magic"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--eta", "-1"], "sample.eta: got -1.0, expected at least 0"),
+        (["--guidance-channels", "2"], "sample.guidance_channels: got 2, expected 1..1"),
+    ],
+)
+def test_bad_input(
+    argv: list[str], words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert words in complain([str(source), "--out", str(out), *argv], capsys)
+    assert not out.exists()
+
+
+def test_bad_places(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"source: got {tmp_path}, expected a run directory" in complain([str(tmp_path)], capsys)
+    (tmp_path / "file").write_text("")
+    told = complain([str(source), "--out", str(tmp_path / "file")], capsys)
+    assert str(tmp_path / "file") in told
+    damaged = export(tmp_path / "damaged")
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (damaged / "model.safetensors").write_bytes(bytes(data))
+    assert "model.safetensors" in complain([str(damaged)], capsys)
+
+
+def test_cost_on_the_command_line() -> None:
+    def settings(base: SamplerConfig, *argv: str) -> SamplerConfig:
+        return sample.sampler_config(base, parser().parse_args(list(argv)))
+
+    assert settings(SETTINGS) == SETTINGS
+    assert settings(SETTINGS, "--budget", "20") == replace(SETTINGS, iters=None, budget=20)
+    explicit = settings(SETTINGS, "--schedule", "3,1,2")
+    assert explicit == replace(
+        SETTINGS, iters=None, steps=3, allocation="explicit", schedule=(3, 1, 2)
+    )
+    back = settings(explicit, "--iters", "4")
+    assert back == replace(explicit, iters=4, allocation="constant", schedule=())
+    assert settings(SETTINGS, "--gamma", "0.3", "--rho", "0.2", "--reuse", "blend") == replace(
+        SETTINGS, reuse="blend", reuse_gamma=0.3, reuse_rho=0.2
+    )
+
+
+def test_operators_that_were_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, Any] = {"adaln": {"reference": 2}, "attention": {"reference": 3}}
+    monkeypatch.setattr(ops, "counters", lambda: counted)
+    assert sample.check_operators("reference") == "reference: adaln 2, attention 3"
+    counted["adaln"]["triton"] = 1
+    with pytest.raises(ops.ImplError, match="expected all on reference, as announced"):
+        sample.check_operators("reference")
+
+
+def test_settings_hold_the_weights(source: Path, tmp_path: Path) -> None:
+    main([str(source), "--out", str(tmp_path / "out"), "--count", "1"])
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["source"]["sha256"] == load_source(source).digest()
+    assert "batch" not in settings["sample"]
+    with pytest.raises(ConfigError, match="weights: got 'both'"):
+        load_source(source, "both")
