@@ -1,0 +1,422 @@
+"""The measures against other ways to compute them; verdicts that good data gets and bad loses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from fpdm import classifier, evaluate, interop
+from fpdm.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, UserError
+from fpdm.data import open_dataset
+
+GENERATOR = torch.Generator()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=GENERATOR.manual_seed(seed), dtype=torch.float64)
+
+
+def whole(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    data = open_dataset(DataConfig(split=split))  # type: ignore[arg-type]
+    return data.batch(np.arange(len(data)))
+
+
+# measures
+
+
+def test_frechet_of_commuting_covariances_is_analytic():
+    q = torch.linalg.qr(normal(6, 6)).Q
+    a, b = torch.tensor([4.0, 1, 9, 7, 2, 5]).double(), torch.tensor([1.0, 1, 8, 3, 2, 6]).double()
+    m = normal(6, seed=1)
+    expected = m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    got = evaluate.frechet(m, q * a @ q.mT, torch.zeros(6), q * b @ q.mT)
+    assert got == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_frechet_agrees_with_a_general_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    f, g = normal(90, 12) @ normal(12, 12, seed=1), normal(70, 12, seed=2) + 0.3
+    (m1, s1), (m2, s2) = evaluate.moments(f), evaluate.moments(g)
+    root = linalg.sqrtm((s1 @ s2).numpy()).real
+    expected = (m1 - m2).square().sum().item() + np.trace(s1.numpy() + s2.numpy() - 2 * root)
+    assert evaluate.frechet(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-9)
+    assert evaluate.frechet(m2, s2, m1, s1) == pytest.approx(expected, rel=1e-9)
+    # the root of one product is not the product of the roots: the shortcut would be noticed
+    roots = linalg.sqrtm(s1.numpy()) @ linalg.sqrtm(s2.numpy())
+    naive = (m1 - m2).square().sum().item() + np.trace(s1.numpy() + s2.numpy() - 2 * roots)
+    assert abs(naive - expected) > 1e-3 * expected
+
+
+def test_frechet_of_equal_and_of_singular_features():
+    f = normal(40, 3) @ normal(3, 8, seed=1)
+    assert abs(evaluate.frechet(*evaluate.moments(f), *evaluate.moments(f))) < 1e-6
+    shifted = evaluate.frechet(*evaluate.moments(f), *evaluate.moments(f + 2.0))
+    assert shifted == pytest.approx(32.0, rel=1e-6)
+
+
+def test_mmd_is_the_unbiased_double_sum():
+    a, b = normal(7, 4), normal(5, 4, seed=1) + 0.5
+
+    def k(u, v):
+        return (u @ v / 4 + 1) ** 3
+
+    within_a = sum(k(u, v) for i, u in enumerate(a) for j, v in enumerate(a) if i != j) / 42
+    within_b = sum(k(u, v) for i, u in enumerate(b) for j, v in enumerate(b) if i != j) / 20
+    across = sum(k(u, v) for u in a for v in b) / 35
+    expected = (within_a + within_b - 2 * across).item()
+    assert evaluate.mmd(a, b) == pytest.approx(expected, rel=1e-12)
+    assert evaluate.mmd(a, a.flip(0)) < 0  # the biased estimate would be 0
+
+
+def test_mmd_of_equal_distributions_has_mean_zero():
+    values = [evaluate.mmd(normal(50, 3, seed=i), normal(50, 3, seed=1000 + i)) for i in range(300)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(300)
+    assert evaluate.mmd(normal(50, 3), normal(50, 3, seed=1) + 0.5) > 3 * np.std(values)
+
+
+def test_nearest_distances_are_those_of_all_pairs_and_zero_for_copies():
+    x, pool = normal(9, 1, 8, 8).float(), normal(30, 1, 8, 8, seed=1).float()
+    expected = (x.double()[:, None] - pool.double()).flatten(2).norm(dim=2).amin(dim=1)
+    got = evaluate.nearest_distances(x, pool.split(7))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert evaluate.nearest_distances(pool[5:8] * 1, pool.split(4)).tolist() == [0, 0, 0]
+
+
+def test_nearest_distances_refuse_other_shapes_and_nothing():
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ConfigError, match=r"\(1, 4, 4\), expected \(1, 8, 8\)"):
+        evaluate.nearest_distances(x, [torch.zeros(3, 1, 4, 4)])
+    with pytest.raises(ConfigError, match="no images"):
+        evaluate.nearest_distances(x, [])
+
+
+def test_halves_are_disjoint_equal_stratified_and_fixed():
+    _, labels = whole("all")
+    for seed in (0, 19):
+        a, b = evaluate.split_halves(labels, seed)
+        assert len(a) == len(b) == 898
+        assert len(torch.cat([a, b]).unique()) == 1796
+        counts = labels[a].bincount(minlength=10) - labels[b].bincount(minlength=10)
+        assert counts.abs().max() <= 1
+    again = evaluate.split_halves(labels, 19)
+    assert torch.equal(a, again[0])
+    assert not torch.equal(a.sort().values, evaluate.split_halves(labels, 0)[0].sort().values)
+
+
+# assets
+
+
+def test_classifier_is_small_good_and_of_the_committed_half():
+    x, y = whole("reference")
+    about = classifier.about()
+    assert classifier.WEIGHTS.stat().st_size < 200_000
+    assert about["data"] == open_dataset(DataConfig(split="train")).fingerprint
+    assert about["accuracy_reference"] >= 0.975
+    assert classifier.accuracy(x, y, classifier.shipped()) == about["accuracy_reference"]
+    assert classifier.accuracy(x, y.roll(1), classifier.shipped()) < 0.3
+    f = classifier.features(x[:3], classifier.shipped())
+    assert (f.shape, f.dtype) == ((3, 64), torch.float64)
+
+
+def test_committed_baseline_is_what_the_digits_give():
+    committed = evaluate.baseline()
+    digest = hashlib.sha256(classifier.WEIGHTS.read_bytes()).hexdigest()
+    assert committed["classifier_sha256"] == digest
+    fresh = evaluate.measure_baseline(classifier.shipped())
+    assert fresh["seeds"] == committed["seeds"] == list(range(20))
+    assert fresh["data"] == committed["data"]
+    assert fresh["per_half"] == committed["per_half"] == 898
+    for name in ("frechet", "mmd", "frechet_mean", "frechet_std", "unstratified_frechet_mean"):
+        # the mmd is a small difference of kernels of size 10^2 to 10^4
+        np.testing.assert_allclose(fresh[name], committed[name], rtol=1e-7, atol=1e-9)
+    assert committed["frechet_mean"] == pytest.approx(np.mean(committed["frechet"]), rel=1e-12)
+
+
+def test_training_is_a_function_of_the_data_alone():
+    x, y = whole("train")
+    torch.manual_seed(0)
+    first = classifier.train(x, y, steps=3)
+    torch.manual_seed(1)
+    again = classifier.train(x, y, steps=3)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = classifier.train(*whole("reference"), steps=3)
+    assert not torch.equal(first["output.weight"], other["output.weight"])
+
+
+def test_augmentation_moves_half_of_the_images_and_shakes_every_pixel():
+    x = torch.full((4000, 1, 8, 8), -1.0, dtype=torch.float64)
+    x[:, :, 3, 4] = 9.0
+    out = classifier.augment(x, seed=5, step=2)
+    where = (out > 5).flatten(1).double().argmax(dim=1)
+    assert set(where.tolist()) == {8 * r + c for r in (2, 3, 4) for c in (3, 4, 5)}
+    still = (where == 28).double().mean().item()
+    assert abs(still - (0.5 + 0.5 / 9)) < 0.04
+    noise = (out - out.round()).abs()
+    assert noise.max() <= classifier.AMPLITUDE
+    assert (noise > 0).all()
+
+
+@pytest.mark.slow
+def test_script_makes_the_shipped_weights():
+    from bench.make_digits_classifier import make_classifier
+
+    x, y = whole("train")
+    fresh, shipped = classifier.train(x, y), classifier.shipped()
+    for name, w in shipped.items():
+        torch.testing.assert_close(fresh[name].float(), w, rtol=0, atol=1e-5)
+    # rounding of another machine does not grow: a start that is off by 1e-14 ends within 1e-9
+    start = {n: w * (1 + 1e-14 * normal(*w.shape)) for n, w in classifier.initial().items()}
+    other = classifier.train(x, y, start)
+    assert max((other[n] - fresh[n]).abs().max().item() for n in fresh) < 1e-9
+    assert make_classifier() == make_classifier()
+
+
+def test_damaged_weights_are_one_clear_line(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match="cannot be read"):
+        classifier.read(path)
+    path.write_bytes(classifier.WEIGHTS.read_bytes()[:-5])
+    with pytest.raises(UserError, match="cannot be read"):
+        classifier.read(path)
+    weights = load_file(classifier.WEIGHTS)
+    save_file(weights | {"conv1.bias": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="expected"):
+        classifier.read(path)
+
+
+# verdicts
+
+
+def verdicts(x, y, sets=1) -> dict[str, bool | None]:
+    found = evaluate.evaluate_samples(x, y, sets)
+    return {result.name: result.passed for result in found.results}
+
+
+ALL = ("conditional accuracy", "Frechet distance", "nearest-digit ratio")
+
+
+def failed(x, y, sets=1) -> set[str]:
+    found = verdicts(x, y, sets)
+    assert all(found[name] is not None for name in ALL)
+    return {name for name in ALL if not found[name]}
+
+
+def test_unseen_digits_pass_everything():
+    x, y = whole("reference")
+    found = evaluate.evaluate_samples(x, y)
+    assert found.passed
+    assert all(found.results[i].passed for i in range(3))
+    assert abs(found.results[1].value) < 1e-6
+    assert found.results[2].value == 1.0
+    assert found.details["exact_copies"] == 0
+    shaken = x + 0.05 * normal(*x.shape).float()
+    assert failed(shaken.repeat(2, 1, 1, 1), y.repeat(2), sets=2) == set()
+
+
+def test_each_fault_fails_what_it_should():
+    x, y = whole("reference")
+    train, train_y = whole("train")
+    noise = normal(*x.shape).float()
+    assert failed(noise, y) == {"conditional accuracy", "Frechet distance"}  # far from any digit
+    # memory: perfect by every measure but one
+    assert failed(train[:898], train_y[:898]) == {"nearest-digit ratio"}
+    nearly = train[:898] + 0.03 * noise
+    assert failed(nearly, train_y[:898]) == {"nearest-digit ratio"}
+    assert failed(x, (y + 1) % 10) == {"conditional accuracy"}
+    first = torch.tensor([(y == c).nonzero()[0, 0] for c in range(10)])
+    assert failed(x[first[y]], y) >= {"Frechet distance"}  # one image per digit
+    blurred = 0.75 * x + 0.25 * F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    assert failed(blurred, y) >= {"Frechet distance"}
+    assert failed(0.8 * (x + 1) - 1, y) >= {"Frechet distance"}
+
+
+def test_samples_that_are_not_finite_fail_everything():
+    x, y = whole("reference")
+    x = x.clone()
+    x[3, 0, 1, 1] = math.nan
+    found = evaluate.evaluate_samples(x, y)
+    assert [r.passed for r in found.results] == [False] * 3
+    assert "1 of 898" in found.title
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["results"][0]["value"] is None
+
+
+def test_one_bad_set_of_four_shows():
+    x, y = whole("reference")
+    good = evaluate.evaluate_samples(x.repeat(4, 1, 1, 1), y.repeat(4), sets=4)
+    spoiled = x.repeat(4, 1, 1, 1)
+    spoiled[3 * 898 :] = 0.5 * (spoiled[3 * 898 :] + 1) - 1
+    found = evaluate.evaluate_samples(spoiled, y.repeat(4), sets=4)
+    values = [part["frechet"] for part in found.details["sets"]]
+    assert max(values[:3]) < 1e-6 < values[3]
+    assert found.results[1].value == pytest.approx(values[3] / 4, rel=1e-6)
+    assert good.passed
+    assert not found.passed
+
+
+def test_other_set_sizes_get_no_frechet_verdict():
+    x, y = whole("reference")
+    found = evaluate.evaluate_samples(x[:100], y[:100])
+    assert found.results[1].passed is None
+    assert "no verdict: sets of 100" in found.results[1].note
+
+
+def test_values_outside_the_range_are_shown_clamped():
+    x, y = whole("reference")
+    outside = x + (x >= 1).float() - 2 * (x <= -1).float()
+    assert verdicts(outside, y) == verdicts(x, y)
+    loud = evaluate.evaluate_samples(outside, y).results[2].value
+    assert loud == evaluate.evaluate_samples(x, y).results[2].value
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "sets", "words"),
+    [
+        ((4, 3, 8, 8), [0] * 4, 1, "expected \\(N,1,8,8\\)"),
+        ((4, 1, 8, 8), [0] * 3, 1, "with \\(3,\\) labels"),
+        ((4, 1, 8, 8), [0] * 4, 3, "sets: got 3 of 4 samples"),
+        ((4, 1, 8, 8), [0] * 4, 4, "2 or more"),
+        ((4, 1, 8, 8), [0, 1, 2, 10], 1, "expected 0..9"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape, labels, sets, words):
+    with pytest.raises(ConfigError, match=words):
+        evaluate.evaluate_samples(torch.zeros(shape), labels, sets)
+
+
+def test_table_says_value_target_and_verdict():
+    x, y = whole("reference")
+    lines = evaluate.evaluate_samples(x, (y + 1) % 10).table().splitlines()
+    assert lines[0].startswith("digits: 1 x 898 samples; classifier 0.9")
+    assert ">= 0.95" in lines[1]
+    assert "FAIL" in lines[1]
+    assert "<= 1.957" in lines[2]
+    assert "pass" in lines[2]
+    assert "of real halves" in lines[4]
+
+
+class Fake:
+    """A data set of images without a classifier."""
+
+    shape, num_classes, fingerprint = (3, 4, 4), 2, "fake"
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices, flips=None):
+        return self.x[torch.from_numpy(indices)], torch.zeros(len(indices), dtype=torch.int64)
+
+
+def test_other_images_get_distances_and_are_told_what_is_missing():
+    train, held_out = normal(1500, 3, 4, 4).float(), normal(40, 3, 4, 4, seed=1).float()
+    alone = evaluate.evaluate_pixels(held_out, Fake(train))
+    assert [r.passed for r in alone.results] == [None]
+    assert "classifier for the digits only" in alone.table()
+    assert "--held_out" in alone.table()
+    assert not alone.passed
+    new = evaluate.evaluate_pixels(normal(40, 3, 4, 4, seed=2), Fake(train), Fake(held_out))
+    assert new.passed
+    copied = evaluate.evaluate_pixels(train[-40:], Fake(train), Fake(held_out))
+    assert copied.results[0].value == 0
+    assert not copied.passed
+
+
+# the command
+
+
+@pytest.fixture
+def exported(tmp_path):
+    config = ModelConfig(
+        input_size=8, in_channels=1, hidden_size=16, num_heads=2, patch_size=4, num_classes=10
+    )
+    model = random_model(config)
+    interop.export(
+        tmp_path / "export", config, model.state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={},
+    )  # fmt: skip
+    return tmp_path / "export"
+
+
+FEW = ["--sample.steps", "2", "--sample.iters", "1", "--sample.batch", "449"]
+
+
+def test_command_measures_an_export(exported, capsys):
+    argv = [str(exported), "--sets", "2", *FEW]
+    assert evaluate.command(argv) == 0
+    assert "FAIL" in capsys.readouterr().out
+    written = json.loads((exported / "evaluation.json").read_text())
+    assert written["passed"] is False
+    assert len(written["details"]["sets"]) == 2
+    assert written["sample"]["steps"] == 2
+    assert evaluate.command([*argv, "--strict"]) == 1
+    assert json.loads((exported / "evaluation.json").read_text()) == written
+    other = exported.parent / "other.json"
+    assert evaluate.command([*argv, "--seed", "7", "--out", str(other)]) == 0
+    results = [json.loads(p.read_text())["results"] for p in (other, exported / "evaluation.json")]
+    assert results[0] != results[1]
+
+
+def test_command_refuses_in_one_line(exported, tmp_path):
+    def run(*argv):
+        with pytest.raises(UserError) as caught:
+            evaluate.command([*argv])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "expected a run directory" in run(str(tmp_path / "nothing"))
+    assert "did you mean --sets" in run(str(exported), "--set", "3")
+    assert "sets, count: got 0" in run(str(exported), "--sets", "0")
+    assert "weights: got 'best'" in run(str(exported), "--weights", "best")
+
+
+def test_other_models_need_their_data(tmp_path):
+    config = ModelConfig(input_size=4, in_channels=3, hidden_size=16, num_heads=2, num_classes=2)
+    interop.export(
+        tmp_path, config, random_model(config).state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data.kind: got digits, expected the images or latents"):
+        evaluate.command([str(tmp_path), *FEW])
+
+
+def test_image_model_is_measured_against_its_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(18):
+        folder = tmp_path / ("train" if i < 12 else "held") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (normal(4, 4, 3, seed=i) * 60 + 128).clamp(0, 255).byte().numpy()
+        image.fromarray(pixels).save(folder / f"{i}.png")
+    config = ModelConfig(input_size=4, in_channels=3, hidden_size=16, num_heads=2, num_classes=2)
+    out = tmp_path / "export"
+    interop.export(
+        out, config, random_model(config).state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={},
+    )  # fmt: skip
+    data = ["--data.kind", "images", "--data.path", str(tmp_path / "train")]
+    argv = [str(out), *FEW, *data, "--data.image_size", "4", "--sets", "1", "--count", "8"]
+    assert evaluate.command(argv) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [r["name"] for r in found["results"]] == ["nearest distance"]
+    assert evaluate.command([*argv, "--held_out", str(tmp_path / "held")]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [r["name"] for r in found["results"]] == ["nearest distance", "nearest ratio"]
+
+
+def test_help_needs_no_source():
+    argv = [sys.executable, "-m", "fpdm.evaluate", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "--strict" in done.stdout
+    assert "--sample.steps" in done.stdout
