@@ -1,0 +1,58 @@
+"""What must hold before step 1: between settings, with the data, with an earlier session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpdm.config import RESUME_FREE, Config, ConfigError, diff, to_dict
+from fpdm.data import Dataset
+
+
+def check_machine(config: Config, world: int, device: torch.device) -> None:
+    """Batch and ranks, precision and device. Raises ConfigError."""
+    t = config.train
+    if t.batch // t.accumulate < world:
+        raise ConfigError(
+            f"train.batch: got {t.batch}, expected at least one sample per micro-batch and rank: "
+            f"train.accumulate = {t.accumulate} times {world} ranks"
+        )
+    if t.precision == "bf16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ConfigError(
+                f"train.precision: got bf16 on sm_{major}{minor}, expected fp16 (bf16 needs sm_80)"
+            )
+
+
+def check_data(config: Config, data: Dataset) -> None:
+    """Model and data agree on shape and classes. Raises ConfigError."""
+    m = config.model
+    if tuple(data.shape) != (m.in_channels, m.input_size, m.input_size):
+        raise ConfigError(
+            f"model.in_channels, input_size: got {m.in_channels}, {m.input_size}, expected the "
+            f"data's shape {tuple(data.shape)}"
+        )
+    if data.num_classes != m.num_classes:
+        raise ConfigError(
+            f"model.num_classes: got {m.num_classes}, expected the data's {data.num_classes}"
+        )
+    if len(data) < 1:
+        raise ConfigError("data: got no samples, expected at least 1")
+
+
+def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
+    """A resumed run is the same run. Raises ConfigError that names the changed fields."""
+    changed = diff(meta["config"], to_dict(config), RESUME_FREE)
+    if changed:
+        raise ConfigError(
+            f"{path} is of another run: {'; '.join(changed)}; expected the same settings, or "
+            "another train.name"
+        )
+    if meta["data"] != fingerprint:
+        raise ConfigError(
+            f"data: got fingerprint {fingerprint[:16]}, expected {meta['data'][:16]} of {path}: "
+            "the data changed since"
+        )

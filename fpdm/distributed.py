@@ -1,0 +1,150 @@
+"""Ranks that agree, and signals that are agreed on.
+
+Gradients are summed by one flat all-reduce after the last backward of a step, not by
+``DistributedDataParallel``: the shared block's gradients are final only when the whole backward is
+over, so there is next to nothing to overlap with; one call on one buffer is deterministic, needs no
+wrapper around the model, and counts no unused parameters.
+
+Decisions (skip, stop, failed) are one MAX all-reduce per step, on the CPU through gloo also when
+the gradients travel through NCCL: gloo notices a dead peer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fpdm.config import ConfigError, UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class PeerError(UserError):
+    """Another rank stopped, froze or failed."""
+
+
+class StopRequested(BaseException):
+    """Raised by a signal inside an interruptible phase; no ``Exception``: nothing swallows it."""
+
+
+class StopFlag:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal ends the process at once.
+
+    ``install`` from the main thread; ``restore`` puts the old handlers back.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._interruptible = False
+        self._old: dict[int, object] = {}
+
+    def install(self) -> None:
+        """Takes the three signals."""
+        for signum in SIGNALS:
+            self._old[signum] = signal.signal(signum, self._handle)
+
+    def restore(self) -> None:
+        """Gives them back."""
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._old.clear()
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        if self._interruptible:
+            self._interruptible = False
+            raise StopRequested
+
+    def interruptible(self, work: Callable[[], None]) -> bool:
+        """Runs ``work``, which may be abandoned anywhere; False when a signal cut it short or was
+        there before."""
+        try:
+            self._interruptible = True
+            if self.signum:
+                return False
+            work()
+            self._interruptible = False
+            return True
+        except StopRequested:
+            return False
+        finally:
+            self._interruptible = False
+
+
+class Ranks:
+    """This process among its peers: ``rank`` of ``world`` on ``device``."""
+
+    def __init__(self, device: str, timeout_s: int) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = pick_device(device, local)
+        if self.world > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            with self._watch("joining"):
+                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+    @contextmanager
+    def _watch(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # the first sentence, without the source position in front of it
+            reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).split(". ")[0]
+            raise PeerError(
+                f"rank {self.rank}: a peer stopped or froze while {doing} ({reason}); "
+                "start again to resume from the newest checkpoint"
+            ) from error
+
+    def agree(self, flags: Sequence[int]) -> list[int]:
+        """Element-wise maximum of ``flags`` over all ranks."""
+        if self.world == 1:
+            return list(flags)
+        packed = torch.tensor(flags, dtype=torch.int64)
+        with self._watch("agreeing"):
+            dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        return [int(v) for v in packed]
+
+    def sum_(self, buffer: Tensor) -> None:
+        """Sum over ranks, in place, the same bits on every rank."""
+        if self.world > 1:
+            with self._watch("summing gradients"):
+                dist.all_reduce(buffer)
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Rank 0's values for everybody, in place."""
+        if self.world > 1:
+            with self._watch("sharing the state"):
+                for t in tensors:
+                    dist.broadcast(t, src=0)
+
+    def close(self) -> None:
+        """Leaves the group in order; not to be called after a ``PeerError``."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(setting: str, local_rank: int = 0) -> torch.device:
+    """``auto``: CUDA if there is one. Raises ConfigError when CUDA is asked for and absent."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return torch.device("cpu")
+    if count <= local_rank:
+        raise ConfigError(
+            f"train.device: got {setting}, expected at least {local_rank + 1} CUDA device(s), "
+            f"found {count}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

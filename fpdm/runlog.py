@@ -1,0 +1,160 @@
+"""The run directory: what a training run writes beside its checkpoints.
+
+    runs/<name>/config.yaml        the resolved configuration
+                metrics.jsonl      a row every ``log_every`` steps, a function of the run alone
+                timing.jsonl       images per second and peak memory of the same steps
+                nonfinite.jsonl    skipped steps and the ids of their samples
+                checkpoints/  samples/step_*.png  curves.png  export/  tensorboard/
+
+Rows reach the kernel before the checkpoint of their step is written, and a resumed run drops the
+rows of later steps, so that ``metrics.jsonl`` of a killed and resumed run equals that of an
+uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fpdm.config import Config, ConfigError
+from fpdm.files import atomic_write
+
+
+class RunDirectory:
+    """Paths of one run, and the append-only row files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.timing = root / "timing.jsonl"
+        self.nonfinite = root / "nonfinite.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.curves = root / "curves.png"
+        self.export = root / "export"
+
+    def sample(self, step: int) -> Path:
+        """PNG of the sample grid after ``step`` steps."""
+        return self.root / "samples" / f"step_{step:07d}.png"
+
+    def prepare(self) -> None:
+        """Creates the directories and proves that files can be written there.
+
+        Raises ConfigError before anything was trained, not at the first save.
+        """
+        try:
+            for directory in (self.checkpoints, self.root / "samples"):
+                directory.mkdir(parents=True, exist_ok=True)
+                atomic_write(directory / ".probe", b"x" * 4096)
+                (directory / ".probe").unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"train.out: got {self.root}, expected a directory that can be written: {reason}"
+            ) from error
+
+    def keep_until(self, step: int) -> None:
+        """Drops the rows of steps after ``step``, and a row that a kill cut short."""
+        for path in (self.metrics, self.timing, self.nonfinite):
+            if path.exists():
+                kept = [line for line in path.read_bytes().splitlines(True) if _until(line, step)]
+                atomic_write(path, b"".join(kept))
+
+    def append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Adds one row. One write: a kill leaves a whole row, or one that ``keep_until`` drops."""
+        with open(path, "ab", buffering=0) as file:
+            file.write((json.dumps(row) + "\n").encode())
+
+
+def _until(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the resident peak of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Progress:
+    """Bar, timing rows and, when asked, TensorBoard of one session on rank 0."""
+
+    def __init__(
+        self, config: Config, directory: RunDirectory, device: torch.device, start: int, shown: bool
+    ) -> None:
+        train = config.train
+        self.batch, self.directory, self.device = train.batch, directory, device
+        self.bar = tqdm(
+            total=train.steps,
+            initial=start,
+            unit="step",
+            disable=not shown,
+            dynamic_ncols=True,
+            # in a file every refresh is a line of its own
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        )
+        self.since, self.at = time.perf_counter(), start
+        self.board = _tensorboard(directory.root, start) if train.tensorboard and shown else None
+
+    def step(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Shows a row of metrics with the clock's numbers, which it stores apart."""
+        now, step = time.perf_counter(), row["step"]
+        rate = (step - self.at) * self.batch / max(now - self.since, 1e-9)
+        self.since, self.at = now, step
+        memory = peak_memory(self.device)
+        timing = {"step": step, "images_per_s": rate, "peak_memory": memory, "time": time.time()}
+        self.directory.append(self.directory.timing, timing)
+        shown = {
+            "loss": _short(row["loss"]),
+            "img/s": f"{rate:.0f}",
+            "n+m": _short((row["n"] or 0.0) + (row["m"] or 0.0)),
+            "residual": _short(row["residual"]),
+            "peak": f"{memory / 2**30:.2f}G",
+        }
+        self.bar.set_postfix(shown, refresh=False)
+        if self.board is not None:
+            for key, value in {**row, "images_per_s": rate, "peak_memory": memory}.items():
+                if key != "step" and value is not None:
+                    self.board.add_scalar(key, value, step)
+
+    def say(self, line: str) -> None:
+        """One line that does not tear the bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends bar and board."""
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _tensorboard(root: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "train.tensorboard: got true, expected the package tensorboard to be installed"
+        ) from error
+    return SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)

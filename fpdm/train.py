@@ -1,0 +1,464 @@
+"""Training with stochastic Jacobian-free backpropagation (paper section 3.3).
+
+    python -m fpdm.train RECIPE [--section.key value]        plain, or under torchrun
+
+One step: for every micro-batch draw (n, m), for every sample t, noise, label dropout and flip; run
+the model n iterations without and m with gradient; sum the gradients of the global batch; AdamW and
+EMA. Everything random is a function of (seed, step, slot in the global batch), and (n, m) of (seed,
+step, micro-batch): a resumed run is the same run, on another number of ranks the same to rounding.
+
+A signal is agreed by all ranks at the end of a step, which is then saved; the exit status is 0.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpdm import __version__, checkpoint, figures, interop
+from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
+from fpdm.checks import check_data, check_machine, check_same
+from fpdm.cli import run_main
+from fpdm.config import Config, ConfigError, UserError, load_config, to_dict, to_yaml
+from fpdm.data import open_dataset
+from fpdm.diffusion import Diffusion
+from fpdm.distributed import PeerError, Ranks, StopFlag
+from fpdm.engine import Sampler
+from fpdm.files import atomic_write
+from fpdm.kernels import ops
+from fpdm.model import FPDM, build_model
+from fpdm.optim import AdamWEMA, LossScaler, learning_rate
+from fpdm.runlog import Progress, RunDirectory
+from fpdm.weights import PreparedWeights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRID_CLASSES = 10
+
+
+@dataclass
+class Window:
+    """Sums since the last row; part of a checkpoint, so that a resumed run writes the same row."""
+
+    good: int = 0
+    loss: float = 0.0
+    mse: float = 0.0
+    vb: float = 0.0
+    micro: int = 0
+    n: int = 0
+    m: int = 0
+
+
+@dataclass
+class Counters:
+    """Bad steps so far, and in a row."""
+
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+class Trainer:
+    """A training run as ``config`` describes it; ``run`` starts or resumes it.
+
+    Raises ConfigError, DataError or CheckpointError (all ``UserError``) for what the user can mend.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.stop = StopFlag()
+        self.directory = RunDirectory(
+            Path(config.train.out) / (config.train.name or config.recipe or "run")
+        )
+        self.step = 0
+        self.window, self.counters = Window(), Counters()
+        self._last: dict[str, float] = {}
+        self._losses: list[tuple[Sequence[int], Tensor]] = []
+        self._announced = False
+
+    def run(self) -> int:
+        """Trains to the end or to a signal; returns the number of steps done in all."""
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread:
+            self.stop.install()
+        try:
+            self.ranks = Ranks(self.config.train.device, self.config.train.ddp_timeout_s)
+            self._build_together()
+            self._share()
+            self._open_log()
+            if self._loop() and self.ranks.rank == 0:
+                self._finish()
+            self.ranks.close()
+            return self.step
+        finally:
+            for part in ("loader", "progress"):
+                if hasattr(self, part):
+                    getattr(self, part).close()
+            if main_thread:
+                self.stop.restore()
+
+    # setting up
+
+    def _agree(self, failure: Exception | None, *flags: int) -> list[int]:
+        """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
+        the others naming it."""
+        rank = self.ranks.rank
+        failed, *agreed = self.ranks.agree([0 if failure is None else rank + 1, *flags])
+        if failure is not None:
+            raise failure
+        if failed:
+            raise PeerError(f"rank {failed - 1} failed, see its message; rank {rank} leaves")
+        return agreed
+
+    def _build_together(self) -> None:
+        failure: Exception | None = None
+        try:
+            self._build()
+        except Exception as error:
+            failure = error
+        self._agree(failure)
+
+    def _build(self) -> None:
+        config, device = self.config, self.ranks.device
+        check_machine(config, self.ranks.world, device)
+        if self.ranks.rank == 0:
+            self.directory.prepare()
+        self.data = open_dataset(config.data)
+        check_data(config, self.data)
+        self.impl = ops.choose(config.execution.impl, device)
+        model = build_model(config.model, config.execution)
+        model.initialize(torch.Generator().manual_seed(config.train.seed))
+        self.model = model.to(device)
+        self.diffusion = Diffusion(config.diffusion, device=str(device))
+        self.prepared = PreparedWeights(self.model, DTYPES[config.train.precision])
+        self.optimizer = AdamWEMA(self.model, config.optim, self.prepared)
+        t = config.train
+        self.scaler = (
+            LossScaler(t.scale_init, t.scale_growth_interval, t.scale_floor)
+            if t.precision == "fp16"
+            else LossScaler(1.0, sys.maxsize, 1.0)
+        )
+        # here, so that a plan which cannot be met is refused before the first step
+        self.sampler = Sampler(self.model, self.diffusion, config.sample)
+        if self.ranks.rank == 0:
+            self._resume()
+        self.loader = Loader(self.data, config, self.ranks)
+
+    def _resume(self) -> None:
+        root = self.directory.checkpoints
+        if self.config.train.resume == "never" and any(root.glob("step_*")):
+            raise ConfigError(
+                f"train.resume: got never, but {self.directory.root} holds checkpoints; expected "
+                "resume=auto or another train.name"
+            )
+        found = checkpoint.load_newest(root, report=print)
+        if found is not None:
+            check_same(found.meta, self.config, self.data.fingerprint, found.path)
+            self.optimizer.load_state(found.tensors)
+            self._restore(found.meta["state"])
+            total = self.config.train.steps
+            print(f"resumed {found.path}: step {self.step} of {total}", flush=True)
+        self.directory.keep_until(self.step)
+        atomic_write(self.directory.config, to_yaml(self.config).encode())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "scaler": asdict(self.scaler),
+            "window": asdict(self.window),
+            "counters": asdict(self.counters),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step, s = state["step"], state["scaler"]
+        self.scaler.scale, self.scaler.good = s["scale"], s["good"]
+        self.scaler.floor_hits = s["floor_hits"]
+        self.window, self.counters = Window(**state["window"]), Counters(**state["counters"])
+
+    def _share(self) -> None:
+        """Everybody continues from rank 0's state: only rank 0 reads checkpoints."""
+        if self.ranks.world == 1:
+            return
+        s, parts = self.scaler, (self.window, self.counters)
+        numbers = [self.step, s.scale, s.good, s.floor_hits]
+        numbers += [value for part in parts for value in vars(part).values()]
+        packed = torch.tensor(numbers, dtype=torch.float64)
+        groups = self.optimizer.state()
+        self.ranks.broadcast_([packed, *(t for g in groups.values() for t in g.values())])
+        self.optimizer.load_state(groups)
+        step, scale, good, floor_hits, *rest = packed.tolist()
+        self.step, s.scale, s.good, s.floor_hits = int(step), scale, int(good), int(floor_hits)
+        values = iter(rest)
+        for part in parts:
+            for key, old in list(vars(part).items()):
+                setattr(part, key, type(old)(next(values)))
+
+    def _open_log(self) -> None:
+        shown = self.ranks.rank == 0
+        self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
+        ops.reset_counters()
+        if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
+            self._grid()
+
+    # one step
+
+    def _loop(self) -> bool:
+        """True at the end of the run, False after a signal."""
+        train = self.config.train
+        while self.step < train.steps:
+            signum = self._advance()
+            if self.ranks.rank == 0:
+                self._after_step(signum)
+            if signum:
+                return False
+        return not self.stop.signum
+
+    def _advance(self) -> int:
+        """One step on all ranks; returns the agreed signal number."""
+        failure: Exception | None = None
+        bad = True
+        try:
+            self.optimizer.zero_grad()
+            self.local_step(self.step)
+            norm = self.optimizer.grad_norm()
+            bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
+        except Exception as error:
+            failure = error
+        found, signum = self._agree(failure, int(bad), self.stop.signum)
+        if not found and self.ranks.world > 1:
+            self.ranks.sum_(self.optimizer.buffer)
+            norm = self.optimizer.grad_norm()
+            found = int(not math.isfinite(norm))  # the same bits, so the same answer, on every rank
+        if found:
+            self._skip(bad)
+        else:
+            self._update(norm)
+        self.step += 1
+        self._row_if_due()
+        self._check_nonfinite()
+        return signum
+
+    def local_step(self, step: int) -> None:
+        """Leaves the rank's share of the gradients (times the loss scale) and of the means of loss,
+        mse, vb and residual in the optimiser's buffer."""
+        seed, self._losses = self.config.train.seed, []
+        for a, micro in enumerate(self.loader.get(step)):
+            n, m = draw_iterations(seed, step, a, self.config.fixed_point, self.ranks.rank)
+            self.window.micro += 1
+            self.window.n += n
+            self.window.m += m
+            losses, residual = self._micro_step(step, micro, n, m)
+            rows = torch.stack([losses["loss"], losses["mse"], losses["vb"], residual])
+            self.optimizer.tail[:4] += rows.detach().sum(1) / self.config.train.batch
+            self._losses.append((micro.ids, losses["loss"].detach()))
+
+    def _micro_step(
+        self, step: int, micro: Micro, n: int, m: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        train, device = self.config.train, self.ranks.device
+        x0 = micro.x.to(device, non_blocking=True)
+        y = micro.y.to(device, non_blocking=True)
+        draws = draw_samples(
+            train.seed, step, micro.slots, x0, y, self.config.diffusion.timesteps,
+            train.label_dropout, self.config.model.num_classes,
+        )  # fmt: skip
+        xt = self.diffusion.q_sample(x0, draws.t, draws.noise)
+        residual = torch.zeros(len(micro.slots), device=device)
+        if isinstance(self.model, FPDM):
+            solution = self.model.solve(
+                xt, draws.t, draws.y, m, n, weights=self.prepared,
+                detach_init=self.config.fixed_point.detach_init, stats=self._row_due(step + 1),
+            )  # fmt: skip
+            output = solution.output
+            if solution.stats is not None:
+                residual = solution.stats.residual[-1]
+        else:
+            output = self.model(xt, draws.t, draws.y, weights=self.prepared)
+        losses = self.diffusion.losses(output.float(), x0, xt, draws.t, draws.noise)
+        (losses["loss"].sum() * (self.scaler.scale / train.batch)).backward()
+        return losses, residual
+
+    def _update(self, norm: float) -> None:
+        optim, scale = self.config.optim, self.scaler.scale
+        multiplier = 1.0 / scale
+        if optim.clip_norm is not None:
+            multiplier *= min(1.0, optim.clip_norm / (norm / scale + 1e-6))
+        lr = learning_rate(optim, self.step, self.config.train.steps)
+        self.optimizer.step(lr, multiplier)
+        self.scaler.update(False)
+        self.counters.in_a_row = 0
+        loss, mse, vb, residual = self.optimizer.tail[:4].tolist()
+        w = self.window
+        w.good, w.loss, w.mse, w.vb = w.good + 1, w.loss + loss, w.mse + mse, w.vb + vb
+        self._last = {"residual": residual, "grad_norm": norm / scale, "lr": lr}
+
+    def _skip(self, mine: bool) -> None:
+        """Changes nothing but the loss scale; the rank that caused it says which samples."""
+        self.scaler.update(True)
+        self.counters.skipped += 1
+        self.counters.in_a_row += 1
+        self._last = {}
+        if mine:
+            pairs = [pair for ids, loss in self._losses for pair in zip(ids, loss.tolist())]
+            ids = [i for i, value in pairs if not math.isfinite(value)]
+            row = {
+                "step": self.step + 1, "rank": self.ranks.rank, "ids": ids,
+                "cause": "loss" if ids else "gradient", "scale": self.scaler.scale,
+            }  # fmt: skip
+            self.directory.append(self.directory.nonfinite, row)
+            what = f"loss of samples {ids[:8]}" if ids else "gradient"
+            self.progress.say(
+                f"step {self.step + 1}: skipped on all ranks, non-finite {what} on rank "
+                f"{self.ranks.rank}; loss scale {self.scaler.scale:g}"
+            )
+
+    def _check_nonfinite(self) -> None:
+        """Ends a run that no longer learns; there is nothing new to save."""
+        limit, floor = self.config.train.max_nonfinite, self.scaler.floor_hits
+        if self.counters.in_a_row < limit and floor < limit:
+            return
+        where = f"{self.counters.in_a_row} non-finite steps in a row"
+        if self.counters.in_a_row < limit:
+            where = f"{floor} non-finite steps at the lowest loss scale {self.scaler.floor:g}"
+        raise UserError(
+            f"step {self.step}: {where}, expected fewer than train.max_nonfinite = {limit}; see "
+            f"{self.directory.nonfinite}; the newest checkpoint is from before"
+        )
+
+    # after a step
+
+    def _row_due(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
+
+    def _grid_due(self, step: int) -> bool:
+        every = self.config.train.grid_every
+        return step == self.config.train.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def _row_if_due(self) -> None:
+        if not self._row_due(self.step):
+            return
+        w, self.window = self.window, Window()
+        if self.ranks.rank:
+            return
+        good, micro, last = w.good or math.nan, w.micro or math.nan, self._last
+        looped = isinstance(self.model, FPDM)
+        row = {
+            "step": self.step,
+            "loss": w.loss / good,
+            "mse": w.mse / good,
+            "vb": w.vb / good,
+            "n": w.n / micro if looped else None,
+            "m": w.m / micro if looped else None,
+            "residual": last.get("residual") if looped else None,
+            "grad_norm": last.get("grad_norm"),
+            "lr": last.get("lr"),
+            "scale": self.scaler.scale,
+            "skipped": self.counters.skipped,
+        }
+        # a number that does not exist is null: NaN is not JSON
+        row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
+        self.directory.append(self.directory.metrics, row)
+        self.progress.row(row)
+
+    def _after_step(self, signum: int) -> None:
+        train, step = self.config.train, self.step
+        self.progress.step()
+        if not self._announced:
+            self._announce()
+        if signum or step == train.steps or (train.save_every and step % train.save_every == 0):
+            self.save()
+        if signum:
+            self.progress.say(
+                f"{signal.Signals(signum).name}: saved step {step} of {train.steps} in "
+                f"{self._saved}; start again to resume"
+            )
+        elif self._grid_due(step):
+            self._grid()
+
+    def save(self) -> None:
+        """Writes and verifies a checkpoint of this step."""
+        meta = {
+            "config": to_dict(self.config),
+            "data": self.data.fingerprint,
+            "state": self._state(),
+            "versions": {
+                "fpdm": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "ranks": self.ranks.world,
+        }
+        keep = self.config.train.keep
+        root = self.directory.checkpoints
+        self._saved = checkpoint.save(root, self.step, self.optimizer.state(), meta, keep)
+
+    def _grid(self) -> None:
+        """Samples of the average, rows are classes; fixed seeds and labels make grids comparable.
+
+        A signal abandons it: the grid is drawn again when the run resumes at this step.
+        """
+        model, train = self.config.model, self.config.train
+        rows = min(model.num_classes, GRID_CLASSES)
+        classes = [i * model.num_classes // rows for i in range(rows)]
+        labels = [c for c in classes for _ in range(train.grid_per_class)]
+        drawn: list[Tensor] = []
+
+        def draw() -> None:
+            self.sampler.weights.refresh()
+            drawn.append(self.sampler.sample(labels, seeds=range(len(labels))).x)
+
+        with self.optimizer.swapped():
+            self.stop.interruptible(draw)
+        if drawn:
+            # of latents the first three channels are shown as they are
+            x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]
+            figures.save_grid(x, self.directory.sample(self.step), train.grid_per_class)
+
+    def _announce(self) -> None:
+        """Says which implementation ran every operator; raises ImplError if one is another than
+        announced. A run that was at its end already has run none."""
+        used: dict[str, list[str]] = {}
+        for operator, by_impl in sorted(ops.counters().items()):
+            for impl in by_impl:
+                used.setdefault(impl, []).append(operator)
+        told = "; ".join(f"{impl}: {', '.join(names)}" for impl, names in used.items())
+        if used and not self._announced:
+            self.progress.say(f"operators on {self.ranks.device}: {told}")
+            self._announced = True
+        if used and set(used) != {self.impl}:
+            raise ops.ImplError(f"operators: got {told}; expected all on {self.impl}, as announced")
+
+    def _finish(self) -> None:
+        self._announce()
+        self.progress.close()
+        figures.plot_history(self.directory.metrics, self.directory.curves)
+        interop.export(
+            self.directory.export,
+            self.config.model,
+            self.optimizer.ema_state_dict(),
+            which="ema",
+            diffusion=self.config.diffusion,
+            extra={"step": self.step, "recipe": self.config.recipe},
+        )
+        print(
+            f"done: {self.step} steps; samples {self.directory.sample(self.step)}, curves "
+            f"{self.directory.curves}, export (EMA) {self.directory.export}",
+            flush=True,
+        )
+
+
+def main(argv: list[str]) -> None:
+    """``fpdm.train RECIPE [--section.key value]``."""
+    Trainer(load_config(argv[0] if argv else "", argv[1:])).run()
+
+
+if __name__ == "__main__":
+    run_main("fpdm.train", main)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import TINY, random_model
+from torch import Tensor
+
+from fpdm.config import ConfigError, OptimConfig, UserError
+from fpdm.optim import AdamWEMA, LossScaler, learning_rate
+from fpdm.weights import PreparedWeights
+
+IMPLS = ("auto", "fused", "foreach", "single")
+FULL = OptimConfig(lr=1e-2, weight_decay=0.1, ema_decay=0.9, beta2=0.99)
+
+
+def gradients(optimizer: AdamWEMA, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.zero_grad()
+    for p in optimizer.params.values():
+        assert p.grad is not None
+        p.grad.copy_(torch.randn(p.shape, generator=generator))
+
+
+def oracle(params: dict[str, Tensor], config: OptimConfig, steps: int) -> tuple[dict, dict]:
+    """The module's equations in float64."""
+    w = {k: p.detach().double() for k, p in params.items()}
+    a = {k: torch.zeros_like(p) for k, p in w.items()}
+    v, e = {k: t.clone() for k, t in a.items()}, {k: t.clone() for k, t in w.items()}
+    for t in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(t)
+        for k, p in params.items():
+            g = torch.randn(p.shape, generator=generator).double()
+            a[k] = config.beta1 * a[k] + (1 - config.beta1) * g
+            v[k] = config.beta2 * v[k] + (1 - config.beta2) * g * g
+            first, second = a[k] / (1 - config.beta1**t), v[k] / (1 - config.beta2**t)
+            w[k] = w[k] * (1 - config.lr * config.weight_decay)
+            w[k] = w[k] - config.lr * first / (second.sqrt() + config.eps)
+            decay = config.ema_decay
+            if config.ema_warmup:
+                decay = min(decay, (1 + t) / (10 + t))
+            e[k] = e[k] + (1 - decay) * (w[k] - e[k])
+    return w, e
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_step_equals_the_equations_in_float64(impl, warmup):
+    model = random_model(TINY)
+    config = OptimConfig(**{**vars(FULL), "impl": impl, "ema_warmup": warmup})
+    start = {k: p.detach().clone() for k, p in model.named_parameters()}
+    optimizer = AdamWEMA(model, config)
+    for t in range(1, 6):
+        gradients(optimizer, t)
+        optimizer.step(config.lr)
+    w, e = oracle(start, config, 5)
+    for k, p in model.named_parameters():
+        # 5 steps of at most lr each, a few roundings of the weight (below 4) per step
+        assert (p.detach().double() - w[k]).abs().max() < 5 * 4 * 2**-23
+        assert (optimizer.ema[k].double() - e[k]).abs().max() < 5 * 4 * 2**-23
+    wrong, _ = oracle(start, OptimConfig(**{**vars(config), "eps": 1e-2}), 5)
+    assert max((p.detach() - wrong[k]).abs().max() for k, p in model.named_parameters()) > 1e-5
+
+
+def forward(model, weights) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    return model(x, torch.tensor([3, 900]), torch.tensor([1, 10]), iters=2, weights=weights)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_weights_are_never_stale(impl, dtype):
+    model = random_model(TINY)
+    prepared = PreparedWeights(model, dtype)
+    optimizer = AdamWEMA(model, OptimConfig(**{**vars(FULL), "impl": impl}), prepared)
+
+    def same_as_fresh() -> bool:
+        fresh = random_model(TINY, seed=9)
+        fresh.load_state_dict(model.state_dict())
+        return torch.equal(forward(model, prepared), forward(fresh, PreparedWeights(fresh, dtype)))
+
+    gradients(optimizer, 1)
+    optimizer.step(1e-2)
+    assert same_as_fresh()
+    raw = forward(model, prepared)
+    with optimizer.swapped():
+        assert same_as_fresh()
+        assert not torch.equal(forward(model, prepared), raw)
+        with pytest.raises(RuntimeError):
+            optimizer.state()
+    assert torch.equal(forward(model, prepared), raw)
+    saved = {g: {k: t.clone() for k, t in named.items()} for g, named in optimizer.state().items()}
+    gradients(optimizer, 2)
+    optimizer.step(1e-2)
+    optimizer.load_state(saved)
+    assert same_as_fresh()
+    assert torch.equal(forward(model, prepared), raw)
+
+
+def test_a_stale_copy_would_be_seen():
+    model = random_model(TINY)
+    prepared = PreparedWeights(model, torch.bfloat16)
+    optimizer = AdamWEMA(model, FULL, prepared=None)
+    gradients(optimizer, 1)
+    optimizer.step(1e-2)
+    stale = forward(model, prepared)
+    prepared.refresh()
+    assert not torch.equal(forward(model, prepared), stale)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_state_round_trip_is_bit_exact(impl):
+    def run(optimizer: AdamWEMA, first: int, last: int) -> None:
+        for t in range(first, last):
+            gradients(optimizer, t)
+            optimizer.step(1e-2, 0.5)
+
+    config = OptimConfig(**{**vars(FULL), "impl": impl, "ema_warmup": True})
+    one = AdamWEMA(random_model(TINY), config)
+    run(one, 0, 6)
+    saved = {g: {k: t.clone() for k, t in named.items()} for g, named in one.state().items()}
+    run(one, 6, 9)
+    two = AdamWEMA(random_model(TINY, seed=4), config)
+    two.load_state(saved)
+    run(two, 6, 9)
+    for group, named in one.state().items():
+        for name, t in named.items():
+            assert torch.equal(t, two.state()[group][name]), name
+    three = AdamWEMA(random_model(TINY, seed=4), config)
+    three.load_state({**saved, "optim": {k: t * 0 for k, t in saved["optim"].items()}})
+    run(three, 6, 9)
+    name = "block_fixed_point.attn.qkv.weight"
+    assert not torch.equal(one.params[name], three.params[name])
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    optimizer = AdamWEMA(random_model(TINY), FULL)
+    before = {k: p.detach().clone() for k, p in optimizer.params.items()}
+    groups = {g: dict(named) for g, named in optimizer.state().items()}
+    name = "final_layer.linear.bias"
+    groups["ema"] = {**groups["ema"], name: torch.zeros(3)}
+    groups["model"] = {k: t + 1 for k, t in groups["model"].items()}
+    del groups["optim"][f"exp_avg.{name}"]
+    with pytest.raises(UserError, match=rf"ema/{name}: got \(3,\).*exp_avg.{name} is missing"):
+        optimizer.load_state(groups)
+    assert all(torch.equal(p, before[k]) for k, p in optimizer.params.items())
+
+
+def test_gradients_lie_in_one_buffer_and_the_tail_is_no_part_of_the_norm():
+    model = random_model(TINY)
+    optimizer = AdamWEMA(model, FULL)
+    x = torch.randn(2, 4, 8, 8)
+    model(x, torch.tensor([3, 9]), torch.tensor([1, 2]), iters=1).square().sum().backward()
+    expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    optimizer.tail.fill_(1e6)
+    assert optimizer.grad_norm() == pytest.approx(expected, rel=1e-5)
+    assert expected > 0
+    optimizer.zero_grad()
+    assert optimizer.grad_norm() == 0
+    assert float(optimizer.tail.sum()) == 0
+    offset = optimizer.buffer.data_ptr() % 64
+    assert all(p.grad.data_ptr() % 64 == offset for p in model.parameters())
+
+
+def test_half_precision_parameters_are_refused():
+    with pytest.raises(ConfigError, match=r"got torch\.bfloat16, expected torch\.float32"):
+        AdamWEMA(random_model(TINY).bfloat16(), FULL)
+
+
+def test_learning_rate():
+    constant = OptimConfig(lr=2.0)
+    assert [learning_rate(constant, s, 9) for s in (0, 8)] == [2.0, 2.0]
+    c = OptimConfig(lr=2.0, lr_final=1.0, warmup_steps=4)
+    assert [learning_rate(c, s, 13) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(c, 4, 13) == 2.0
+    assert learning_rate(c, 8, 13) == pytest.approx(1.5)
+    assert learning_rate(c, 12, 13) == pytest.approx(1.0)
+    assert learning_rate(c, 50, 13) == pytest.approx(1.0)
+
+
+def test_loss_scaler():
+    s = LossScaler(scale=8.0, interval=3, floor=2.0)
+    for found, scale in [(1, 4.0), (0, 4.0), (0, 4.0), (0, 8.0), (0, 8.0), (1, 4.0), (1, 2.0)]:
+        s.update(bool(found))
+        assert s.scale == scale
+    assert s.floor_hits == 0
+    s.update(True)
+    s.update(False)
+    s.update(True)
+    assert (s.scale, s.floor_hits, s.good) == (2.0, 2, 0)
+    for _ in range(3):
+        s.update(False)
+    assert (s.scale, s.floor_hits) == (4.0, 0)
+
+
+def test_the_scale_neither_dies_nor_grows_without_end():
+    s = LossScaler(scale=65536.0, interval=1, floor=1.0)
+    for _ in range(2000):
+        s.update(True)
+    assert s.scale == 1.0
+    for _ in range(2000):
+        s.update(False)
+    assert s.scale == 2.0**40

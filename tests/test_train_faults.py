@@ -1,0 +1,299 @@
+"""Kills, signals and ranks: what is left must be whole, and the resumed run the same run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import (
+    FailingTrainer,
+    HashingTrainer,
+    UnequalTrainer,
+    changed,
+    fingerprint,
+    orphans,
+    small,
+    start,
+    start_pair,
+)  # fmt: skip
+
+from fpdm import checkpoint
+from fpdm.checkpoint import FAILPOINTS
+from fpdm.train import Trainer
+
+LIMIT = 60.0
+
+
+def finish(process, seconds: float = LIMIT) -> int:
+    """Exit status of a child that must end by itself."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"still running after {seconds} s")
+    return process.exitcode
+
+
+def wait_for(condition, seconds: float = LIMIT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The uninterrupted run, from a child like all others: (config, fingerprint, seconds)."""
+    return reference_of(small(tmp_path_factory.mktemp("reference"), steps=24, save_every=4))
+
+
+def reference_of(config):
+    log = Path(config.train.out) / "log"
+    assert finish(start(config, log)) == 0, log.read_text()
+    again = changed(config, name="again")
+    begin = time.monotonic()
+    assert finish(start(again, log)) == 0
+    seconds = time.monotonic() - begin
+    assert fingerprint(again) == fingerprint(config)
+    return config, fingerprint(config), seconds
+
+
+def resume_and_compare(config, expected, log: Path) -> None:
+    assert finish(start(config, log)) == 0, log.read_text()
+    assert fingerprint(config) == expected
+    assert not orphans(config)
+
+
+def kills(reference, tmp_path: Path, count: int, seed: int) -> None:
+    config, expected, seconds = reference
+    rng, killed = random.Random(seed), 0
+    for i in range(count):
+        run = changed(config, out=str(tmp_path), name=f"run{i}")
+        moment = rng.uniform(0.02, 1.0) * seconds
+        child = start(run, tmp_path / "log")
+        time.sleep(moment)
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        print(f"seed {seed}: kill {i} after {moment:.3f} s of {seconds:.3f} s, {child.exitcode}")
+        resume_and_compare(run, expected, tmp_path / "log")
+    assert killed >= count * 2 // 3
+
+
+def test_sigkill_at_twenty_random_moments(reference, tmp_path):
+    kills(reference, tmp_path, 20, seed=1)
+
+
+@pytest.mark.slow
+def test_sigkill_at_fifty_random_moments(reference, tmp_path):
+    kills(reference, tmp_path, 50, seed=2)
+
+
+def failpoint(reference, tmp_path: Path, name: str, occurrence: int) -> None:
+    config, expected, _ = reference
+    run = changed(config, out=str(tmp_path), name=f"{name}-{occurrence}")
+    child = start(run, tmp_path / "log", env={"FPDM_FAILPOINT": f"{name}:{occurrence}"})
+    assert finish(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    resume_and_compare(run, expected, tmp_path / "log")
+
+
+@pytest.mark.parametrize("occurrence", [1, 2, 3])
+@pytest.mark.parametrize("name", FAILPOINTS)
+def test_sigkill_at_failpoints(reference, tmp_path, name, occurrence):
+    failpoint(reference, tmp_path, name, occurrence)
+
+
+def test_the_loss_scale_survives_sigkill(tmp_path):
+    config = small(
+        tmp_path, steps=12, save_every=4, precision="fp16", scale_growth_interval=3, name="whole"
+    )
+    reference = reference_of(config)
+    assert reference[1]["state"]["scaler"]["scale"] > config.train.scale_init
+    failpoint(reference, tmp_path, "before-rename", 2)
+
+
+def signals(reference, tmp_path: Path, count: int, seed: int) -> None:
+    config, expected, seconds = reference
+    rng, early = random.Random(seed), 0
+    kinds = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    for i in range(count):
+        # a grid every third step: a third of the time goes into sampling, a part into saving
+        run = changed(config, out=str(tmp_path), name=f"run{i}", grid_every=3)
+        log = tmp_path / f"log{i}"
+        child = start(run, log)
+        wait_for(lambda run=run: Trainer(run).directory.root.exists())
+        moment = rng.uniform(0.0, 1.2) * seconds
+        time.sleep(moment)
+        begin = time.monotonic()
+        if child.exitcode is None:
+            os.kill(child.pid, kinds[i % 3])
+        assert finish(child, 10.0) == 0, log.read_text()
+        print(f"seed {seed}: {kinds[i % 3]!r} after {moment:.3f} s, left in "
+              f"{time.monotonic() - begin:.3f} s")  # fmt: skip
+        newest = checkpoint.load_newest(Trainer(run).directory.checkpoints)
+        assert newest is not None
+        if newest.step < 24:
+            early += 1
+            assert f"saved step {newest.step} of 24" in log.read_text()
+        resume_and_compare(run, expected, log)
+    assert early >= count // 2
+
+
+def test_ten_signals_at_random_phases(reference, tmp_path):
+    signals(reference, tmp_path, 10, seed=3)
+
+
+@pytest.mark.slow
+def test_thirty_signals_at_random_phases(reference, tmp_path):
+    signals(reference, tmp_path, 30, seed=4)
+
+
+def test_a_second_signal_exits_at_once(reference, tmp_path):
+    run = changed(reference[0], out=str(tmp_path), steps=10**6, batch=512, save_every=0)
+    child = start(run, tmp_path / "log", SleepyTrainer)
+    wait_for(lambda: (Trainer(run).directory.root / "asleep").exists())
+    os.kill(child.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert child.exitcode is None
+    os.kill(child.pid, signal.SIGTERM)
+    assert finish(child, 2.0) == 128 + signal.SIGTERM
+
+
+class SleepyTrainer(Trainer):
+    """A step that takes half a minute."""
+
+    def local_step(self, step: int) -> None:
+        (self.directory.root / "asleep").touch()
+        for _ in range(300):
+            time.sleep(0.1)
+
+
+def test_a_full_disk_loses_nothing(reference, tmp_path):
+    config, expected, _ = reference
+    run = changed(config, out=str(tmp_path))
+    child = start(run, tmp_path / "log", FullDisk)
+    assert finish(child) in (1, 2)
+    text = (tmp_path / "log").read_text().strip().splitlines()
+    assert "fpdm.train: error: cannot write" in text[-1]
+    assert "Traceback" not in "".join(text)
+    newest = checkpoint.load_newest(Trainer(run).directory.checkpoints)
+    assert newest.step == 8
+    resume_and_compare(run, expected, tmp_path / "log")
+
+
+class FullDisk(Trainer):
+    """No file may grow beyond 1 kB after the second checkpoint."""
+
+    def save(self) -> None:
+        import resource
+
+        if self.step > 8:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        super().save()
+
+
+# ranks
+
+
+def pair_config(tmp_path: Path, **changes):
+    settings = {"precision": "fp32", "steps": 50, "eps": 1e-3, "accumulate": 2, "save_every": 10}
+    return small(tmp_path, **{**settings, **changes})
+
+
+def run_pair(config, log: Path, kind=HashingTrainer) -> list[list[str]]:
+    children = start_pair(config, log, kind)
+    codes = [finish(child) for child in children]
+    assert codes == [0, 0], [Path(f"{log}.{r}").read_text() for r in range(2)]
+    root = Trainer(config).directory.root
+    return [(root / f"hashes.{r}").read_text().split() for r in range(2)]
+
+
+def test_two_ranks_agree_every_step_and_resume_on_one(tmp_path):
+    config = pair_config(tmp_path, name="pair", batch=15, accumulate=1)
+    first, second = run_pair(changed(config, steps=25), tmp_path / "log")
+    assert first == second
+    assert len(set(first)) == 25
+    one = changed(config, name="one")
+    assert finish(start(one, tmp_path / "log.one")) == 0
+    assert finish(start(config, tmp_path / "log.resumed")) == 0
+    ends = [checkpoint.load_newest(Trainer(c).directory.checkpoints) for c in (config, one)]
+    assert ends[0].meta["state"]["step"] == ends[1].meta["state"]["step"] == 50
+    for name, value in ends[1].tensors["model"].items():
+        # eps = 1e-3 keeps Adam from turning the rounding of a tiny gradient into a whole step
+        assert (ends[0].tensors["model"][name] - value).abs().max() < 2e-5, name
+
+
+def test_two_ranks_for_fifty_steps_with_accumulation_and_a_signal(tmp_path):
+    config = pair_config(tmp_path)
+    children = start_pair(config, tmp_path / "log", HashingTrainer)
+    wait_for(lambda: (Trainer(config).directory.root / "hashes.0").exists())
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert [finish(child, 10.0) for child in children] == [0, 0]
+    assert "SIGTERM: saved step" in (tmp_path / "log.0").read_text()
+    first, second = run_pair(config, tmp_path / "log")
+    assert first == second
+    assert len(first) == 50
+
+
+def test_ranks_that_do_not_sum_would_be_seen(tmp_path):
+    first, second = run_pair(pair_config(tmp_path, steps=3), tmp_path / "log", UnequalTrainer)
+    assert first[0] != second[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killing_one_rank_ends_the_other(tmp_path, victim):
+    config = pair_config(tmp_path, steps=10**6, save_every=5)
+    children = start_pair(config, tmp_path / "log")
+    wait_for(lambda: len(list(Trainer(config).directory.checkpoints.glob("step_*"))) >= 2)
+    children[victim].kill()
+    begin = time.monotonic()
+    assert finish(children[1 - victim], 10.0) in (1, 2)
+    print(f"survivor left after {time.monotonic() - begin:.3f} s")
+    lines = (tmp_path / f"log.{1 - victim}").read_text().splitlines()
+    assert f"rank {1 - victim}: a peer stopped or froze" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert checkpoint.load_newest(Trainer(config).directory.checkpoints) is not None
+
+
+def test_a_failing_rank_takes_the_other_along(tmp_path):
+    config = pair_config(tmp_path, steps=10**6, accumulate=1)
+    children = start_pair(config, tmp_path / "log", FailingTrainer)
+    assert [finish(child, 20.0) != 0 for child in children] == [True, True]
+    assert "rank 1 failed, see its message; rank 0 leaves" in (tmp_path / "log.0").read_text()
+    assert "planted" in (tmp_path / "log.1").read_text()
+
+
+def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path):
+    config = pair_config(tmp_path, steps=6, accumulate=1)
+    first, second = run_pair(config, tmp_path / "log", PoisonedTrainer)
+    assert first == second
+    assert first[3] == first[2]
+    assert len(set(first)) == 5
+    rows = Trainer(config).directory.nonfinite.read_text().splitlines()
+    assert len(rows) == 1
+    assert '"rank": 1' in rows[0]
+
+
+class PoisonedTrainer(HashingTrainer):
+    """A NaN in a sample of rank 1, step 3."""
+
+    def _micro_step(self, step, micro, n, m):
+        if step == 3 and self.ranks.rank == 1:
+            micro.x[0] = float("nan")
+        return super()._micro_step(step, micro, n, m)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_other_at_the_timeout(tmp_path):
+    config = pair_config(tmp_path, steps=10**6, save_every=5, ddp_timeout_s=5)
+    children = start_pair(config, tmp_path / "log")
+    wait_for(lambda: len(list(Trainer(config).directory.checkpoints.glob("step_*"))) >= 1)
+    os.kill(children[1].pid, signal.SIGSTOP)
+    assert finish(children[0], 40.0) != 0
+    children[1].kill()
+    assert "a peer stopped or froze" in (tmp_path / "log.0").read_text()
