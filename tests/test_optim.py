@@ -15,6 +15,14 @@ IMPLS = ("auto", "fused", "foreach", "single")
 FULL = OptimConfig(lr=1e-2, weight_decay=0.1, ema_decay=0.9, beta2=0.99)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def gradients(optimizer: AdamWEMA, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer.zero_grad()
