@@ -446,7 +446,11 @@ class Trainer:
             self.optimizer.ema_state_dict(),
             which="ema",
             diffusion=self.config.diffusion,
-            extra={"step": self.step, "recipe": self.config.recipe},
+            extra={
+                "step": self.step,
+                "recipe": self.config.recipe,
+                "sample": to_dict(self.config)["sample"],
+            },
         )
         print(
             f"done: {self.step} steps; samples {self.directory.sample(self.step)}, curves "
