@@ -131,29 +131,30 @@ def slot_views(
     return acts
 
 
-def forward_workspace(
-    x: Tensor, dtype: torch.dtype, in_place: bool, z: Tensor | None
-) -> Activations:
-    """Buffers for what an iteration does not keep.
+def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activations:
+    """Buffers for what an iteration does not keep, used again by the next one.
 
-    ``in_place`` (nothing is kept): 6 U; the GELUs overwrite their inputs, o overwrites y1, and z
-    and z' live in ``z``, the buffer that receives f(x). Otherwise 6 U as well: a and gelu(h) share
-    4 U.
+    ``none`` keeps everything. ``elementwise``: 5 U (a and gelu(h) share 4) and z'. ``full``, and
+    the loop without gradient: 6 U; the GELUs overwrite their inputs and o overwrites y1; z and z'
+    are to live in the buffer that receives f(x).
     """
     b, t, d = x.shape
-    flat = x.new_empty(6 * b * t * d, dtype=dtype)
     unit = b * t * d
+    flat = x.new_empty({"none": 0, "elementwise": 5, "full": 6}[recompute] * unit, dtype=dtype)
 
     def take(start: int, width: int) -> Tensor:
         return flat[start * unit : (start + width) * unit].view(b, t, width * d)
 
+    if recompute == "none":
+        return Activations()
+    if recompute == "elementwise":
+        small = take(4, 1)
+        return Activations(a=take(0, 2), y1=small, z2=torch.empty_like(x), y2=small, gh=take(0, 4))
     small, other = take(4, 1), take(5, 1)
-    if in_place:
-        return Activations(
-            pre=take(0, 2), a=take(0, 2), z=z, y1=small, qkv=take(0, 3), o=small, p=other, z2=z,
-            y2=small, h=take(0, 4), gh=take(0, 4), r=other,
-        )  # fmt: skip
-    return Activations(a=take(0, 2), y1=small, z2=torch.empty_like(x), y2=small, gh=take(0, 4))
+    return Activations(
+        pre=take(0, 2), a=take(0, 2), y1=small, qkv=take(0, 3), o=small, p=other, y2=small,
+        h=take(0, 4), gh=take(0, 4), r=other,
+    )  # fmt: skip
 
 
 def modulation(mod: Tensor) -> tuple[Tensor, ...]:
@@ -238,6 +239,7 @@ def step_backward(
     dmod: Tensor,
     s: Scratch,
     du: Tensor | None = None,
+    wants_dx: bool = True,
 ) -> Tensor:
     """Gradient of f with respect to x, in place of ``g`` (B,T,D), the gradient with respect to
     f(x).
@@ -262,7 +264,7 @@ def step_backward(
     ops.adaln_backward(dy1, z, a1, g, ds1, da1)
     if du is None:
         return g
-    return _injection_backward(ops, g, x, w, acts, grads, s, du)
+    return _injection_backward(ops, g, x, w, acts, grads, s, du, wants_dx)
 
 
 def _mlp_backward(
@@ -302,6 +304,7 @@ def _injection_backward(
     grads: BlockGrads | None,
     s: Scratch,
     du: Tensor,
+    wants_dx: bool,
 ) -> Tensor:
     """The part z = W2 gelu(A x + u) + b2: ``g`` becomes the gradient with respect to x."""
     dtype = w.qkv.dtype
@@ -315,4 +318,4 @@ def _injection_backward(
     if grads is not None and grads.inj_w1 is not None:
         xc = x if x.dtype == dtype else s.d1.copy_(x)
         ops.linear_wgrad(dpre, xc, grads.inj_w1[:, : x.shape[-1]], None)
-    return ops.linear_dgrad(dpre, w.inj_a, out=g)
+    return ops.linear_dgrad(dpre, w.inj_a, out=g) if wants_dx else g

@@ -81,7 +81,7 @@ def iterate(
     with ops.no_autocast(x.device):
         src, dst = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         spare = torch.empty_like(dst) if n > 1 else dst
-        acts = forward_workspace(src, mod.dtype, in_place=True, z=None)
+        acts = forward_workspace(src, mod.dtype, "full")
         for j in range(n):
             acts.z = acts.z2 = dst
             row = table[j] if norms else None
@@ -132,6 +132,8 @@ def unroll(
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
+    if not injected and m != 1:
+        raise ValueError(f"m: got {m} without injection, expected 1 (pre and post blocks)")
     nr, nc = saved_units(recompute, injected)
     xs = x.new_empty(_kept_x(m, recompute), b, t, d)
     residual, compute = x.new_empty(m, nr * unit), mod.new_empty(m, nc * unit)
@@ -139,7 +141,7 @@ def unroll(
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     with ops.no_autocast(x.device):
         full = recompute == "full"
-        work = forward_workspace(x, mod.dtype, in_place=full, z=None)
+        work = forward_workspace(x, mod.dtype, recompute)
         src = x.contiguous()
         ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(xs) else []
         for j in range(m):
@@ -182,7 +184,7 @@ def _(
     mutates_args=(),
     schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] "
     "weights, Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, "
-    "str recompute, bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "str recompute, bool weight_grads, bool input_grad) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def unroll_backward(
     g: Tensor,
@@ -200,15 +202,20 @@ def unroll_backward(
     impl: str,
     recompute: str,
     weight_grads: bool,
+    input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dx_0, di, dmod, dparams) of ``unroll``; di is empty without injection, dparams when frozen.
+    """(dx_0, di, dmod, dparams) of ``unroll``; dx_0 is empty without ``input_grad``, di without
+    injection, dparams without ``weight_grads``.
 
-    Every weight gradient of the m iterations accumulates in one buffer in the parameter's dtype,
-    and dE = (sum_j dpre_j)^T i is one GEMM after the loop.
+    Every weight gradient of the m iterations accumulates in one float32 buffer (float64 for float64
+    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop.
     """
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     injected, src = u is not None, x.contiguous()
-    grads = BlockGrads(*(torch.zeros_like(p) for p in params)) if weight_grads else None
+    grads = None
+    if weight_grads:
+        sums = [torch.zeros_like(p, dtype=ops.accumulator(p.dtype)) for p in params]
+        grads = BlockGrads(*sums)
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
     du = None
     if u is not None:
@@ -221,11 +228,15 @@ def unroll_backward(
             x_j = _iterate_before(operators, j, src, xs, residual, compute, mod, recompute, scratch)
             if recompute == "full":
                 acts = _forward_again(operators, x_j, u, mod, w, heads, scratch)
-            step_backward(operators, g, x_j, mod, w, heads, acts, grads, dmod, scratch, du)
+            wants_dx = j > 0 or input_grad
+            step_backward(
+                operators, g, x_j, mod, w, heads, acts, grads, dmod, scratch, du, wants_dx
+            )
         di = x.new_empty(0)
         if i is not None and du is not None:
             di = _injection_gradients(operators, i, du, w, grads)
-    return g, di, dmod.to(mod.dtype), [d for d in grads or () if d is not None]
+    dparams = [d.to(p.dtype) for d, p in zip(grads or (), params) if d is not None]
+    return g if input_grad else x.new_empty(0), di, dmod.to(mod.dtype), dparams
 
 
 def _iterate_before(
@@ -300,9 +311,10 @@ def _(
     impl: str,
     recompute: str,
     weight_grads: bool,
+    input_grad: bool,
 ) -> tuple[Any, ...]:
     return (
-        x.new_empty(x.shape),
+        x.new_empty(x.shape if input_grad else 0),
         x.new_empty(0) if i is None else i.new_empty(i.shape),
         mod.new_empty(mod.shape),
         [p.new_empty(p.shape) for p in params] if weight_grads else [],
@@ -325,12 +337,27 @@ def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = [None] * len(params), [None] * len(weights)
     if g is None:
         return (None, None, None, None, *nothing, None, None, None, None, None)
-    wanted = any(ctx.needs_input_grad[4])
+    wants_x, wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
     dx, di, dmod, dparams = unroll_backward(
-        g, x, i, u, mod, params, weights, xs, residual, compute, m, heads, impl, recompute, wanted
+        g,
+        x,
+        i,
+        u,
+        mod,
+        params,
+        weights,
+        xs,
+        residual,
+        compute,
+        m,
+        heads,
+        impl,
+        recompute,
+        wanted,
+        wants_x,
     )
     return (
-        dx,
+        dx if wants_x else None,
         di if i is not None else None,
         None,
         dmod,

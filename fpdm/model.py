@@ -124,7 +124,7 @@ class _Transformer(nn.Module):
 
     def _linear(self, x: Tensor, name: str, w: WeightView) -> Tensor:
         weight, bias = w.params[f"{name}.weight"], w.params[f"{name}.bias"]
-        return ops.linear(x, weight, bias, *w.linear(name))
+        return ops.linear(x, weight, bias, *w.linear(name), self.execution.impl)
 
     def _time(self, t: Tensor, w: WeightView) -> Tensor:
         features = timestep_features(t).to(self.pos_embed.dtype)
@@ -138,23 +138,40 @@ class _Transformer(nn.Module):
     def _vectors(self, c: Tensor, name: str, w: WeightView) -> Tensor:
         return self._linear(nn.functional.silu(c), f"{name}.adaLN_modulation.1", w)
 
+    def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
+        """Shapes and kinds at the boundary; values are the caller's (reading them would wait)."""
+        c, b = self.config, x.shape[0]
+        want = (b, c.in_channels, c.input_size, c.input_size)
+        if tuple(x.shape) != want or not x.is_floating_point():
+            raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected {want} floating point")
+        for name, value in (("t", t), ("y", y)):
+            if tuple(value.shape) != (b,) or value.is_floating_point():
+                got = f"{tuple(value.shape)} {value.dtype}"
+                raise ValueError(f"{name}: got {got}, expected ({b},) integers")
+        tokens = (b, c.tokens, c.hidden_size)
+        if init is not None and tuple(init.shape) != tokens:
+            raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
+
     def _settings(self) -> Settings:
         return Settings(self.config.num_heads, self.execution.impl, self.execution.recompute)
 
     def _residual_dtype(self, w: WeightView) -> torch.dtype:
-        return torch.float32 if self.execution.residual_dtype == "float32" else w.dtype
+        wide = self.execution.residual_dtype == "float32" and w.dtype.itemsize < 4
+        return torch.float32 if wide else w.dtype
 
     def _tokens(self, x: Tensor, w: WeightView) -> Tensor:
         """Patchify as one GEMM.   (B,C,h,w) -> (B,T,D)."""
         p = self.config.patch_size
-        patches = nn.functional.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)
+        b, c, side = len(x), self.config.in_channels, self.config.input_size // p
+        patches = x.view(b, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
         weight, bias = w.params["x_embedder.proj.weight"], w.params["x_embedder.proj.bias"]
         tokens = ops.linear(
-            patches.contiguous(),
+            patches.reshape(b, side * side, c * p * p),
             weight.flatten(1),
             bias,
             w.get("x_embedder.proj.weight").flatten(1),
             w.get("x_embedder.proj.bias"),
+            self.execution.impl,
         )
         return (tokens + self.pos_embed.to(tokens.dtype)).to(self._residual_dtype(w))
 
@@ -168,7 +185,7 @@ class _Transformer(nn.Module):
 
     def _final(self, z: Tensor, vectors: Tensor, w: WeightView) -> Tensor:
         shift, scale = vectors.chunk(2, dim=-1)
-        o = self._linear(ops.adaln(z, shift, scale), "final_layer.linear", w)
+        o = self._linear(ops.adaln(z, shift, scale, self.execution.impl), "final_layer.linear", w)
         c, p = self.config.out_channels, self.config.patch_size
         side = self.config.input_size // p
         o = o.view(-1, side, side, p, p, c)
@@ -257,7 +274,7 @@ class FPDM(_Transformer):
         i = None if w.folded else self._linear(hc, PROJECTION, w)
         e, b1 = w.injection()
         with torch.no_grad():
-            return i, ops.linear(hc if i is None else i.detach(), e, b1, e, b1)
+            return i, ops.linear(hc if i is None else i.detach(), e, b1, e, b1, self.execution.impl)
 
     def _solve(
         self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,
@@ -296,6 +313,7 @@ class FPDM(_Transformer):
             raise ValueError(
                 f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
             )
+        self._check(x, t, y, init)
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self.encode(x, mod, weights=w)
@@ -341,6 +359,7 @@ class DiT(_Transformer):
         self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None
     ) -> Tensor:
         """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w)."""
+        self._check(x, t, y)
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self._tokens(x, w)

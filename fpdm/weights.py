@@ -10,6 +10,7 @@ is never inferred.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,54 +67,86 @@ class WeightView:
         return BlockWeights(*own, *self.halves(), *self.linear(FC2))  # type: ignore[call-arg]
 
 
+class _RefreshOnLoad:
+    """Hook of ``load_state_dict``; copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, prepared: PreparedWeights | None = None):
+        self.prepared = None if prepared is None else weakref.ref(prepared)
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        prepared = None if self.prepared is None else self.prepared()
+        if prepared is not None:
+            prepared.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RefreshOnLoad, ()
+
+
 class PreparedWeights(WeightView):
     """Copies of ``model``'s parameters in ``dtype``; aliases where the dtype is the parameters'
     own.
 
     ``fold=True`` (sampling only: it carries no gradient) also holds E W_p and E b_p + b1, computed
     in the parameters' dtype and then rounded: 2 D^2 instead of 3 D^2 MACs per token and timestep.
-    ``load_state_dict`` on the model refreshes by itself; every other change of parameters (an
-    optimiser step, an EMA swap) must call ``refresh()``.
+    ``model.load_state_dict`` refreshes by itself while this object lives; every other change of
+    parameters (an optimiser step, an EMA swap, a submodule's load) must call ``refresh()``.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, fold: bool = False):
         params: dict[str, Tensor] = dict(model.named_parameters())
         super().__init__(params, dtype, {})
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._model = weakref.ref(model)
+        self._sources: dict[str, tuple[str, int | None]] = {}
         injected = f"{FC1}.weight" in params
-        for name, param in params.items():
-            if param.dtype == dtype:
-                continue
-            if injected and name == f"{FC1}.weight":
-                # contiguous halves; the whole is never multiplied by
-                for key, half in zip(("half.a", "half.e"), param.detach().chunk(2, dim=1)):
-                    self._add(key, half)
-            else:
-                self._add(name, param.detach())
-        if fold and injected:
-            d = params[f"{PROJECTION}.weight"].shape[0]
-            device = params[f"{PROJECTION}.weight"].device
-            self.copies["fold.weight"] = torch.empty(2 * d, d, dtype=dtype, device=device)
-            self.copies["fold.bias"] = torch.empty(2 * d, dtype=dtype, device=device)
+        with torch.inference_mode(False):
+            for name, param in params.items():
+                if param.dtype == dtype:
+                    continue
+                if injected and name == f"{FC1}.weight":
+                    # contiguous halves; the whole is never multiplied by
+                    half = (param.shape[0], param.shape[1] // 2)
+                    for index, key in enumerate(("half.a", "half.e")):
+                        self._add(key, name, index, half, param.device)
+                else:
+                    self._add(name, name, None, param.shape, param.device)
+            if fold and injected:
+                d, device = params[f"{PROJECTION}.bias"].shape[0], params[f"{FC1}.bias"].device
+                self.copies["fold.weight"] = torch.empty(2 * d, d, dtype=dtype, device=device)
+                self.copies["fold.bias"] = torch.empty(2 * d, dtype=dtype, device=device)
         self.refresh()
-        ref = weakref.ref(self)
+        handle = model.register_load_state_dict_post_hook(_RefreshOnLoad(self))
+        weakref.finalize(self, handle.remove)
 
-        def loaded(module: nn.Module, keys: Any) -> None:
-            if (prepared := ref()) is not None:
-                prepared.refresh()
+    def _add(
+        self, key: str, name: str, half: int | None, shape: Sequence[int], device: torch.device
+    ) -> None:
+        self.copies[key] = torch.empty(tuple(shape), dtype=self.dtype, device=device)
+        self._sources[key] = (name, half)
 
-        model.register_load_state_dict_post_hook(loaded)
-
-    def _add(self, key: str, source: Tensor) -> None:
-        self.copies[key] = torch.empty(source.shape, dtype=self.dtype, device=source.device)
-        self._pairs.append((self.copies[key], source))
+    def _current(self, key: str) -> Tensor:
+        name, half = self._sources[key]
+        param = self.params[name].detach()
+        source = param if half is None else param.chunk(2, dim=1)[half]
+        copy = self.copies[key]
+        if source.shape != copy.shape or source.device != copy.device:
+            raise ValueError(
+                f"{name}: got {tuple(source.shape)} on {source.device}, expected "
+                f"{tuple(copy.shape)} on {copy.device} as when these weights were prepared"
+            )
+        return source
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write every copy again, in place."""
-        if self._pairs:
-            copies, sources = (list(side) for side in zip(*self._pairs))
-            torch._foreach_copy_(copies, sources)
+        """Write every copy again, in place, from the model's parameters as they are now.
+
+        Raises ValueError when a parameter has changed its shape or device since.
+        """
+        model = self._model()
+        if model is not None:
+            self.params.update(model.named_parameters())
+        if self._sources:
+            sources = [self._current(key) for key in self._sources]
+            torch._foreach_copy_([self.copies[key] for key in self._sources], sources)
         if self.folded:
             e = self.params[f"{FC1}.weight"].chunk(2, dim=1)[1]
             bias = torch.addmv(self.params[f"{FC1}.bias"], e, self.params[f"{PROJECTION}.bias"])

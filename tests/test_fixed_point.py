@@ -53,6 +53,19 @@ def run(p: dict[str, Any], n: int, m: int, recompute: str, **kwargs: Any) -> Ten
     return out
 
 
+def operator_weights(p: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """What the operators take as ``weights``: the eight, A, E, W2, b2."""
+    first, w1, w2, b2 = p["params"][:8], p["params"][8], p["params"][10], p["params"][11]
+    found = [*first, *w1.chunk(2, dim=1), w2, b2]
+    return [q.detach().to(dtype).contiguous() for q in found]
+
+
+def addend(p: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """u = E i + b1."""
+    e, b1 = p["params"][8].chunk(2, dim=1)[1], p["params"][9]
+    return torch.nn.functional.linear(p["i"], e.to(dtype), b1.to(dtype)).detach()
+
+
 def naive(p: dict[str, Any], n: int, m: int, detach_init: bool = True) -> Tensor:
     """Autograd through the concatenated map."""
     names = [f"block_fixed_point.{k}" for k in plain_keys()]
@@ -181,6 +194,24 @@ def test_frozen_weights_and_modulation() -> None:
     assert torch.equal(grad, want)
 
 
+def test_bad_operands_are_refused() -> None:
+    p = problem(dtype=torch.float32)
+    first = operator_weights(p, torch.float32)[:8]
+    with pytest.raises(ValueError, match="got 2 without injection"):
+        unroll(p["x"], None, None, p["mod"], p["params"][:8], first, 2, 2, "auto", "none", False)
+    model = random_model(TINY)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])
+    for bad, word in (
+        ((x.view(2, 4, 4, 16), t, y), "x: got"), ((x, t[:1], y), "t: got"),
+        ((x, t, y.float()), "y: got"), ((x.long(), t, y), "x: got"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            model(*bad)
+    with pytest.raises(ValueError, match="init: got"):
+        model(x, t, y, init=torch.zeros(2, 5, 48))
+    assert model(x[:0], t[:0], y[:0]).shape == (0, 8, 8, 8)
+
+
 def test_second_derivative_is_refused() -> None:
     p = problem()
     p["i"].requires_grad_()
@@ -251,8 +282,10 @@ class LiveBytes(TorchDispatchMode):
                 result = self.INSIDE[func](*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
+        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
+        older = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
         for out in torch.utils._pytree.tree_leaves(result):
-            if isinstance(out, Tensor):
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in older:
                 storage = out.untyped_storage()
                 self.storages[storage.data_ptr()] = (weakref.ref(storage), storage.nbytes())
         self.peak = max(self.peak, self.live())
@@ -322,16 +355,45 @@ def test_memory_meter_bites() -> None:
     assert peaks[1] > peaks[0] + 5 * 10 * 2 * 16 * 48 * 4
 
 
-@pytest.mark.parametrize(("recompute", "units"), [("none", 14), ("elementwise", 14), ("full", 27)])
-def test_backward_working_set(recompute: str, units: int) -> None:
-    """The backward's peak above what was saved, in U, parameter gradients apart: 12 U of scratch
-    and the reference attention's scores, and in full recomputation one iteration's 13 U."""
-    execution = ExecutionConfig(recompute=recompute)  # type: ignore[arg-type]
-    live, _, peak = measure(0, 3, execution, torch.float32)
-    with torch.device("meta"):
-        model = FPDM(ModelConfig(input_size=16, hidden_size=96, num_heads=4, num_classes=10))
-    parameters = sum(p.numel() for p in model.parameters())
-    assert (peak - live - 4 * parameters) / (4 * UNIT) <= units
+def at_xl_ratio(dtype: torch.dtype) -> dict[str, Any]:
+    """Operands with XL's ratio of scores to activations: T = 256, K = 72, H = 8, H T / D = 3.55."""
+    p = problem(d=576, t=256, b=1, dtype=dtype)
+    p["params"] = [q.float() for q in p["params"]]
+    for leaf in leaves(p):
+        leaf.requires_grad_()
+    return p
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loop_working_set(dtype: torch.dtype) -> None:
+    """The loop without gradient: two iterates and at most 10 U of workspace."""
+    p = at_xl_ratio(dtype)
+    weights, u = operator_weights(p, dtype), addend(p, dtype)
+    gc.collect()
+    with torch.no_grad(), LiveBytes() as mode:
+        iterate(p["x"], u, p["mod"], weights, 4, 8, "auto", True)
+    assert mode.peak / p["x"].nbytes <= 12
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("none", 0), ("elementwise", 0), ("full", 13)])
+@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 19), (torch.bfloat16, 28)])
+def test_backward_working_set(recompute: str, kept: int, dtype: torch.dtype, units: int) -> None:
+    """The backward's peak above what was saved, parameter gradients apart: 12 U of scratch, the
+    gradient, du and LayerNorm temporaries; in half precision float32 operands of one weight
+    gradient too; in full recomputation what one iteration keeps."""
+    p = at_xl_ratio(dtype)
+    weights = operator_weights(p, dtype)
+    args = (p["mod"], p["params"], weights)
+    u = addend(p, dtype)
+    with torch.no_grad():
+        out, _, *saved = unroll(p["x"], p["i"], u, *args, 3, 8, "auto", recompute, False)
+        gc.collect()
+        with LiveBytes() as mode:
+            unroll_backward(
+                out, p["x"], p["i"], u, *args, *saved, 3, 8, "auto", recompute, True, False
+            )
+    parameters = sum(q.nbytes for q in p["params"])
+    assert (mode.peak - parameters) / p["x"].nbytes <= units + kept
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -339,10 +401,7 @@ def test_opcheck(recompute: str) -> None:
     p = problem(d=8, t=3, dtype=torch.float32)
     for leaf in leaves(p):
         leaf.requires_grad_()
-    w1, b1, w2, b2 = (q.detach() for q in p["params"][8:])
-    a, e = (half.contiguous() for half in w1.chunk(2, dim=1))
-    u = torch.nn.functional.linear(p["i"].detach(), e, b1)
-    weights = [*(q.detach() for q in p["params"][:8]), a, e, w2, b2]
+    u, weights = addend(p, torch.float32), operator_weights(p, torch.float32)
     args = (p["x"], p["i"], u, p["mod"], p["params"], weights, 2, 2, "auto", recompute, True)
     torch.library.opcheck(unroll, args)
     torch.library.opcheck(

@@ -16,13 +16,13 @@ from conftest import (
     worst_relative,
 )
 from contract import violation
-from fpdm.steps import guide
 from torch import Tensor
 
 from bench import published as plain
 from fpdm.config import ModelConfig
 from fpdm.diffusion import Diffusion
 from fpdm.model import FPDM, build_model, sincos_2d
+from fpdm.steps import guide
 from fpdm.weights import PreparedWeights
 
 GOLDEN = 5e-6

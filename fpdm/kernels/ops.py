@@ -8,8 +8,9 @@
     linear(x, weight, bias, weight_c, bias_c)     x W^T + b in the compute dtype, gradients for the
                                                   (float32) parameters in the parameters' dtype
 
-The loop (fpdm.fixed_point) calls an operator set directly, with its own buffers; the registered
-forms are for everything else and for tests. An explicit request is never replaced silently.
+Each takes the implementation's name last (``auto`` chooses). The loop (fpdm.fixed_point) calls an
+operator set directly, with its own buffers; the registered forms are for everything else and for
+tests. An explicit request is never replaced silently.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ OPERATORS = (
     "adaln", "adaln_backward", "gate_residual", "gate_residual_backward", "gate_residual_adaln",
     "attention", "attention_backward",
 )  # fmt: skip
-_REQUESTED = os.environ.get("FPDM_IMPL", "auto")
+_REQUESTED = os.environ.get("FPDM_IMPL") or "auto"
 
 
 class ImplError(UserError):
@@ -93,19 +94,18 @@ def choose(impl: str, device: torch.device | str) -> str:
 
     Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
     """
-    asked = _REQUESTED if impl == "auto" else impl
+    asked, source = (_REQUESTED, "FPDM_IMPL") if impl == "auto" else (impl, "impl")
+    known = ", ".join(IMPLEMENTATIONS)
     reasons = availability(device)
     if asked == "auto":
         return next(
             name for name in ("triton", "cuda", "cpu", "reference") if reasons[name] is None
         )
     if asked not in reasons:
-        raise ImplError(
-            f"impl: got {asked!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise ImplError(f"{source}: got {asked!r}, expected auto or one of {known}")
     if reasons[asked] is not None:
         raise ImplError(
-            f"impl: got {asked}, which cannot run on {torch.device(device)}: {reasons[asked]}"
+            f"{source}: got {asked}, which cannot run on {torch.device(device)}: {reasons[asked]}"
         )
     return asked
 
@@ -131,8 +131,9 @@ def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     def register(fn: Callable[..., Any]) -> Any:
         @functools.wraps(fn)
         def body(*args: Any) -> Any:
+            *operands, impl = args
             with no_autocast(args[0].device):
-                return fn(resolve("auto", args[0].device), *args)
+                return fn(resolve(impl, args[0].device), *operands)
 
         return torch.library.custom_op(f"fpdm::{name}", body, mutates_args=(), schema=schema)
 
@@ -144,7 +145,8 @@ def _zeros(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 @_define(
-    "linear", "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c) -> Tensor"
+    "linear",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c, str impl) -> Tensor",
 )
 def linear(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor
@@ -155,19 +157,25 @@ def linear(
 
 @_define(
     "linear_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c, bool dx, bool dw, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def linear_backward(
-    ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor
+    ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor, dx: bool, dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dW, db); dW and db in the parameters' dtype."""
-    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+    """(dx, dW, db); dW and db in the parameters' dtype. Empty where ``dx`` or ``dw`` is false."""
     dy = dy.to(weight_c.dtype).contiguous()
+    dinput = ops.linear_dgrad(dy, weight_c).to(x.dtype) if dx else x.new_empty(0)
+    if not dw:
+        return dinput, weight.new_empty(0), weight.new_empty(0)
+    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
     ops.linear_wgrad(dy, x.to(weight_c.dtype), dweight, dbias)
-    return ops.linear_dgrad(dy, weight_c).to(x.dtype), dweight, dbias
+    return dinput, dweight, dbias
 
 
-@_define("linear_add_gelu", "(Tensor x, Tensor weight, Tensor addend) -> (Tensor, Tensor)")
+@_define(
+    "linear_add_gelu", "(Tensor x, Tensor weight, Tensor addend, str impl) -> (Tensor, Tensor)"
+)
 def linear_add_gelu(ops: Any, x: Tensor, weight: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
     """(gelu(pre), pre), pre = x W^T + u.   x (B,T,I), weight (O,I), addend (O,) or (B,T,O)."""
     pre = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -176,7 +184,8 @@ def linear_add_gelu(ops: Any, x: Tensor, weight: Tensor, addend: Tensor) -> tupl
 
 @_define(
     "linear_add_gelu_backward",
-    "(Tensor dy, Tensor pre, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor pre, Tensor x, Tensor weight, bool bias, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def linear_add_gelu_backward(
     ops: Any, dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool
@@ -190,13 +199,15 @@ def linear_add_gelu_backward(
     return ops.linear_dgrad(dpre, weight), dweight.to(weight.dtype), du
 
 
-@_define("adaln", "(Tensor z, Tensor shift, Tensor scale) -> Tensor")
+@_define("adaln", "(Tensor z, Tensor shift, Tensor scale, str impl) -> Tensor")
 def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(z)(1 + scale) + shift.   z (B,T,D), shift, scale (B,D)."""
     return ops.adaln(z, shift, scale)
 
 
-@_define("adaln_backward", "(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor, Tensor)")
+@_define(
+    "adaln_backward", "(Tensor dy, Tensor z, Tensor scale, str impl) -> (Tensor, Tensor, Tensor)"
+)
 def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dshift, dscale)."""
     dz, dshift, dscale = torch.zeros_like(z), _zeros(scale, scale.shape), _zeros(scale, scale.shape)
@@ -204,25 +215,27 @@ def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tens
     return dz, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
-@_define("attention", "(Tensor qkv, int heads) -> Tensor")
+@_define("attention", "(Tensor qkv, int heads, str impl) -> Tensor")
 def attention(ops: Any, qkv: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt K) v.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
     return ops.attention(qkv, heads)
 
 
-@_define("attention_backward", "(Tensor dy, Tensor qkv, Tensor y, int heads) -> Tensor")
+@_define("attention_backward", "(Tensor dy, Tensor qkv, Tensor y, int heads, str impl) -> Tensor")
 def attention_backward(ops: Any, dy: Tensor, qkv: Tensor, y: Tensor, heads: int) -> Tensor:
     """dqkv (B,T,3D)."""
     return ops.attention_backward(dy.contiguous(), qkv, y, heads)
 
 
-@_define("gate_residual", "(Tensor z, Tensor y, Tensor gate) -> Tensor")
+@_define("gate_residual", "(Tensor z, Tensor y, Tensor gate, str impl) -> Tensor")
 def gate_residual(ops: Any, z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """z + g y.   z, y (B,T,D), gate (B,D)."""
-    return ops.gate_residual(z, y, gate)
+    return ops.gate_residual(z.contiguous(), y, gate)
 
 
-@_define("gate_residual_backward", "(Tensor dout, Tensor y, Tensor gate) -> (Tensor, Tensor)")
+@_define(
+    "gate_residual_backward", "(Tensor dout, Tensor y, Tensor gate, str impl) -> (Tensor, Tensor)"
+)
 def gate_residual_backward(
     ops: Any, dout: Tensor, y: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -233,131 +246,154 @@ def gate_residual_backward(
 
 @_define(
     "gate_residual_adaln",
-    "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale) -> (Tensor, Tensor)",
+    "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale, str impl) -> (Tensor, Tensor)",
 )
 def gate_residual_adaln(
     ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(z', LN(z')(1 + scale) + shift), z' = z + g y."""
-    return ops.gate_residual_adaln(z, y, gate, shift, scale)
+    return ops.gate_residual_adaln(z.contiguous(), y, gate, shift, scale)
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor, impl: str
+) -> Tensor:
     return weight_c.new_empty(*x.shape[:-1], weight_c.shape[0])
 
 
 @linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor, dx: bool, dw: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape if dw else 0)
+    dbias = weight.new_empty(weight.shape[0] if dw else 0)
+    return x.new_empty(x.shape if dx else 0), dweight, dbias
 
 
 @linear_add_gelu.register_fake
-def _(x: Tensor, weight: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, addend: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape)
 
 
 @linear_add_gelu_backward.register_fake
-def _(dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, ...]:
+def _(
+    dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: bool, impl: str
+) -> tuple[Tensor, ...]:
     du = pre.new_empty(weight.shape[0]) if bias else pre.new_empty(pre.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), du
 
 
 @adaln.register_fake
-def _(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _(z: Tensor, shift: Tensor, scale: Tensor, impl: str) -> Tensor:
     return scale.new_empty(z.shape)
 
 
 @adaln_backward.register_fake
-def _(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+def _(dy: Tensor, z: Tensor, scale: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 @attention.register_fake
-def _(qkv: Tensor, heads: int) -> Tensor:
+def _(qkv: Tensor, heads: int, impl: str) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 @attention_backward.register_fake
-def _(dy: Tensor, qkv: Tensor, y: Tensor, heads: int) -> Tensor:
-    return torch.empty_like(qkv)
+def _(dy: Tensor, qkv: Tensor, y: Tensor, heads: int, impl: str) -> Tensor:
+    return qkv.new_empty(qkv.shape)
 
 
 @gate_residual.register_fake
-def _(z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty_like(z)
+def _(z: Tensor, y: Tensor, gate: Tensor, impl: str) -> Tensor:
+    return z.new_empty(z.shape)
 
 
 @gate_residual_backward.register_fake
-def _(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), gate.new_empty(gate.shape)
+def _(dout: Tensor, y: Tensor, gate: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 @gate_residual_adaln.register_fake
-def _(z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), scale.new_empty(z.shape)
+def _(
+    z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(z.shape)
 
 
-def _save(*positions: int) -> Callable[..., None]:
-    """setup_context that saves these inputs."""
+def _setup(ctx: Any, impl: str, *saved: Tensor) -> None:
+    ctx.impl = impl
+    ctx.save_for_backward(*saved)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(inputs[p] for p in positions))
 
-    return setup
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, weight_c, _, impl = inputs
+    _setup(ctx, impl, x, weight, weight_c)
 
 
 def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*linear_backward(dy, *ctx.saved_tensors), None, None)
+    wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
+    wants_w = wants_w or wants_b
+    dx, dw, db = linear_backward(dy, *ctx.saved_tensors, wants_x, wants_w, ctx.impl)
+    none = (None, None, None)
+    return (dx if wants_x else None, *((dw, db) if wants_w else (None, None)), *none)
 
 
 def _linear_add_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, addend = inputs
-    ctx.save_for_backward(output[1], x, weight)
+    x, weight, addend, impl = inputs
+    _setup(ctx, impl, output[1], x, weight)
     ctx.mark_non_differentiable(output[1])
     ctx.bias = addend.dim() == 1
 
 
-def _linear_add_gelu_grad(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    return linear_add_gelu_backward(dy, *ctx.saved_tensors, ctx.bias)
+def _linear_add_gelu_grad(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *linear_add_gelu_backward(dy, *ctx.saved_tensors, ctx.bias, ctx.impl), None
 
 
-def _adaln_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    return adaln_backward(dy, *ctx.saved_tensors)
+def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup(ctx, inputs[3], inputs[0], inputs[2])
+
+
+def _adaln_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *adaln_backward(dy, *ctx.saved_tensors, ctx.impl), None
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
+    _setup(ctx, inputs[2], inputs[0], output)
     ctx.heads = inputs[1]
 
 
-def _attention_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-    return attention_backward(dy, *ctx.saved_tensors, ctx.heads), None
+def _attention_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return attention_backward(dy, *ctx.saved_tensors, ctx.heads, ctx.impl), None, None
 
 
-def _gate_residual_grad(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-    return (dout, *gate_residual_backward(dout, *ctx.saved_tensors))
+def _gate_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup(ctx, inputs[3], inputs[1], inputs[2])
+
+
+def _gate_residual_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (dout, *gate_residual_backward(dout, *ctx.saved_tensors, ctx.impl), None)
 
 
 def _gate_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, y, gate, _, scale = inputs
-    ctx.save_for_backward(output[0], y, gate, scale)
+    _, y, gate, _, scale, impl = inputs
+    _setup(ctx, impl, output[0], y, gate, scale)
 
 
-def _gate_residual_adaln_grad(ctx: Any, dz2: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+def _gate_residual_adaln_grad(ctx: Any, dz2: Tensor, dout: Tensor) -> tuple[Tensor | None, ...]:
     z2, y, gate, scale = ctx.saved_tensors
-    dz, dshift, dscale = adaln_backward(dout, z2, scale)
+    dz, dshift, dscale = adaln_backward(dout, z2, scale, ctx.impl)
     dz = dz + dz2
-    dy, dgate = gate_residual_backward(dz, y, gate)
-    return dz, dy, dgate, dshift, dscale
+    dy, dgate = gate_residual_backward(dz, y, gate, ctx.impl)
+    return dz, dy, dgate, dshift, dscale, None
 
 
-linear.register_autograd(_linear_grad, setup_context=_save(0, 1, 3))
+linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 linear_add_gelu.register_autograd(_linear_add_gelu_grad, setup_context=_linear_add_gelu_setup)
-adaln.register_autograd(_adaln_grad, setup_context=_save(0, 2))
+adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
 attention.register_autograd(_attention_grad, setup_context=_attention_setup)
-gate_residual.register_autograd(_gate_residual_grad, setup_context=_save(1, 2))
+gate_residual.register_autograd(_gate_residual_grad, setup_context=_gate_residual_setup)
 gate_residual_adaln.register_autograd(
     _gate_residual_adaln_grad, setup_context=_gate_residual_adaln_setup
 )

@@ -56,7 +56,7 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
         # the tensor cores accumulate in float32 anyway: keep the product there
         dweight.add_(torch.mm(g.t(), rows, out_dtype=dweight.dtype))
     else:
-        dweight.add_(torch.mm(g.t(), rows))
+        dweight.addmm_(g.t().to(dweight.dtype), rows.to(dweight.dtype))
     if dbias is not None:
         dbias.add_(g.sum(0, dtype=dbias.dtype))
 
@@ -113,7 +113,7 @@ def adaln_backward(
     xhat, mean, rstd = native(z, z.shape[-1:], None, None, LN_EPS)
     acc = dshift.dtype
     dshift.add_(dy.sum(1, dtype=acc))
-    dscale.add_((dy * xhat).sum(1, dtype=acc))
+    dscale.add_((dy.to(acc) * xhat).sum(1))
     dxhat = (dy * (scale.unsqueeze(1) + 1)).to(z.dtype)
     dz.add_(
         torch.ops.aten.native_layer_norm_backward(
@@ -149,7 +149,7 @@ def gate_residual_backward(
     dout: Tensor, y: Tensor, gate: Tensor, dgate: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """dy = gate dout (in y's dtype); dgate += sum_t dout y.   dz is dout itself."""
-    dgate.add_((dout * y).sum(1, dtype=dgate.dtype))
+    dgate.add_((dout.to(dgate.dtype) * y).sum(1))
     if out is None or out.dtype != torch.promote_types(dout.dtype, gate.dtype):
         dy = (dout * gate.unsqueeze(1)).to(y.dtype)
         return dy if out is None else out.copy_(dy)
@@ -185,12 +185,23 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
 
 
+def _groups(qkv: Tensor, heads: int) -> list[slice]:
+    """Heads in groups whose scores take at most half an activation: (H/n) T <= D/2."""
+    _, t, width = qkv.shape
+    n = next((n for n in range(1, heads) if heads % n == 0 and 6 * heads * t <= n * width), heads)
+    size = heads // n
+    return [slice(start, start + size) for start in range(0, heads, size)]
+
+
 def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v per head.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
-    q, k, v = (_wide(x) for x in _heads(qkv, heads))
-    y = (_probabilities(q, k) @ v).transpose(1, 2)
-    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3) if out is None else out
-    out.view(y.shape).copy_(y)
+    b, t, width = qkv.shape
+    out = qkv.new_empty(b, t, width // 3) if out is None else out
+    per_head = out.view(b, t, heads, width // (3 * heads)).transpose(1, 2)
+    packed = _heads(qkv, heads)
+    for part in _groups(qkv, heads):
+        q, k, v = (_wide(x[:, part]) for x in packed)
+        per_head[:, part].copy_(_probabilities(q, k) @ v)
     return out
 
 
@@ -198,16 +209,18 @@ def attention_backward(
     dy: Tensor, qkv: Tensor, y: Tensor, heads: int, out: Tensor | None = None
 ) -> Tensor:
     """Gradient with respect to qkv, probabilities recomputed.   dy, y (B,T,D) -> (B,T,3D)."""
-    q, k, v = (_wide(x) for x in _heads(qkv, heads))
     out = torch.empty_like(qkv) if out is None else out
-    dq, dk, dv = _heads(out, heads)
-    split = (*dy.shape[:2], heads, q.shape[-1])
-    g = _wide(dy.view(split).transpose(1, 2))
-    p = _probabilities(q, k)
-    dv.copy_(p.transpose(-1, -2) @ g)
-    # row sum of p dp = row sum of y dy
-    delta = (g * _wide(y.view(split).transpose(1, 2))).sum(-1, keepdim=True)
-    ds = (g @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(q.shape[-1] ** -0.5)
-    dq.copy_(ds @ k)
-    dk.copy_(ds.transpose(-1, -2) @ q)
+    packed, grads = _heads(qkv, heads), _heads(out, heads)
+    split = (*dy.shape[:2], heads, packed[0].shape[-1])
+    dy, y = dy.view(split).transpose(1, 2), y.view(split).transpose(1, 2)
+    for part in _groups(qkv, heads):
+        q, k, v = (_wide(x[:, part]) for x in packed)
+        dq, dk, dv = (x[:, part] for x in grads)
+        g, p = _wide(dy[:, part]), _probabilities(q, k)
+        dv.copy_(p.transpose(-1, -2) @ g)
+        # row sum of p dp = row sum of y dy
+        delta = (g * _wide(y[:, part])).sum(-1, keepdim=True)
+        ds = (g @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(q.shape[-1] ** -0.5)
+        dq.copy_(ds @ k)
+        dk.copy_(ds.transpose(-1, -2) @ q)
     return out
