@@ -109,7 +109,9 @@ class ExecutionConfig(Settings):
 
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
-    residual_dtype: Literal["compute", "float32"] = "compute"  # of the iterate
+    residual_dtype: Literal["compute", "float32"] = (
+        "compute"  # of the iterate; no lower residual floor
+    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class SamplerConfig(Settings):
     reuse_rho: float = 0.5  # extrapolate: x*_1 + rho (x*_1 - x*_2)
     guidance: float = 1.0  # 1: none
     guidance_channels: int | None = None  # none: all C; 3: the published habit
-    eta: float = 0.0  # ddim: 0 is deterministic
+    eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
     batch: int = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     invariant: bool = False  # bitwise the same image in every batch, at a cost
@@ -197,7 +199,7 @@ class SamplerConfig(Settings):
     def check(self) -> None:
         """Counts are counts; what the cost allows is the business of fpdm.budget."""
         self.at_least(1, "steps", "batch", "guidance_channels", "iters", "budget")
-        self.at_least(0, "eta")
+        self.require(0 <= self.eta <= 1, "eta", "0 to 1")
         macs = self.budget_macs
         self.require(macs is None or macs > 0, "budget_macs", "more than 0")
 

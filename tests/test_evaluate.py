@@ -299,7 +299,7 @@ def test_table_says_value_target_and_verdict():
     assert lines[0].startswith("digits: 1 x 898 samples; classifier 0.9")
     assert ">= 0.95" in lines[1]
     assert "FAIL" in lines[1]
-    assert "<= 1.957" in lines[2]
+    assert "<= 3.386" in lines[2]
     assert "pass" in lines[2]
     assert "of real halves" in lines[4]
 
