@@ -49,7 +49,8 @@ class Launch:
 @dataclass(frozen=True)
 class SampleStats:
     """``residual`` (S,K,B) fp32 = |x_{j+1} - x_j| / |x_{j+1}| of the conditional branch, per
-    timestep, iteration and sample; NaN beyond a timestep's k; K = 0 for a DiT."""
+    timestep, iteration and sample; NaN beyond a timestep's k; K = 0 for a DiT and without
+    statistics."""
 
     plan: budget.Plan
     residual: Tensor
@@ -112,8 +113,9 @@ def check_seeds(seeds: Sequence[int], count: int) -> list[int]:
 class Sampler:
     """Samples of ``model`` under ``diffusion`` as ``config`` asks.
 
-    ``weights`` (compute dtype ``config.dtype``) are prepared and folded here unless given; when
-    parameters change, their ``refresh()`` is due. A sample is a function of its seed and label:
+    ``weights`` (compute dtype ``config.dtype``) are prepared and folded here unless given. Casts
+    and folds are a snapshot: when the model's parameters change in any way, ``weights.refresh()``
+    or a new Sampler is due. A sample is a function of its seed and label:
     whatever its batch or shard to rounding, and bit for bit with ``config.invariant``, which runs
     every sample alone (its two branches together) at the cost of the batch's efficiency. Raises
     ConfigError for settings that cannot be met.
@@ -165,12 +167,14 @@ class Sampler:
         noise: Tensor | None = None,
         step_noise: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
+        stats: bool = True,
     ) -> Samples:
         """One image per (label, seed).
 
         noise (B,C,h,w) replaces the start noise, step_noise (S,B,C,h,w) the noise of every step.
         ``progress`` is called with the number of samples that were advanced by one timestep
-        (launched, not necessarily finished). Raises ConfigError for bad labels, seeds or shapes.
+        (launched, not necessarily finished). Without ``stats`` no residual is computed. Raises
+        ConfigError for bad labels, seeds or shapes.
         """
         y = check_labels(labels, self.model.config.num_classes)
         keys = check_seeds(seeds, len(y))
@@ -178,7 +182,7 @@ class Sampler:
         shape = (len(y), c.in_channels, c.input_size, c.input_size)
         _check_shape("noise", noise, shape)
         _check_shape("step_noise", step_noise, (len(self.plan.steps), *shape))
-        kmax = max(k for _, k in self.plan.steps)
+        kmax = max(k for _, k in self.plan.steps) if stats else 0
         x = torch.empty(shape, device=self.device)
         residual = torch.full((len(self.plan.steps), kmax, len(y)), math.nan, device=self.device)
         for start in range(0, len(y), self.batch):
@@ -215,10 +219,13 @@ class _Run:
         self.shape = (c.in_channels, c.input_size, c.input_size)
         null = [c.num_classes] * (self.count if sampler.guided else 0)
         self.y = torch.tensor(labels + null, dtype=torch.int64, device=device)
-        self.residual, self.step_noise = residual, step_noise
+        self.residual = residual
+        self.stats = residual.shape[1] > 0
         if start is None:
             start = normals(self.keys, 0, 0, SAMPLE_INIT, self.shape)
         self.x = start.to(device, torch.float32)
+        # from the host once, before the first launch
+        self.step_noise = None if step_noise is None else step_noise.to(device, torch.float32)
         self.solutions: tuple[Tensor, ...] = ()
         self.run_mod: Modulation | None = None
         self.table: list[Modulation] = []
@@ -266,10 +273,10 @@ class _Run:
     def iterate(self, launch: Launch) -> None:
         """k iterations; the solution is kept for the next timesteps."""
         self.z, stats = self.fpdm.iterate(
-            self.z, self.h, self.mod, launch.count, stats=True, weights=self.s.weights
+            self.z, self.h, self.mod, launch.count, stats=self.stats, weights=self.s.weights
         )
-        assert stats is not None
-        self.residual[launch.step, : launch.count] = stats.residual[:, : self.count]
+        if stats is not None:
+            self.residual[launch.step, : launch.count] = stats.residual[:, : self.count]
         keep = {"none": 0, "extrapolate": 2}.get(self.s.config.reuse, 1)
         self.solutions = (self.z, *self.solutions)[:keep]
 
@@ -286,7 +293,7 @@ class _Run:
             out = steps.guide(cond, null, s.config.guidance, s.config.guidance_channels)
         z = None
         if self.step_noise is not None:
-            z = self.step_noise[launch.step].to(self.x)
+            z = self.step_noise[launch.step]
         elif s.table.random[launch.step]:
             z = normals(self.keys, launch.step, 0, SAMPLE_STEP, self.shape)
         self.x = steps.step(self.x, out, s.rows[launch.step], z)

@@ -95,9 +95,25 @@ class AdamWEMA:
         device = next(iter(self.params.values())).device
         self.buffer = torch.zeros(end + _ALIGN, device=device)
         self.gradients, self.tail = self.buffer[:end], self.buffer[end:]
+        self._views = {
+            n: self.gradients[offsets[n] : offsets[n] + p.numel()].view_as(p)
+            for n, p in self.params.items()
+        }
+        self.zero_grad()
+
+    @torch.no_grad()
+    def _attach(self) -> None:
+        """Makes the buffer and every p.grad one again: others may have replaced the gradient
+        (it is copied in) or dropped it (zero), as ``model.zero_grad()`` does."""
         for name, p in self.params.items():
-            view = self.gradients[offsets[name] : offsets[name] + p.numel()]
-            p.grad = view.view_as(p)
+            view = self._views[name]
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+            else:
+                continue
+            p.grad = view
 
     def _create_state(self) -> None:
         # eager, so that a checkpoint of step 0 and one of step 1 hold the same names
@@ -110,16 +126,20 @@ class AdamWEMA:
             }
 
     def zero_grad(self) -> None:
-        """Clears gradients and tail in place; the views stay."""
+        """Clears gradients and tail in place; every p.grad is its view of the buffer."""
         self.buffer.zero_()
+        for name, p in self.params.items():
+            p.grad = self._views[name]
 
     def grad_norm(self) -> float:
         """Euclidean norm of all gradients as they lie in the buffer; not finite if one is not."""
+        self._attach()
         return float(torch.linalg.vector_norm(self.gradients))
 
     @torch.no_grad()
     def step(self, lr: float, multiplier: float = 1.0) -> None:
         """One update with the gradients times ``multiplier`` (clip coefficient / loss scale)."""
+        self._attach()
         if multiplier != 1.0:
             self.gradients.mul_(multiplier)
         for group in self.adamw.param_groups:

@@ -32,6 +32,7 @@ from fpdm.config import (
     ConfigError,
     DiffusionConfig,
     ExecutionConfig,
+    Impl,
     ModelConfig,
     SamplerConfig,
     from_dict,
@@ -97,11 +98,12 @@ class Made:
 def load_source(
     path: str | Path | None = None,
     which: str | None = None,
-    execution: ExecutionConfig | None = None,
+    impl: Impl | None = None,
     device: str | torch.device = "cpu",
 ) -> LoadedSource:
     """The model in a run directory (``which`` = ema or raw of its newest good checkpoint; None is
     ema) or in an export directory (which holds one of them); without path: the shipped digits.
+    ``impl`` replaces the implementation alone: everything else runs as in training.
 
     Raises ConfigError when ``path`` is neither or does not hold the weights asked for,
     CheckpointError when its files are damaged.
@@ -110,9 +112,9 @@ def load_source(
         raise ConfigError(f"weights: got {which!r}, expected ema or raw")
     path = SHIPPED if path is None else Path(path)
     if (path / interop.CONFIG).is_file():
-        return _load_export(path, which, execution, device)
+        return _load_export(path, which, impl, device)
     if (path / "checkpoints").is_dir():
-        return _load_run(path, which or "ema", execution, device)
+        return _load_run(path, which or "ema", impl, device)
     raise ConfigError(
         f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
         f"(with {interop.CONFIG})"
@@ -120,11 +122,12 @@ def load_source(
 
 
 def _load_export(
-    path: Path, which: str | None, execution: ExecutionConfig | None, device: str | torch.device
+    path: Path, which: str | None, impl: Impl | None, device: str | torch.device
 ) -> LoadedSource:
     found = interop.read_export(path)
     if which not in (None, found.weights):
         raise ConfigError(f"weights: got {which}, expected {found.weights}, all that {path} holds")
+    execution = None if impl is None else ExecutionConfig(impl=impl)
     model = interop.from_pretrained(path, execution).to(device)
     # where the export names no cost: the model's own default
     sampler = SamplerConfig(iters=8 if found.model.kind == "fpdm" else None)
@@ -138,16 +141,17 @@ def _load_export(
 
 
 def _load_run(
-    path: Path, which: str, execution: ExecutionConfig | None, device: str | torch.device
+    path: Path, which: str, impl: Impl | None, device: str | torch.device
 ) -> LoadedSource:
     found = checkpoint.load_newest(path / "checkpoints", report=_warn)
     if found is None:
         raise ConfigError(f"source: got {path} without a checkpoint, expected a run that saved one")
     config = from_dict(found.meta["config"])
+    execution = config.execution if impl is None else replace(config.execution, impl=impl)
     state = dict(found.tensors["model"])
     if which == "ema":
         state.update(found.tensors["ema"])
-    model = build_model(config.model, execution or config.execution)
+    model = build_model(config.model, execution)
     interop.load_strict(model, state, str(found.path))
     return LoadedSource(
         model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
@@ -379,8 +383,7 @@ def main(argv: Sequence[str]) -> None:
     """The command; see the module."""
     args = parser().parse_args(argv)
     device = choose_device(args.device)
-    execution = None if args.impl is None else ExecutionConfig(impl=args.impl)
-    source = load_source(args.source, args.weights, execution, device)
+    source = load_source(args.source, args.weights, args.impl, device)
     impl = ops.choose(source.model.execution.impl, device)
     sampler = Sampler(source.model, source.diffusion, sampler_config(source.sampler_config, args))
     request = make_request(args, source, sampler.config)

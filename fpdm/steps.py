@@ -92,21 +92,23 @@ def build_table(
 ) -> StepTable:
     """Coefficients for descending ``timesteps`` of ``diffusion``.
 
-    ``method`` ddim (stochastic with ``eta`` > 0; 1 has DDPM's posterior variance) or ddpm (learned
-    variance, on the betas of the retained timesteps; eta must be 0). Raises ConfigError otherwise.
+    ``method`` ddim (``eta`` 0..1; stochastic above 0, 1 has DDPM's posterior variance) or ddpm
+    (learned variance, on the betas of the retained timesteps; eta must be 0). Raises ConfigError
+    otherwise.
     """
     last = diffusion.config.timesteps
     if not timesteps or any(a <= b for a, b in zip([last, *timesteps], [*timesteps, -1])):
         raise ConfigError(f"timesteps: got {list(timesteps)}, expected {last - 1}..0, descending")
     if method not in ("ddim", "ddpm"):
         raise ConfigError(f"sample.method: got {method}, expected ddim or ddpm")
-    if eta < 0.0 or (eta and method == "ddpm"):
-        raise ConfigError(f"sample.eta: got {eta} with {method}, expected 0, or more with ddim")
+    if not 0.0 <= eta <= 1.0 or (eta and method == "ddpm"):
+        raise ConfigError(f"sample.eta: got {eta} with {method}, expected 0, or up to 1 with ddim")
     abar = diffusion.alphas_cumprod[np.asarray(timesteps)]
     previous = np.append(abar[1:], 1.0)
     x0, eps = _from_prediction(abar, diffusion.config.prediction)
     if method == "ddim":
         sigma = eta * np.sqrt((1.0 - previous) / (1.0 - abar) * (1.0 - abar / previous))
+        # never below 0 for eta <= 1 but for rounding
         direction = np.sqrt(np.maximum(1.0 - previous - sigma**2, 0.0))
         affine = np.sqrt(previous) * x0 + direction * eps
         spread = np.stack([sigma, np.zeros_like(sigma), np.zeros_like(sigma)])

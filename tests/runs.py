@@ -192,5 +192,3 @@ def start_pair(config: Config, log: Path, kind: type[Trainer] = Trainer) -> list
 def changed(config: Config, **train: Any) -> Config:
     """``config`` with other fields of its train section."""
     return replace(config, train=replace(config.train, **train))
-
-

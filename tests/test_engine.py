@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from dataclasses import replace
 from typing import Any
@@ -284,13 +285,38 @@ def test_interleaved_runs(run: type, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unharmed == (run is not Leaky)
 
 
+def attributes(model: Any) -> dict[str, Any]:
+    """Attributes of every module; of containers (hooks among them) also the length."""
+    return {
+        name: {k: len(v) if isinstance(v, (dict, list, set)) else None for k, v in vars(m).items()}
+        for name, m in model.named_modules()
+    }
+
+
 def test_nothing_stays_on_the_model() -> None:
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    names = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    sampler(BUSY, model).sample(LABELS, SEEDS)
+    names = attributes(model)
+    pickle.dumps(model)
+    s = sampler(BUSY, model)
+    s.sample(LABELS, SEEDS)
+    pickle.dumps(model)
+    del s
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == names
+    assert attributes(model) == names
+    copied = pickle.loads(pickle.dumps(model))
+    assert all(torch.equal(v, before[k]) for k, v in copied.state_dict().items())
+
+
+def test_what_stays_on_a_model_is_seen() -> None:
+    model = network()
+    names = attributes(model)
+    handle = model.blocks_pre[0].register_load_state_dict_post_hook(lambda module, keys: None)
+    assert attributes(model) != names
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(model)
+    handle.remove()
+    assert attributes(model) == names
 
 
 # guidance and reuse
@@ -444,6 +470,48 @@ def test_residuals_are_those_of_the_model() -> None:
         found = model.solve(noise, t, torch.tensor([1, 2, 3]), iters=4)
     assert found.stats is not None
     assert relative(stats.residual[0], found.stats.residual) < 1e-4
+
+
+@pytest.mark.parametrize("model", [SMALL, DIT])
+def test_without_residuals(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sampler(replace(BUSY, iters=2 if model is SMALL else None), network(model))
+    usual = s.sample(LABELS, SEEDS)
+    found = s.sample(LABELS, SEEDS, stats=False)
+    assert torch.equal(found.x, usual.x)
+    assert found.stats.residual.shape == (4, 0, 7)
+    assert usual.stats.residual.shape == (4, 2 if model is SMALL else 0, 7)
+    # nothing is computed: a solve that gave statistics would find no room for them
+    asked: list[bool] = []
+    if model is SMALL:
+        iterate = s.model.iterate
+
+        def watched(*args: Any, stats: bool, **kw: Any) -> Any:
+            asked.append(stats)
+            return iterate(*args, stats=stats, **kw)
+
+        monkeypatch.setattr(s.model, "iterate", watched)
+        s.sample([0], [0], stats=False)
+        s.sample([0], [0])
+        assert asked == [False] * 4 + [True] * 4
+
+
+def test_step_noise_is_copied_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sampler(BUSY)
+    noise = torch.randn(4, 7, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    usual = s.sample(LABELS, SEEDS, step_noise=noise).x
+    copied: list[int] = []
+    to = Tensor.to
+
+    def watched(self: Tensor, *args: Any, **kw: Any) -> Tensor:
+        if self.dtype == torch.float64:
+            copied.append(self.dim())
+        return to(self, *args, **kw)
+
+    double = noise.double()
+    monkeypatch.setattr(Tensor, "to", watched)
+    assert torch.equal(s.sample(LABELS, SEEDS, step_noise=double).x, usual)
+    assert copied == [5] * 3
+    assert not torch.equal(s.sample(LABELS, SEEDS, step_noise=double.flip(0)).x, usual)
 
 
 def test_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:

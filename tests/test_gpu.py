@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import TINY, random_model, worst_relative
@@ -9,6 +11,10 @@ from contract import violation
 from torch import Tensor
 
 from bench import published as plain
+from fpdm import engine
+from fpdm.config import DiffusionConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
 from fpdm.weights import PreparedWeights
 
 pytestmark = pytest.mark.gpu
@@ -43,6 +49,37 @@ def test_contract(batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> N
     with torch.no_grad():
         found = model(*batch, 2, weights=PreparedWeights(model, dtype))
     assert violation(found, low, oracle, dtype) is None
+
+
+def test_sampler_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplerConfig(
+        method="ddpm",
+        steps=3,
+        iters=2,
+        reuse="extrapolate",
+        guidance=2.0,
+        batch=3,
+        dtype="bfloat16",
+    )
+    s = Sampler(random_model(TINY).cuda(), Diffusion(DiffusionConfig(), "cuda"), config)
+    noise = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    usual = s.sample([1, 0, 3], [5, 6, 7]).x  # warm-up: allocations, libraries, compiled kernels
+    given = s.sample([1, 0, 3], [5, 6, 7], step_noise=noise).x
+    execute = engine._Run.execute
+
+    def guarded(self: engine._Run, *args: Any) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return execute(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine._Run, "execute", guarded)
+    assert torch.equal(s.sample([1, 0, 3], [5, 6, 7]).x, usual)
+    assert torch.equal(s.sample([1, 0, 3], [5, 6, 7], step_noise=noise).x, given)
+    # the guard sees a wait
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        s.sample([1, 0, 3], [5, 6, 7], progress=lambda _: usual.sum().item())
 
 
 def test_repeats_are_bitwise(batch: tuple[Tensor, Tensor, Tensor]) -> None:

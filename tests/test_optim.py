@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,89 @@ def test_gradients_lie_in_one_buffer_and_the_tail_is_no_part_of_the_norm():
     assert float(optimizer.tail.sum()) == 0
     offset = optimizer.buffer.data_ptr() % 64
     assert all(p.grad.data_ptr() % 64 == offset for p in model.parameters())
+
+
+def backward(model: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    model(x, torch.tensor([3, 9]), torch.tensor([1, 2]), iters=1).square().sum().backward()
+
+
+def dropped(optimizer: AdamWEMA) -> None:
+    """What a loop that knows nothing of the buffer does."""
+    optimizer.model.zero_grad()
+    backward(optimizer.model)
+
+
+def replaced(optimizer: AdamWEMA) -> None:
+    optimizer.zero_grad()
+    backward(optimizer.model)
+    for p in optimizer.params.values():
+        p.grad = p.grad.clone()
+
+
+def missing(optimizer: AdamWEMA) -> None:
+    """No gradient for one parameter: zero, not what the buffer held before."""
+    dropped(optimizer)
+    optimizer.params["final_layer.linear.bias"].grad = None
+
+
+def detached_steps(change: Any, impl: str) -> tuple[list[float], AdamWEMA]:
+    """Norms and state of three steps with the gradients that ``change`` leaves."""
+    optimizer = AdamWEMA(random_model(TINY), OptimConfig(**{**vars(FULL), "impl": impl}))
+    norms = []
+    for t in range(3):
+        gradients(optimizer, t)
+        change(optimizer)
+        norms.append(optimizer.grad_norm())
+        optimizer.step(1e-2, 0.5)
+    return norms, optimizer
+
+
+def usual(optimizer: AdamWEMA) -> None:
+    optimizer.zero_grad()
+    backward(optimizer.model)
+
+
+def usual_without_one(optimizer: AdamWEMA) -> None:
+    usual(optimizer)
+    optimizer.params["final_layer.linear.bias"].grad.zero_()
+
+
+PAIRS = [(dropped, usual), (replaced, usual), (missing, usual_without_one)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("change", "expected"), PAIRS)
+def test_gradients_that_left_the_buffer_come_back(change, expected, impl):
+    norms, optimizer = detached_steps(change, impl)
+    wanted, other = detached_steps(expected, impl)
+    assert norms == wanted
+    assert min(norms) > 0
+    for name, p in optimizer.params.items():
+        assert torch.equal(p, other.params[name]), name
+        assert torch.equal(p.grad, other.params[name].grad), name
+    optimizer.model.zero_grad()
+    optimizer.zero_grad()
+    assert optimizer.grad_norm() == 0
+    backward(optimizer.model)
+    begin, end = optimizer.gradients.data_ptr(), optimizer.tail.data_ptr()
+    assert all(begin <= p.grad.data_ptr() < end for p in optimizer.params.values())
+
+
+@pytest.mark.parametrize(("change", "expected"), PAIRS)
+def test_gradients_outside_the_buffer_would_be_seen(change, expected, monkeypatch):
+    wanted, other = detached_steps(expected, "auto")
+    allocate = AdamWEMA._allocate_gradients
+
+    def attached_once(self: AdamWEMA) -> None:
+        allocate(self)
+        self._attach = lambda: None  # type: ignore[method-assign]
+
+    monkeypatch.setattr(AdamWEMA, "_allocate_gradients", attached_once)
+    norms, optimizer = detached_steps(change, "auto")
+    same = all(torch.equal(p, other.params[name]) for name, p in optimizer.params.items())
+    assert norms != wanted or not same
 
 
 def test_half_precision_parameters_are_refused():

@@ -24,6 +24,7 @@ from fpdm.config import (
     ConfigError,
     DataConfig,
     DiffusionConfig,
+    ExecutionConfig,
     ModelConfig,
     SamplerConfig,
     to_dict,
@@ -163,15 +164,45 @@ def test_invariant_shards_are_bitwise(source: Path, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("occurrence", [1, 4, 8, 9])
-def test_killed_while_writing(occurrence: int, source: Path, tmp_path: Path) -> None:
+OCCURRENCES = (1, 4, 8, 9)
+# one import and first use of torch for all; with one thread no pool is lost in the fork
+KILLED = """
+import os, sys
+from fpdm.cli import run_main
+from fpdm.sample import main
+source, root = sys.argv[1:3]
+main([source, "--out", f"{root}/whole", "--count", "7"])
+sys.stdout.flush()
+for occurrence in sys.argv[3:]:
+    child = os.fork()
+    if not child:
+        os.environ["FPDM_FAILPOINT"] = f"atomic-write:{occurrence}"
+        run_main("fpdm.sample", main, [source, "--out", f"{root}/{occurrence}", "--count", "7"])
+    print("ended", occurrence, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, int]]:
+    """A folder of output directories named by occurrence, and how each process ended."""
+    root = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, str(source), str(root), *map(str, (*OCCURRENCES, 99))]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=env, capture_output=True, timeout=120, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return root, {int(x[1]): int(x[2]) for x in lines if x[:1] == ["ended"]}
+
+
+@pytest.mark.parametrize("occurrence", OCCURRENCES)
+def test_killed_while_writing(
+    occurrence: int, source: Path, killed: tuple[Path, dict[int, int]]
+) -> None:
     """Settings, seven images, npz: killed just before the n-th of them appears."""
-    out = tmp_path / "out"
+    root, status = killed
+    out = root / str(occurrence)
     argv = [str(source), "--out", str(out), "--count", "7"]
-    env = dict(os.environ, FPDM_FAILPOINT=f"atomic-write:{occurrence}", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "fpdm.sample", *argv]
-    done = subprocess.run(command, env=env, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    assert status[occurrence] == -signal.SIGKILL
+    assert status[99] == 0  # never reached: nothing else kills
     store = gallery.Store(out, MODEL)
     there = pngs(out)
     assert len(there) == min(max(0, occurrence - 2), 7)
@@ -235,9 +266,16 @@ def test_export_without_settings(tmp_path: Path) -> None:
         assert loaded.which == "raw"
 
 
-def test_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     digits = ModelConfig(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10)
-    config = Config(model=digits, data=DataConfig(kind="digits"), sample=SETTINGS)
+    config = Config(
+        model=digits,
+        data=DataConfig(kind="digits"),
+        sample=SETTINGS,
+        execution=ExecutionConfig(recompute="full", residual_dtype="float32"),
+    )
     raw, ema = random_model(digits, seed=1), random_model(digits, seed=2)
     groups = {
         "model": raw.state_dict(),
@@ -251,6 +289,21 @@ def test_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert loaded.sampler_config == SETTINGS
         for name, p in model.named_parameters():
             assert torch.equal(dict(loaded.model.named_parameters())[name], p)
+    # another implementation is no other precision
+    assert load_source(run).model.execution == config.execution
+    changed = replace(config.execution, impl="reference")
+    assert load_source(run, impl="reference").model.execution == changed
+    assert changed != ExecutionConfig(impl="reference")
+    sources = []
+
+    def watched(*args: Any) -> Any:
+        sources.append(load_source(*args))
+        return sources[-1]
+
+    monkeypatch.setattr(sample, "load_source", watched)
+    main([str(run), "--out", str(tmp_path / "impl"), "--count", "1", "--impl", "reference"])
+    assert sources[0].model.execution == changed
+    monkeypatch.undo()
     main([str(run), "--out", str(tmp_path / "out"), "--count", "2"])
     assert len(npz(tmp_path / "out")["arr_0"]) == 2
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
@@ -301,7 +354,8 @@ def test_choice_of_images() -> None:
         (["--weights", "raw"], "weights: got raw, expected ema"),
         (["--impl", "magic"], "magic"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
-        (["--eta", "-1"], "sample.eta: got -1.0, expected at least 0"),
+        (["--eta", "-1"], "sample.eta: got -1.0, expected 0 to 1"),
+        (["--eta", "1.5"], "sample.eta: got 1.5, expected 0 to 1"),
         (["--guidance-channels", "2"], "sample.guidance_channels: got 2, expected 1..1"),
     ],
 )

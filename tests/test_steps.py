@@ -13,7 +13,7 @@ from conftest import relative
 from torch import Tensor
 
 from fpdm import steps as module
-from fpdm.config import ConfigError, DiffusionConfig
+from fpdm.config import ConfigError, DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.steps import StepTable, build_table, guide, step, timesteps
 
@@ -247,6 +247,20 @@ def test_eta_one_has_the_posterior_variance() -> None:
     np.testing.assert_allclose(ddim.coefficients[:-1, 2], lowest[:-1], rtol=1e-10)
 
 
+@pytest.mark.parametrize(("eta", "fits"), [(1.0, True), (1.1, False)])
+def test_eta_up_to_one_leaves_a_variance(eta: float, fits: bool) -> None:
+    """What is left for eps, 1 - abar_p - sigma^2, is negative beyond 1 and nowhere below."""
+    abar = make("v", True).alphas_cumprod[timesteps(1000, 250, "linspace", True)]
+    previous = np.append(abar[1:], 1.0)
+    sigma = eta * np.sqrt((1.0 - previous) / (1.0 - abar) * (1.0 - abar / previous))
+    assert bool(((1.0 - previous - sigma**2) >= -1e-15).all()) == fits
+    if fits:
+        build_table(make("v", True), [999, 5], "ddim", eta)
+    else:
+        with pytest.raises(ConfigError, match=r"^sample\.eta: got 1\.1, expected 0 to 1$"):
+            SamplerConfig(eta=eta)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -257,6 +271,8 @@ def test_eta_one_has_the_posterior_variance() -> None:
         (([9, 5], "euler", 0.0), "sample.method: got euler, expected ddim or ddpm"),
         (([9, 5], "ddpm", 0.5), "sample.eta: got 0.5 with ddpm, expected 0"),
         (([9, 5], "ddim", -0.5), "sample.eta: got -0.5 with ddim"),
+        (([9, 5], "ddim", 1.01), "sample.eta: got 1.01 with ddim, expected 0, or up to 1 with"),
+        (([9, 5], "ddim", math.nan), "sample.eta: got nan with ddim"),
     ],
 )
 def test_bad_tables(arguments: Any, words: str) -> None:
