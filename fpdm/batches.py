@@ -84,15 +84,21 @@ class Micro:
 
 
 class Loader:
-    """Micro-batches by step number; the next step's are read while this one computes."""
+    """Micro-batches by step number. For a GPU the next step's are read while this one computes; on
+    a CPU they are read in line: a second thread brings an OpenMP team of its own, whose idle workers
+    spin against the computing one (a step of the digits recipe: 132 ms instead of 87)."""
 
     def __init__(self, data: Dataset, config: Config, ranks: Ranks) -> None:
         self.data, self.config, self.ranks = data, config, ranks
-        self._pool = ThreadPoolExecutor(1, "fpdm-data")
+        self._pool: ThreadPoolExecutor | None = None
+        if ranks.device.type == "cuda":
+            self._pool = ThreadPoolExecutor(1, "fpdm-data")
         self._next: tuple[int, Future[list[Micro]]] | None = None
 
     def get(self, step: int) -> list[Micro]:
         """The micro-batches of ``step``, tensors on the CPU."""
+        if self._pool is None:
+            return self.read(step)
         if self._next is None or self._next[0] != step:
             self._next = (step, self._pool.submit(self.read, step))
         micros = self._next[1].result()
@@ -116,4 +122,5 @@ class Loader:
 
     def close(self) -> None:
         """Ends the reading thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

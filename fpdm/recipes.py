@@ -60,7 +60,7 @@ _DIGITS = Config(
     diffusion=DiffusionConfig(beta_end=0.006),
     data=DataConfig(kind="digits"),
     optim=OptimConfig(lr=1.5e-3, lr_final=1e-5, ema_decay=0.998),
-    train=TrainConfig(steps=2800, batch=64, log_every=50, save_every=700, grid_every=1400),
+    train=TrainConfig(steps=3400, batch=64, log_every=50, save_every=850, grid_every=1700),
     sample=SamplerConfig(method="ddim", steps=20, iters=3, guidance=1.1, batch=128),
 )
 
