@@ -84,9 +84,12 @@ class Micro:
 
 
 class Loader:
-    """Micro-batches by step number. For a GPU the next step's are read while this one computes; on
-    a CPU they are read in line: a second thread brings an OpenMP team of its own, whose idle workers
-    spin against the computing one (a step of the digits recipe: 132 ms instead of 87)."""
+    """Micro-batches by step number.
+
+    For a GPU the next step's are read while this one computes. On a CPU they are read in line: a
+    second thread brings an OpenMP team of its own, whose idle workers spin against the computing
+    one (a step of the digits recipe: 132 ms instead of 87).
+    """
 
     def __init__(self, data: Dataset, config: Config, ranks: Ranks) -> None:
         self.data, self.config, self.ranks = data, config, ranks
