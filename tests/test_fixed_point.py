@@ -430,9 +430,11 @@ def graphs_for_every_m(backend: str, recompute: str) -> int:
         model.zero_grad()
         want = model(x, t, y, m, weights=prepared)
         want.square().sum().backward()
-        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+        # inductor sums in another order: float32 rounding, measured in L2
+        assert relative(out, want) <= 1e-5
         for got, param in zip(grads, model.parameters()):
-            torch.testing.assert_close(got, param.grad, rtol=1e-4, atol=1e-5)
+            assert param.grad is not None
+            assert relative(got, param.grad) <= 1e-4
     return count
 
 
