@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fpdm.config import ExecutionConfig, ModelConfig
@@ -40,14 +39,21 @@ def published(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in golden.items() if k.startswith(prefix)}
 
 
+def _golden(name: str) -> dict[str, Tensor]:
+    # here, so that GPU tests run on a machine without safetensors
+    from safetensors.torch import load_file
+
+    return load_file(DATA / name)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, Tensor]:
-    return load_file(DATA / "published_tiny.safetensors")
+    return _golden("published_tiny.safetensors")
 
 
 @pytest.fixture(scope="session")
 def extra() -> dict[str, Tensor]:
-    return load_file(DATA / "published_extra.safetensors")
+    return _golden("published_extra.safetensors")
 
 
 def tiny_model(golden: dict[str, Tensor], execution: ExecutionConfig | None = None) -> FPDM:
