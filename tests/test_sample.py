@@ -399,10 +399,10 @@ def test_cost_on_the_command_line() -> None:
 def test_operators_that_were_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: dict[str, Any] = {"adaln": {"reference": 2}, "attention": {"reference": 3}}
     monkeypatch.setattr(ops, "counters", lambda: counted)
-    assert sample.check_operators("reference") == "reference: adaln 2, attention 3"
+    assert ops.ran("reference") == "reference: adaln 2, attention 3"
     counted["adaln"]["triton"] = 1
     with pytest.raises(ops.ImplError, match="expected all on reference, as announced"):
-        sample.check_operators("reference")
+        ops.ran("reference")
 
 
 def test_settings_hold_the_weights(source: Path, tmp_path: Path) -> None:

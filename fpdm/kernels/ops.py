@@ -16,6 +16,7 @@ tests. An explicit request is never replaced silently.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -26,14 +27,15 @@ import torch
 from torch import Tensor
 
 from fpdm.config import UserError
-from fpdm.kernels import reference
 
-IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
+IMPLEMENTATIONS = ("reference", "triton", "triton-fused", "cuda", "cpu")
 OPERATORS = (
     "linear", "linear_dgrad", "linear_wgrad", "gelu", "gelu_backward", "linear_add_gelu",
     "adaln", "adaln_backward", "gate_residual", "gate_residual_backward", "gate_residual_adaln",
     "attention", "attention_backward",
+    "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln",
 )  # fmt: skip
+FUSED = ("linear_add_gelu", "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln")
 _REQUESTED = os.environ.get("FPDM_IMPL") or "auto"
 
 
@@ -68,53 +70,90 @@ def _counted(name: str, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
+def ran(impl: str) -> str:
+    """Which implementation ran how many calls since the last reset, in one line.
+
+    Raises ImplError unless all ran on ``impl`` (its GEMMs may be the library's).
+    """
+    used: dict[str, list[str]] = {}
+    for operator, by_impl in sorted(counters().items()):
+        for name, calls in by_impl.items():
+            used.setdefault(name, []).append(f"{operator} {calls}")
+    told = "; ".join(f"{name}: {', '.join(calls)}" for name, calls in used.items())
+    if set(used) - {impl, "library"}:
+        raise ImplError(f"operators: got {told}; expected all on {impl}, as announced")
+    return told
+
+
 @functools.cache
 def _operator_set(impl: str) -> SimpleNamespace:
-    module = {"reference": reference}[impl]
-    return SimpleNamespace(
-        name=impl, **{n: _counted(n, impl, getattr(module, n)) for n in OPERATORS}
-    )
+    module = importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
+    library = getattr(module, "LIBRARY", ())
+    found: dict[str, Callable[..., Any]] = {}
+    for name in OPERATORS:
+        fn = getattr(module, name)
+        if impl.endswith("-fused") and name in FUSED:
+            fn = functools.partial(fn, fused=True)
+        found[name] = _counted(name, "library" if name in library else impl, fn)
+    return SimpleNamespace(name=impl, **found)
 
 
-def availability(device: torch.device | str) -> dict[str, str | None]:
+def unavailable(
+    impl: str, device: torch.device | str, dtype: torch.dtype | None = None
+) -> str | None:
+    """None when ``impl`` can run on ``device`` in ``dtype``, else every reason why not."""
+    try:
+        module = importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
+    except Exception as error:
+        # a broken optional package must not break the rest
+        return f"cannot be imported: {' '.join(str(error).split())}"
+    return module.unavailable(torch.device(device), dtype)
+
+
+def availability(
+    device: torch.device | str, dtype: torch.dtype | None = None
+) -> dict[str, str | None]:
     """Implementation -> None when it can run on ``device``, else the reason why not."""
-    device = torch.device(device)
-    wants = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
-    reasons: dict[str, str | None] = {"reference": None}
-    for impl in IMPLEMENTATIONS[1:]:
-        reason = "this version of fpdm ships no such kernels"
-        if device.type != wants[impl]:
-            reason += f"; they would need a {wants[impl]} device, got {device.type}"
-        reasons[impl] = reason
-    return reasons
+    return {impl: unavailable(impl, device, dtype) for impl in IMPLEMENTATIONS}
 
 
-def choose(impl: str, device: torch.device | str) -> str:
+def preferred(device: torch.device) -> tuple[str, ...]:
+    """What ``auto`` tries on ``device``, in order: Triton from sm_80 on, csrc/cuda before, csrc/cpu
+    on the CPU, and the reference where nothing else runs."""
+    if device.type == "cpu":
+        return ("cpu", "reference")
+    if device.type != "cuda":
+        return ("reference",)
+    newer = torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("triton" if newer else "cuda", "reference")
+
+
+def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available.
 
     Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
     """
     asked, source = (_REQUESTED, "FPDM_IMPL") if impl == "auto" else (impl, "impl")
-    known = ", ".join(IMPLEMENTATIONS)
-    reasons = availability(device)
+    device = torch.device(device)
     if asked == "auto":
-        return next(
-            name for name in ("triton", "cuda", "cpu", "reference") if reasons[name] is None
-        )
-    if asked not in reasons:
+        return next(n for n in preferred(device) if unavailable(n, device, dtype) is None)
+    if asked not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
         raise ImplError(f"{source}: got {asked!r}, expected auto or one of {known}")
-    if reasons[asked] is not None:
-        raise ImplError(
-            f"{source}: got {asked}, which cannot run on {torch.device(device)}: {reasons[asked]}"
-        )
+    reason = unavailable(asked, device, dtype)
+    if reason is not None:
+        raise ImplError(f"{source}: got {asked}, which cannot run on {device}: {reason}")
     return asked
+
+
+_chosen = functools.cache(choose)
 
 
 def resolve(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """The operator set for ``impl`` on ``device``: one counted function per name in OPERATORS."""
     if dtype is not None and not dtype.is_floating_point:
         raise ImplError(f"dtype: got {dtype}, expected a floating-point compute dtype")
-    return _operator_set(choose(impl, device))
+    return _operator_set(_chosen(impl, device, dtype))
 
 
 def no_autocast(device: torch.device) -> torch.amp.autocast:
@@ -127,13 +166,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+def _define(name: str, schema: str, compute_at: int = 0) -> Callable[[Callable[..., Any]], Any]:
     def register(fn: Callable[..., Any]) -> Any:
         @functools.wraps(fn)
         def body(*args: Any) -> Any:
             *operands, impl = args
+            # the compute dtype is the weights' where there are some, else the vectors'
+            compute = args[compute_at]
             with no_autocast(args[0].device):
-                return fn(resolve(impl, args[0].device), *operands)
+                return fn(resolve(impl, compute.device, compute.dtype), *operands)
 
         return torch.library.custom_op(f"fpdm::{name}", body, mutates_args=(), schema=schema)
 
@@ -147,6 +188,7 @@ def _zeros(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 @_define(
     "linear",
     "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c, str impl) -> Tensor",
+    compute_at=3,
 )
 def linear(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor
@@ -159,6 +201,7 @@ def linear(
     "linear_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor weight_c, bool dx, bool dw, str impl) "
     "-> (Tensor, Tensor, Tensor)",
+    compute_at=3,
 )
 def linear_backward(
     ops: Any, dy: Tensor, x: Tensor, weight: Tensor, weight_c: Tensor, dx: bool, dw: bool
@@ -199,14 +242,16 @@ def linear_add_gelu_backward(
     return ops.linear_dgrad(dpre, weight), dweight.to(weight.dtype), du
 
 
-@_define("adaln", "(Tensor z, Tensor shift, Tensor scale, str impl) -> Tensor")
+@_define("adaln", "(Tensor z, Tensor shift, Tensor scale, str impl) -> Tensor", compute_at=2)
 def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(z)(1 + scale) + shift.   z (B,T,D), shift, scale (B,D)."""
     return ops.adaln(z, shift, scale)
 
 
 @_define(
-    "adaln_backward", "(Tensor dy, Tensor z, Tensor scale, str impl) -> (Tensor, Tensor, Tensor)"
+    "adaln_backward",
+    "(Tensor dy, Tensor z, Tensor scale, str impl) -> (Tensor, Tensor, Tensor)",
+    compute_at=2,
 )
 def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dshift, dscale)."""
@@ -227,14 +272,16 @@ def attention_backward(ops: Any, dy: Tensor, qkv: Tensor, y: Tensor, heads: int)
     return ops.attention_backward(dy.contiguous(), qkv, y, heads)
 
 
-@_define("gate_residual", "(Tensor z, Tensor y, Tensor gate, str impl) -> Tensor")
+@_define("gate_residual", "(Tensor z, Tensor y, Tensor gate, str impl) -> Tensor", compute_at=2)
 def gate_residual(ops: Any, z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """z + g y.   z, y (B,T,D), gate (B,D)."""
     return ops.gate_residual(z.contiguous(), y, gate)
 
 
 @_define(
-    "gate_residual_backward", "(Tensor dout, Tensor y, Tensor gate, str impl) -> (Tensor, Tensor)"
+    "gate_residual_backward",
+    "(Tensor dout, Tensor y, Tensor gate, str impl) -> (Tensor, Tensor)",
+    compute_at=2,
 )
 def gate_residual_backward(
     ops: Any, dout: Tensor, y: Tensor, gate: Tensor
@@ -247,6 +294,7 @@ def gate_residual_backward(
 @_define(
     "gate_residual_adaln",
     "(Tensor z, Tensor y, Tensor gate, Tensor shift, Tensor scale, str impl) -> (Tensor, Tensor)",
+    compute_at=2,
 )
 def gate_residual_adaln(
     ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor

@@ -16,6 +16,11 @@ NAME = "reference"
 LN_EPS = 1e-6
 
 
+def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -168,6 +173,65 @@ def gate_residual_adaln(
     """z' = z + gate y;  LN(z') (1 + scale) + shift.   ``z_out`` may be z."""
     z_new = gate_residual(z, y, gate, out=z_out)
     return z_new, adaln(z_new, shift, scale, out=out)
+
+
+def adaln_linear(
+    z: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None = None,
+    out: Tensor | None = None,
+    keep: bool = True,
+) -> Tensor:
+    """y W^T + b, y = adaln(z).   z (B,T,D), weight (O,D) -> (B,T,O).
+
+    The buffer ``y`` (B,T,D) holds adaln(z) afterwards if ``keep``; else its content is undefined.
+    """
+    return linear(adaln(z, shift, scale, out=y), weight, bias, out=out)
+
+
+def linear_gate_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    z: Tensor,
+    gate: Tensor,
+    p: Tensor | None = None,
+    out: Tensor | None = None,
+    prev: Tensor | None = None,
+    norms: Tensor | None = None,
+    keep: bool = True,
+) -> Tensor:
+    """z + g p, p = x W^T + b.   x (B,T,I), weight (D,I), z (B,T,D); ``out`` may be z.
+
+    The buffer ``p`` (B,T,D) holds the product afterwards if ``keep``. ``prev`` and ``norms`` as in
+    ``gate_residual``.
+    """
+    p = linear(x, weight, bias, out=p)
+    return gate_residual(z, p, gate, out=out, prev=prev, norms=norms)
+
+
+def linear_gate_residual_adaln(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    z: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    p: Tensor | None = None,
+    z_out: Tensor | None = None,
+    out: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """z' = z + g p, p = x W^T + b;  LN(z') (1 + scale) + shift.   ``z_out`` may be z.
+
+    The buffer ``p`` (B,T,D) holds the product afterwards if ``keep``.
+    """
+    p = linear(x, weight, bias, out=p)
+    return gate_residual_adaln(z, p, gate, shift, scale, z_out=z_out, out=out)
 
 
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
