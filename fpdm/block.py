@@ -22,6 +22,7 @@ of z' and the next x: both follow from them by one fused multiply-add, bit for b
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -93,6 +94,11 @@ class Activations:
     h: Tensor | None = None
     gh: Tensor | None = None
     r: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Activations:
+        """The samples ``rows`` of each."""
+        mine = (getattr(self, f.name) for f in fields(self))
+        return Activations(*(None if t is None else t[rows] for t in mine))
 
     def update(self, other: Activations) -> Activations:
         """These, with the gaps filled from ``other``."""
@@ -172,52 +178,54 @@ def step_forward(
     acts: Activations,
     out: Tensor,
     norms: Tensor | None = None,
+    kept: Collection[str] = (),
 ) -> Tensor:
     """f(x) into ``out``; every intermediate into the buffers of ``acts``.
 
     x, out (B,T,D) residual dtype; u (B,T,2D) or None; mod (B,6D) compute dtype; ``norms`` (2,B)
     receives |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2,
-    never with x.
+    never with x. Only the buffers named in ``kept`` are read again: a fused operator need not
+    fill the others.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     z = x
     if u is not None:
         ops.linear_add_gelu(x.to(w.qkv.dtype), w.inj_a, u, pre=acts.pre, out=acts.a)
         z = ops.linear(acts.a, w.inj_w2, w.inj_b2, out=acts.z)
-    ops.adaln(z, s1, a1, out=acts.y1)
-    ops.linear(acts.y1, w.qkv, w.qkv_bias, out=acts.qkv)
+    ops.adaln_linear(z, s1, a1, w.qkv, w.qkv_bias, y=acts.y1, out=acts.qkv, keep="y1" in kept)
     ops.attention(acts.qkv, heads, out=acts.o)
-    ops.linear(acts.o, w.proj, w.proj_bias, out=acts.p)
-    z2, _ = ops.gate_residual_adaln(z, acts.p, g1, s2, a2, z_out=acts.z2, out=acts.y2)
+    z2, _ = ops.linear_gate_residual_adaln(
+        acts.o, w.proj, w.proj_bias, z, g1, s2, a2,
+        p=acts.p, z_out=acts.z2, out=acts.y2, keep="p" in kept,
+    )  # fmt: skip
     ops.linear_add_gelu(acts.y2, w.fc1, w.fc1_bias, pre=acts.h, out=acts.gh)
-    ops.linear(acts.gh, w.fc2, w.fc2_bias, out=acts.r)
-    return ops.gate_residual(z2, acts.r, g2, out=out, prev=x, norms=norms)
+    return ops.linear_gate_residual(
+        acts.gh, w.fc2, w.fc2_bias, z2, g2,
+        p=acts.r, out=out, prev=x, norms=norms, keep="r" in kept,
+    )  # fmt: skip
 
 
 @dataclass
 class Scratch:
-    """The backward's working set: two buffers of 4 U, two of 1 U in the compute dtype, and two of
-    1 U in the residual dtype; independent of the number of iterations."""
+    """The backward's working set: 4 U and two of 1 U in the compute dtype, 1 U in the residual
+    dtype; independent of the number of iterations."""
 
-    f0: Tensor
-    f1: Tensor
+    f: Tensor
     d0: Tensor
     d1: Tensor
-    e0: Tensor
-    e1: Tensor
+    e: Tensor
 
     @classmethod
     def like(cls, x: Tensor, dtype: torch.dtype) -> Scratch:
         """Allocated for iterates like ``x`` (B,T,D) and compute ``dtype``."""
         b, t, d = x.shape
-        f = [x.new_empty(b * t * 4 * d, dtype=dtype) for _ in range(2)]
-        small = [x.new_empty(b, t, d, dtype=dtype) for _ in range(2)]
-        return cls(f[0], f[1], small[0], small[1], torch.empty_like(x), torch.empty_like(x))
+        d0, d1 = (x.new_empty(b, t, d, dtype=dtype) for _ in range(2))
+        return cls(x.new_empty(b * t * 4 * d, dtype=dtype), d0, d1, torch.empty_like(x))
 
-    def wide(self, which: str, width: int) -> Tensor:
-        """Buffer ``which`` (f0 or f1) as (B,T,width D)."""
+    def wide(self, width: int) -> Tensor:
+        """The first of the 4 U as (B,T,width D)."""
         b, t, d = self.d0.shape
-        return getattr(self, which)[: b * t * d * width].view(b, t, d * width)
+        return self.f[: b * t * d * width].view(b, t, d * width)
 
 
 def next_iterate(ops: Any, z: Tensor, acts: Activations, mod: Tensor, out: Tensor) -> Tensor:
@@ -230,7 +238,7 @@ def next_iterate(ops: Any, z: Tensor, acts: Activations, mod: Tensor, out: Tenso
 def step_backward(
     ops: Any,
     g: Tensor,
-    x: Tensor,
+    z: Tensor,
     mod: Tensor,
     w: BlockWeights,
     heads: int,
@@ -238,33 +246,28 @@ def step_backward(
     grads: BlockGrads | None,
     dmod: Tensor,
     s: Scratch,
-    du: Tensor | None = None,
-    wants_dx: bool = True,
 ) -> Tensor:
-    """Gradient of f with respect to x, in place of ``g`` (B,T,D), the gradient with respect to
-    f(x).
+    """Gradient with respect to z (x without injection), in place of ``g`` (B,T,D), the gradient
+    with respect to f(x).
 
-    Accumulates parameter gradients into ``grads`` (None: frozen weights), modulation gradients into
-    ``dmod`` (B,6D) and the gradient of the addend u into ``du`` (B,T,2D). ``acts`` is what the
-    ledger kept; the gaps are recomputed here, each just before its use.
+    Accumulates parameter gradients into ``grads`` (None: frozen weights) and modulation gradients
+    into ``dmod`` (B,6D). ``acts`` is what the ledger kept; the gaps are recomputed here, each just
+    before its use. ``injection_backward`` goes on from z to x.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     ds1, da1, dg1, ds2, da2, dg2 = modulation(dmod)
-    z = x if acts.z is None else acts.z
     _mlp_backward(ops, g, z, (g1, s2, a2, g2), (ds2, da2, dg2), w, acts, grads, s)
     dp = ops.gate_residual_backward(g, acts.p, g1, dg1, out=s.d0)
     if grads is not None:
         ops.linear_wgrad(dp, acts.o, grads.proj, grads.proj_bias)
     do = ops.linear_dgrad(dp, w.proj, out=s.d1)
-    dqkv = ops.attention_backward(do, acts.qkv, acts.o, heads, out=s.wide("f0", 3))
+    dqkv = ops.attention_backward(do, acts.qkv, acts.o, heads, out=s.wide(3))
     if grads is not None:
         y1 = acts.y1 if acts.y1 is not None else ops.adaln(z, s1, a1, out=s.d1)
         ops.linear_wgrad(dqkv, y1, grads.qkv, grads.qkv_bias)
     dy1 = ops.linear_dgrad(dqkv, w.qkv, out=s.d0)
     ops.adaln_backward(dy1, z, a1, g, ds1, da1)
-    if du is None:
-        return g
-    return _injection_backward(ops, g, x, w, acts, grads, s, du, wants_dx)
+    return g
 
 
 def _mlp_backward(
@@ -283,11 +286,11 @@ def _mlp_backward(
     ds2, da2, dg2 = dvectors
     dr = ops.gate_residual_backward(g, acts.r, g2, dg2, out=s.d0)
     if grads is not None:
-        gh = acts.gh if acts.gh is not None else ops.gelu(acts.h, out=s.wide("f0", 4))
+        gh = acts.gh if acts.gh is not None else ops.gelu(acts.h, out=s.wide(4))
         ops.linear_wgrad(dr, gh, grads.fc2, grads.fc2_bias)
-    dgh = ops.linear_dgrad(dr, w.fc2, out=s.wide("f1", 4))
+    dgh = ops.linear_dgrad(dr, w.fc2, out=s.wide(4))
     dh = ops.gelu_backward(dgh, acts.h, out=dgh)
-    z2 = acts.z2 if acts.z2 is not None else ops.gate_residual(z, acts.p, g1, out=s.e0)
+    z2 = acts.z2 if acts.z2 is not None else ops.gate_residual(z, acts.p, g1, out=s.e)
     if grads is not None:
         y2 = acts.y2 if acts.y2 is not None else ops.adaln(z2, s2, a2, out=s.d1)
         ops.linear_wgrad(dh, y2, grads.fc1, grads.fc1_bias)
@@ -295,7 +298,7 @@ def _mlp_backward(
     ops.adaln_backward(dy2, z2, a2, g, ds2, da2)
 
 
-def _injection_backward(
+def injection_backward(
     ops: Any,
     g: Tensor,
     x: Tensor,
@@ -304,15 +307,18 @@ def _injection_backward(
     grads: BlockGrads | None,
     s: Scratch,
     du: Tensor,
-    wants_dx: bool,
+    wants_dx: bool = True,
 ) -> Tensor:
-    """The part z = W2 gelu(A x + u) + b2: ``g`` becomes the gradient with respect to x."""
+    """The part z = W2 gelu(A x + u) + b2: ``g`` (B,T,D) becomes the gradient with respect to x.
+
+    Accumulates the gradient of the addend u into ``du`` (B,T,2D). x may be in ``s.e``.
+    """
     dtype = w.qkv.dtype
     dz = g if g.dtype == dtype else s.d0.copy_(g)
     if grads is not None:
-        a = acts.a if acts.a is not None else ops.gelu(acts.pre, out=s.wide("f0", 2))
+        a = acts.a if acts.a is not None else ops.gelu(acts.pre, out=s.wide(2))
         ops.linear_wgrad(dz, a, grads.inj_w2, grads.inj_b2)
-    da = ops.linear_dgrad(dz, w.inj_w2, out=s.wide("f1", 2))
+    da = ops.linear_dgrad(dz, w.inj_w2, out=s.wide(2))
     dpre = ops.gelu_backward(da, acts.pre, out=da)
     du.add_(dpre)
     if grads is not None and grads.inj_w1 is not None:

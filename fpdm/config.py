@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Recompute = Literal["none", "elementwise", "full"]
-Impl = Literal["auto", "reference", "triton", "cuda", "cpu"]
+Impl = Literal["auto", "reference", "triton", "triton-fused", "cuda", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,14 @@ class ExecutionConfig(Settings):
 
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
+    backward_chunks: int = 1  # parts of the batch it walks in turn: divides its working set
     residual_dtype: Literal["compute", "float32"] = (
         "compute"  # of the iterate; no lower residual floor
     )
+
+    def check(self) -> None:
+        """At least one chunk."""
+        self.at_least(1, "backward_chunks")
 
 
 @dataclass(frozen=True)

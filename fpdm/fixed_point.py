@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fpdm.block import (
+    SAVED,
     Activations,
     BlockGrads,
     BlockWeights,
     Scratch,
     forward_workspace,
+    injection_backward,
     next_iterate,
     saved_units,
     slot_views,
@@ -106,7 +108,7 @@ def _kept_x(m: int, recompute: str) -> int:
     "fpdm::unroll",
     mutates_args=(),
     schema="(Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, "
-    "SymInt m, int heads, str impl, str recompute, bool norms) "
+    "SymInt m, int heads, str impl, str recompute, int chunks, bool norms) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unroll(
@@ -120,6 +122,7 @@ def unroll(
     heads: int,
     impl: str,
     recompute: str,
+    chunks: int,
     norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m >= 1 applications of the block with gradient.
@@ -128,7 +131,7 @@ def unroll(
     residual-dtype buffer (m, .), compute-dtype buffer (m, .)). The gradient reaches x, i, mod and
     ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights``
     are their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the
-    gradient of u flows to i, E and b1 in the backward.
+    gradient of u flows to i, E and b1 in the backward, which walks the batch in ``chunks`` parts.
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
@@ -149,7 +152,8 @@ def unroll(
             acts = slot_views(residual[j], compute[j], recompute, injected, x.shape).update(work)
             if full:
                 acts.z = acts.z2 = dst
-            step_forward(operators, src, u, mod, w, heads, acts, dst, table[j] if norms else None)
+            row = table[j] if norms else None
+            step_forward(operators, src, u, mod, w, heads, acts, dst, row, SAVED[recompute])
             src = dst
     return out, table, xs, residual, compute
 
@@ -166,6 +170,7 @@ def _(
     heads: int,
     impl: str,
     recompute: str,
+    chunks: int,
     norms: bool,
 ) -> tuple[Tensor, ...]:
     b, t, d = x.shape
@@ -179,12 +184,41 @@ def _(
     )
 
 
+class _Kept(NamedTuple):
+    """What a backward reads, for all samples or a part of them."""
+
+    x: Tensor
+    i: Tensor | None
+    u: Tensor | None
+    mod: Tensor
+    xs: Tensor
+    slots: list[Activations]
+
+    def rows(self, part: slice) -> _Kept:
+        """The samples of ``part``."""
+        i, u = (None if t is None else t[part] for t in (self.i, self.u))
+        slots = [acts[part] for acts in self.slots]
+        return _Kept(self.x[part], i, u, self.mod[part], self.xs[:, part], slots)
+
+
+class _Run(NamedTuple):
+    """How a backward runs: the same for every part of the batch."""
+
+    ops: Any
+    w: BlockWeights
+    heads: int
+    recompute: str
+    grads: BlockGrads | None
+    input_grad: bool
+
+
 @torch.library.custom_op(
     "fpdm::unroll_backward",
     mutates_args=(),
     schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] "
     "weights, Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, "
-    "str recompute, bool weight_grads, bool input_grad) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "str recompute, int chunks, bool weight_grads, bool input_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def unroll_backward(
     g: Tensor,
@@ -201,6 +235,7 @@ def unroll_backward(
     heads: int,
     impl: str,
     recompute: str,
+    chunks: int,
     weight_grads: bool,
     input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -208,90 +243,86 @@ def unroll_backward(
     injection, dparams without ``weight_grads``.
 
     Every weight gradient of the m iterations accumulates in one float32 buffer (float64 for float64
-    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop.
+    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. The batch is walked in
+    ``chunks`` parts, one after another, which divides the working set.
     """
-    operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
-    injected, src = u is not None, x.contiguous()
     grads = None
     if weight_grads:
         sums = [torch.zeros_like(p, dtype=ops.accumulator(p.dtype)) for p in params]
         grads = BlockGrads(*sums)
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
-    du = None
-    if u is not None:
-        du = torch.zeros(u.shape, dtype=ops.accumulator(u.dtype), device=u.device)
+    slots = [
+        slot_views(residual[j], compute[j], recompute, u is not None, x.shape) for j in range(m)
+    ]
+    kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
+    operators = ops.resolve(impl, x.device, mod.dtype)
+    run = _Run(operators, BlockWeights(*weights), heads, recompute, grads, input_grad)
+    g = g.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    di = x.new_empty(0) if i is None else torch.empty_like(i)
+    size = max(1, -(-len(x) // chunks))
     with ops.no_autocast(x.device):
-        scratch = Scratch.like(src, mod.dtype)
-        g = g.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
-        for j in range(m - 1, -1, -1):
-            acts = slot_views(residual[j], compute[j], recompute, injected, x.shape)
-            x_j = _iterate_before(operators, j, src, xs, residual, compute, mod, recompute, scratch)
-            if recompute == "full":
-                acts = _forward_again(operators, x_j, u, mod, w, heads, scratch)
-            wants_dx = j > 0 or input_grad
-            step_backward(
-                operators, g, x_j, mod, w, heads, acts, grads, dmod, scratch, du, wants_dx
-            )
-        di = x.new_empty(0)
-        if i is not None and du is not None:
-            di = _injection_gradients(operators, i, du, w, grads)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            _walk_back(run, kept.rows(part), g[part], dmod[part], di[part])
     dparams = [d.to(p.dtype) for d, p in zip(grads or (), params) if d is not None]
     return g if input_grad else x.new_empty(0), di, dmod.to(mod.dtype), dparams
 
 
-def _iterate_before(
-    operators: Any,
-    j: int,
-    x: Tensor,
-    xs: Tensor,
-    residual: Tensor,
-    compute: Tensor,
-    mod: Tensor,
-    recompute: str,
-    scratch: Scratch,
-) -> Tensor:
+def _walk_back(run: _Run, k: _Kept, g: Tensor, dmod: Tensor, di: Tensor) -> None:
+    """The m iterations from the last to the first: ``g`` becomes dx_0, ``di`` is written."""
+    scratch = Scratch.like(k.x, k.mod.dtype)
+    du = None
+    if k.u is not None:
+        du = torch.zeros(k.u.shape, dtype=ops.accumulator(k.u.dtype), device=k.u.device)
+    for j in range(len(k.slots) - 1, -1, -1):
+        acts = k.slots[j]
+        if run.recompute == "full":
+            acts = _forward_again(run, _iterate_before(run, k, j, scratch), k, scratch)
+        z = k.x if acts.z is None else acts.z
+        step_backward(run.ops, g, z, k.mod, run.w, run.heads, acts, run.grads, dmod, scratch)
+        if du is not None:
+            # rebuilt only now: until here its buffer held z'
+            x = _iterate_before(run, k, j, scratch)
+            wants_dx = j > 0 or run.input_grad
+            injection_backward(run.ops, g, x, run.w, acts, run.grads, scratch, du, wants_dx)
+    if k.i is not None and du is not None:
+        _injection_gradients(run, k.i, du, di)
+
+
+def _iterate_before(run: _Run, k: _Kept, j: int, scratch: Scratch) -> Tensor:
     """x_j: given, kept, or rebuilt from what iteration j - 1 kept."""
     if j == 0:
-        return x
-    if recompute != "elementwise":
-        return xs[j - 1]
-    before = slot_views(residual[j - 1], compute[j - 1], recompute, True, x.shape)
+        return k.x
+    if run.recompute != "elementwise":
+        return k.xs[j - 1]
+    before = k.slots[j - 1]
     assert before.z is not None
-    return next_iterate(operators, before.z, before, mod, scratch.e1)
+    return next_iterate(run.ops, before.z, before, k.mod, scratch.e)
 
 
-def _forward_again(
-    operators: Any,
-    x: Tensor,
-    u: Tensor | None,
-    mod: Tensor,
-    w: BlockWeights,
-    heads: int,
-    s: Scratch,
-) -> Activations:
+def _forward_again(run: _Run, x: Tensor, k: _Kept, s: Scratch) -> Activations:
     """Recompute one iteration, keeping what the element-wise ledger would keep."""
-    nr, nc = saved_units("elementwise", u is not None)
+    nr, nc = saved_units("elementwise", k.u is not None)
     kept = slot_views(
         x.new_empty(nr * x.numel()),
-        mod.new_empty(nc * x.numel()),
+        k.mod.new_empty(nc * x.numel()),
         "elementwise",
-        u is not None,
+        k.u is not None,
         x.shape,
     )
-    work = Activations(a=s.wide("f0", 2), y1=s.d0, z2=s.e0, y2=s.d0, gh=s.wide("f0", 4))
-    step_forward(operators, x, u, mod, w, heads, kept.update(work), s.e0)
+    work = Activations(a=s.wide(2), y1=s.d0, z2=s.e, y2=s.d0, gh=s.wide(4))
+    acts, names = kept.update(work), SAVED["elementwise"]
+    step_forward(run.ops, x, k.u, k.mod, run.w, run.heads, acts, s.e, None, names)
     return kept
 
 
-def _injection_gradients(
-    operators: Any, i: Tensor, du: Tensor, w: BlockWeights, grads: BlockGrads | None
-) -> Tensor:
-    """Through u = E i + b1: di, and dE, db1 into the accumulators."""
-    wide = du.to(i.dtype)
+def _injection_gradients(run: _Run, i: Tensor, du: Tensor, di: Tensor) -> None:
+    """Through u = E i + b1: ``di``, and dE, db1 into the accumulators."""
+    wide, grads = du.to(i.dtype), run.grads
     if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:
-        operators.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
+        run.ops.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
         grads.inj_b1.add_(du.sum((0, 1), dtype=grads.inj_b1.dtype))
-    return operators.linear_dgrad(wide, w.inj_e)
+    run.ops.linear_dgrad(wide, run.w.inj_e, out=di)
 
 
 @unroll_backward.register_fake
@@ -310,6 +341,7 @@ def _(
     heads: int,
     impl: str,
     recompute: str,
+    chunks: int,
     weight_grads: bool,
     input_grad: bool,
 ) -> tuple[Any, ...]:
@@ -322,39 +354,24 @@ def _(
 
 
 def _unroll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, i, u, mod, params, weights, m, heads, impl, recompute, _ = inputs
+    x, i, u, mod, params, weights, m, heads, impl, recompute, chunks, _ = inputs
     _, table, xs, residual, compute = output
     ctx.mark_non_differentiable(table, xs, residual, compute)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, i, u, mod, xs, residual, compute, *params, *weights)
-    ctx.counts = (len(params), m, heads, impl, recompute)
+    ctx.counts = (len(params), m, heads, impl, recompute, chunks)
 
 
 def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count, m, heads, impl, recompute = ctx.counts
+    count, *settings = ctx.counts
     x, i, u, mod, xs, residual, compute, *rest = ctx.saved_tensors
     params, weights = rest[:count], rest[count:]
     nothing = [None] * len(params), [None] * len(weights)
     if g is None:
-        return (None, None, None, None, *nothing, None, None, None, None, None)
+        return (None, None, None, None, *nothing, *[None] * 6)
     wants_x, wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
     dx, di, dmod, dparams = unroll_backward(
-        g,
-        x,
-        i,
-        u,
-        mod,
-        params,
-        weights,
-        xs,
-        residual,
-        compute,
-        m,
-        heads,
-        impl,
-        recompute,
-        wanted,
-        wants_x,
+        g, x, i, u, mod, params, weights, xs, residual, compute, *settings, wanted, wants_x
     )
     return (
         dx if wants_x else None,
@@ -363,11 +380,7 @@ def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
         dmod,
         dparams if wanted else nothing[0],
         nothing[1],
-        None,
-        None,
-        None,
-        None,
-        None,
+        *[None] * 6,
     )
 
 
@@ -376,11 +389,13 @@ unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a block runs: implementation, recompute mode, heads."""
+    """How a block runs: heads, implementation, recompute mode, parts of the batch in the
+    backward."""
 
     heads: int
     impl: str
     recompute: str
+    chunks: int = 1
 
 
 def solve(
@@ -415,7 +430,7 @@ def solve(
     if graph:
         x, table, *_ = unroll(
             x.detach() if detach_init else x, i, constant, mod, list(params), flat, m,
-            settings.heads, settings.impl, settings.recompute, norms,
+            settings.heads, settings.impl, settings.recompute, settings.chunks, norms,
         )  # fmt: skip
         tables.append(table)
     return x, torch.cat(tables) if tables else _norm_table(x, 0, norms)

@@ -153,7 +153,8 @@ class _Transformer(nn.Module):
             raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
 
     def _settings(self) -> Settings:
-        return Settings(self.config.num_heads, self.execution.impl, self.execution.recompute)
+        e = self.execution
+        return Settings(self.config.num_heads, e.impl, e.recompute, e.backward_chunks)
 
     def _residual_dtype(self, w: WeightView) -> torch.dtype:
         wide = self.execution.residual_dtype == "float32" and w.dtype.itemsize < 4
