@@ -235,7 +235,7 @@ class OptimConfig(Settings):
 
     section: ClassVar[str] = "optim"
 
-    impl: Literal["auto", "fused", "foreach", "single"] = "auto"
+    impl: Literal["auto", "onepass", "fused", "foreach", "single"] = "auto"
     lr: float = 1e-4
     lr_final: float | None = None  # cosine to this at the last step; none: constant
     warmup_steps: int = 0  # linear

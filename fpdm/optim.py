@@ -7,14 +7,17 @@ Per parameter w with gradient g (Loshchilov & Hutter, decoupled weight decay), t
     w <- w (1 - lr wd) - lr (a / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
     e <- e + (1-d) (w - e)                 d = decay, or min(decay, (1+t)/(10+t)) with warm-up
 
-Everything is float32. The gradients are views of one flat buffer: unscaling, clipping, the finite
-check and the sum over ranks are each one pass over one tensor.
+Everything is float32. Parameters, gradients, moments and averages are views of five flat buffers:
+the finite check, the sum over ranks and, with ``impl="onepass"``, all of the update with the copies
+of ``PreparedWeights`` are each one pass.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from fpdm.config import ConfigError, OptimConfig, UserError
+from fpdm.weights import FlatLayout, PreparedWeights
 
-# every gradient starts on a 64-byte boundary of the flat buffer, so that vector loads stay aligned
-_ALIGN = 16
+# floats at the end of the gradient buffer
+_TAIL = 16
 # beyond this a scale can only turn finite gradients into infinities
 _SCALE_CEILING = 2.0**40
 
@@ -69,37 +73,49 @@ class AdamWEMA:
         for name, p in self.params.items():
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name}: got {p.dtype}, expected torch.float32")
-        self._allocate_gradients()
-        self.ema = {n: p.detach().clone() for n, p in self.params.items()}
+        self.layout = FlatLayout(dict(model.named_parameters()))
         self.updates = 0
-        self.impl = "fused" if config.impl == "auto" else config.impl
+        self._allocate()
+        self.impl = _choose(config.impl, self.flat["w"].device)
+        self.adamw: torch.optim.AdamW | None = None
+        if self.impl != "onepass":
+            self._create_adamw()
+        self._swapped = False
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        """Parameters, gradients, averages and both moments as views of five flat buffers."""
+        device, size = next(iter(self.params.values())).device, self.layout.trained
+        self.flat = {key: torch.zeros(size, device=device) for key in ("w", "a", "v", "e")}
+        self.buffer = torch.zeros(size + _TAIL, device=device)
+        self.gradients, self.tail = self.buffer[:size], self.buffer[size:]
+        view = self.layout.view
+        self._views = {n: view(self.gradients, n) for n in self.params}
+        self.ema = {n: view(self.flat["e"], n) for n in self.params}
+        for name, p in self.params.items():
+            p.data = view(self.flat["w"], name).copy_(p)
+        self.flat["e"].copy_(self.flat["w"])
+        self.zero_grad()
+
+    def _create_adamw(self) -> None:
+        """torch.optim's, on our moments; a state made now, so that a checkpoint of step 0 and one
+        of step 1 hold the same names."""
+        c, fused = self.config, self.impl == "fused"
         self.adamw = torch.optim.AdamW(
             list(self.params.values()),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+            lr=c.lr,
+            betas=(c.beta1, c.beta2),
+            eps=c.eps,
+            weight_decay=c.weight_decay,
             foreach=self.impl == "foreach",
-            # auto is fused on both kinds of device: on 2 CPU cores 5 times faster than foreach at
-            # 2 M parameters and 7 times at 56 M, and the only one that reads every tensor once
-            fused=self.impl == "fused",
+            fused=fused,
         )
-        self._swapped = False
-        self._create_state()
-
-    def _allocate_gradients(self) -> None:
-        offsets, end = {}, 0
         for name, p in self.params.items():
-            offsets[name] = end
-            end += -(-p.numel() // _ALIGN) * _ALIGN
-        device = next(iter(self.params.values())).device
-        self.buffer = torch.zeros(end + _ALIGN, device=device)
-        self.gradients, self.tail = self.buffer[:end], self.buffer[end:]
-        self._views = {
-            n: self.gradients[offsets[n] : offsets[n] + p.numel()].view_as(p)
-            for n, p in self.params.items()
-        }
-        self.zero_grad()
+            self.adamw.state[p] = {
+                "step": torch.zeros((), device=p.device if fused else torch.device("cpu")),
+                "exp_avg": self.layout.view(self.flat["a"], name),
+                "exp_avg_sq": self.layout.view(self.flat["v"], name),
+            }
 
     @torch.no_grad()
     def _attach(self) -> None:
@@ -114,16 +130,6 @@ class AdamWEMA:
             else:
                 continue
             p.grad = view
-
-    def _create_state(self) -> None:
-        # eager, so that a checkpoint of step 0 and one of step 1 hold the same names
-        for p in self.params.values():
-            where = p.device if self.impl == "fused" else torch.device("cpu")
-            self.adamw.state[p] = {
-                "step": torch.zeros((), device=where),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
 
     def zero_grad(self) -> None:
         """Clears gradients and tail in place; every p.grad is its view of the buffer."""
@@ -140,18 +146,36 @@ class AdamWEMA:
     def step(self, lr: float, multiplier: float = 1.0) -> None:
         """One update with the gradients times ``multiplier`` (clip coefficient / loss scale)."""
         self._attach()
+        self.updates += 1
+        c, decay = self.config, self.config.ema_decay
+        if c.ema_warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        if self.adamw is None:
+            self._one_pass(lr, multiplier, decay)
+            return
         if multiplier != 1.0:
             self.gradients.mul_(multiplier)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        self.updates += 1
-        decay = self.config.ema_decay
-        if self.config.ema_warmup:
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        masters = [p.detach() for p in self.params.values()]
-        torch._foreach_lerp_(list(self.ema.values()), masters, 1.0 - decay)
+        self.flat["e"].lerp_(self.flat["w"], 1.0 - decay)
         self._refresh()
+
+    def _one_pass(self, lr: float, multiplier: float, decay: float) -> None:
+        """Everything above and the prepared copies, with every number read and written once."""
+        c, t, flat = self.config, self.updates, self.flat
+        scalars = [
+            multiplier, c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.eps, 1 - lr * c.weight_decay,
+            lr / (1 - c.beta1**t), math.sqrt(1 - c.beta2**t), 1 - decay,
+        ]  # fmt: skip
+        adamw_, p = _one_pass_on(flat["w"].device), self.prepared
+        inside = isinstance(p, PreparedWeights) and p.flat is not None
+        copy = p.flat[: self.layout.trained] if inside else None  # type: ignore[union-attr,index]
+        adamw_(flat["w"], self.gradients, flat["a"], flat["v"], flat["e"], copy, scalars)
+        if inside:
+            p.fold()  # type: ignore[union-attr]
+        else:
+            self._refresh()
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -181,9 +205,9 @@ class AdamWEMA:
         if self._swapped:
             raise RuntimeError("state() inside swapped(): the model holds the average")
         optim: dict[str, Tensor] = {"step": torch.tensor(float(self.updates))}
-        for name, p in self.params.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                optim[f"{key}.{name}"] = self.adamw.state[p][key]
+        for name in self.params:
+            optim[f"exp_avg.{name}"] = self.layout.view(self.flat["a"], name)
+            optim[f"exp_avg_sq.{name}"] = self.layout.view(self.flat["v"], name)
         model = {name: t.detach() for name, t in self.model.state_dict().items()}
         return {"model": model, "ema": dict(self.ema), "optim": optim}
 
@@ -200,13 +224,34 @@ class AdamWEMA:
             for name, target in tensors.items():
                 target.copy_(groups[group][name])
         self.updates = int(groups["optim"]["step"])
-        for p in self.params.values():
-            self.adamw.state[p]["step"].fill_(float(self.updates))
+        if self.adamw is not None:
+            for p in self.params.values():
+                self.adamw.state[p]["step"].fill_(float(self.updates))
         self._refresh()
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with the average in place of the trainable parameters."""
         return {**self.state()["model"], **self.ema}
+
+
+def _one_pass_on(device: torch.device) -> Callable[..., None]:
+    """The one-pass kernel for ``device``; ConfigError when there is none."""
+    name = "adamw" if device.type == "cuda" or "TRITON_INTERPRET" in os.environ else "cpu"
+    try:
+        module = importlib.import_module(f"fpdm.kernels.{name}")
+        reason = module.unavailable(device)
+    except ImportError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ConfigError(f"optim.impl: got onepass, which cannot run on {device}: {reason}")
+    return module.adamw_
+
+
+def _choose(impl: str, device: torch.device) -> str:
+    """auto is torch's fused AdamW: on two CPU cores 5 to 7 times faster than foreach."""
+    if impl == "onepass":
+        _one_pass_on(device)
+    return "fused" if impl == "auto" else impl
 
 
 def _differences(

@@ -10,7 +10,7 @@ is never inferred.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,32 @@ BLOCK_KEYS = (
 )  # fmt: skip
 FC1, FC2 = "block_fixed_point_projection_fc1", "block_fixed_point_projection_fc2"
 PROJECTION = "block_pre_projection"
+
+
+# every tensor of a flat buffer starts on a 64-byte boundary in float32, 32 in half precision
+_ALIGN = 16
+
+
+class FlatLayout:
+    """Where each parameter lies in a flat buffer: those that are trained first, up to ``trained``,
+    then the frozen ones, up to ``size``."""
+
+    def __init__(self, params: Mapping[str, Tensor]):
+        self.offsets: dict[str, int] = {}
+        self.shapes = {name: p.shape for name, p in params.items()}
+        end = self.trained = 0
+        for wanted in (True, False):
+            for name, p in params.items():
+                if p.requires_grad is wanted:
+                    self.offsets[name] = end
+                    end += -(-p.numel() // _ALIGN) * _ALIGN
+            self.trained = end if wanted else self.trained
+        self.size = end
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """The part of ``flat`` that belongs to the parameter, in its shape."""
+        shape, start = self.shapes[name], self.offsets[name]
+        return flat[start : start + shape.numel()].view(shape)
 
 
 class WeightView:
@@ -48,9 +74,7 @@ class WeightView:
         return self.halves()[1], self.get(f"{FC1}.bias")
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """W1 = [A | E], each (2D,D)."""
-        if "half.a" in self.copies:
-            return self.copies["half.a"], self.copies["half.e"]
+        """W1 = [A | E], each a (2D,D) view of it."""
         a, e = self.get(f"{FC1}.weight").chunk(2, dim=1)
         return a, e
 
@@ -96,38 +120,24 @@ class PreparedWeights(WeightView):
         params: dict[str, Tensor] = dict(model.named_parameters())
         super().__init__(params, dtype, {})
         self._model = weakref.ref(model)
-        self._sources: dict[str, tuple[str, int | None]] = {}
-        injected = f"{FC1}.weight" in params
+        self.layout = FlatLayout(params)
+        self.flat: Tensor | None = None
         with torch.inference_mode(False):
-            for name, param in params.items():
-                if param.dtype == dtype:
-                    continue
-                if injected and name == f"{FC1}.weight":
-                    # contiguous halves; the whole is never multiplied by
-                    half = (param.shape[0], param.shape[1] // 2)
-                    for index, key in enumerate(("half.a", "half.e")):
-                        self._add(key, name, index, half, param.device)
-                else:
-                    self._add(name, name, None, param.shape, param.device)
-            if fold and injected:
-                d, device = params[f"{PROJECTION}.bias"].shape[0], params[f"{FC1}.bias"].device
+            device = next(iter(params.values())).device
+            if any(p.dtype != dtype for p in params.values()):
+                self.flat = torch.zeros(self.layout.size, dtype=dtype, device=device)
+                for name in params:
+                    self.copies[name] = self.layout.view(self.flat, name)
+            if fold and f"{FC1}.weight" in params:
+                d = params[f"{PROJECTION}.bias"].shape[0]
                 self.copies["fold.weight"] = torch.empty(2 * d, d, dtype=dtype, device=device)
                 self.copies["fold.bias"] = torch.empty(2 * d, dtype=dtype, device=device)
         self.refresh()
         handle = model.register_load_state_dict_post_hook(_RefreshOnLoad(self))
         weakref.finalize(self, handle.remove)
 
-    def _add(
-        self, key: str, name: str, half: int | None, shape: Sequence[int], device: torch.device
-    ) -> None:
-        self.copies[key] = torch.empty(tuple(shape), dtype=self.dtype, device=device)
-        self._sources[key] = (name, half)
-
-    def _current(self, key: str) -> Tensor:
-        name, half = self._sources[key]
-        param = self.params[name].detach()
-        source = param if half is None else param.chunk(2, dim=1)[half]
-        copy = self.copies[key]
+    def _current(self, name: str) -> Tensor:
+        source, copy = self.params[name].detach(), self.copies[name]
         if source.shape != copy.shape or source.device != copy.device:
             raise ValueError(
                 f"{name}: got {tuple(source.shape)} on {source.device}, expected "
@@ -144,9 +154,15 @@ class PreparedWeights(WeightView):
         model = self._model()
         if model is not None:
             self.params.update(model.named_parameters())
-        if self._sources:
-            sources = [self._current(key) for key in self._sources]
-            torch._foreach_copy_([self.copies[key] for key in self._sources], sources)
+        if self.flat is not None:
+            names = list(self.layout.offsets)
+            sources = [self._current(name) for name in names]
+            torch._foreach_copy_([self.copies[name] for name in names], sources)
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write E W_p and E b_p + b1 again, where they are held."""
         if self.folded:
             e = self.params[f"{FC1}.weight"].chunk(2, dim=1)[1]
             bias = torch.addmv(self.params[f"{FC1}.bias"], e, self.params[f"{PROJECTION}.bias"])

@@ -244,13 +244,13 @@ def test_gradients_that_left_the_buffer_come_back(change, expected, impl):
 @pytest.mark.parametrize(("change", "expected"), PAIRS)
 def test_gradients_outside_the_buffer_would_be_seen(change, expected, monkeypatch):
     wanted, other = detached_steps(expected, "auto")
-    allocate = AdamWEMA._allocate_gradients
+    allocate = AdamWEMA._allocate
 
     def attached_once(self: AdamWEMA) -> None:
         allocate(self)
         self._attach = lambda: None  # type: ignore[method-assign]
 
-    monkeypatch.setattr(AdamWEMA, "_allocate_gradients", attached_once)
+    monkeypatch.setattr(AdamWEMA, "_allocate", attached_once)
     norms, optimizer = detached_steps(change, "auto")
     same = all(torch.equal(p, other.params[name]) for name, p in optimizer.params.items())
     assert norms != wanted or not same

@@ -21,12 +21,12 @@ import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fpdm.config import UserError
+from fpdm.config import Impl, UserError
 
 IMPLEMENTATIONS = ("reference", "triton", "triton-fused", "cuda", "cpu")
 OPERATORS = (
@@ -128,7 +128,7 @@ def preferred(device: torch.device) -> tuple[str, ...]:
     return ("triton" if newer else "cuda", "reference")
 
 
-def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Impl:
     """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available.
 
     Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
@@ -136,14 +136,15 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = No
     asked, source = (_REQUESTED, "FPDM_IMPL") if impl == "auto" else (impl, "impl")
     device = torch.device(device)
     if asked == "auto":
-        return next(n for n in preferred(device) if unavailable(n, device, dtype) is None)
+        found = next(n for n in preferred(device) if unavailable(n, device, dtype) is None)
+        return cast(Impl, found)
     if asked not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ImplError(f"{source}: got {asked!r}, expected auto or one of {known}")
     reason = unavailable(asked, device, dtype)
     if reason is not None:
         raise ImplError(f"{source}: got {asked}, which cannot run on {device}: {reason}")
-    return asked
+    return cast(Impl, asked)
 
 
 _chosen = functools.cache(choose)
