@@ -135,9 +135,14 @@ class FixedPointConfig(Settings):
     m_max: int = 12  # M
     detach_init: bool = True  # no gradient through the iterate that enters the m iterations
     draws: Literal["global", "per_rank"] = "global"
+    gradient: Literal["unroll", "implicit", "phantom"] = "unroll"  # unroll: S-JFB
+    implicit_iters: int = 10  # evaluations of the transposed Jacobian in the backward
+    phantom_damping: float = 0.5
 
     def check(self) -> None:
         """Both ranges are in order."""
+        self.at_least(1, "implicit_iters")
+        self.require(0 < self.phantom_damping <= 1, "phantom_damping", "above 0, at most 1")
         self.require(0 <= self.n_min <= self.n_max, "n_min, n_max", "0 <= n_min <= n_max")
         self.require(1 <= self.m_min <= self.m_max, "m_min, m_max", "1 <= m_min <= m_max")
 

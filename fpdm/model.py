@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fpdm import fixed_point
+from fpdm import fixed_point, gradients
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, SolveStats
+from fpdm.gradients import Gradient
 from fpdm.kernels import ops
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 
@@ -193,6 +194,9 @@ class _Transformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
 
 
+S_JFB = Gradient()
+
+
 class FPDM(_Transformer):
     """A diffusion transformer whose middle is one block iterated to a fixed point (paper eq. 4-6).
 
@@ -279,16 +283,17 @@ class FPDM(_Transformer):
 
     def _solve(
         self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,
-        detach_init: bool, stats: bool,
+        detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
         i, u = self._inject(h, w)
         if i is None and torch.is_grad_enabled():
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
         names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
         names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
-        out, norms = fixed_point.solve(
+        out, norms = gradients.solve(
             x, i, u, vectors, [w.params[name] for name in names],
-            w.block("block_fixed_point", injected=True), n, m, self._settings(), detach_init, stats,
+            w.block("block_fixed_point", injected=True), n, m, self._settings(), gradient,
+            detach_init, stats,
         )  # fmt: skip
         return out, SolveStats.from_norms(norms) if stats else None
 
@@ -306,10 +311,10 @@ class FPDM(_Transformer):
     def solve(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
         init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
-        stats: bool = True,
+        stats: bool = True, gradient: Gradient = S_JFB,
     ) -> Solution:  # fmt: skip
-        """Like ``forward``, and also the solution and the residual of every iteration and
-        sample."""
+        """Like ``forward``, and also the solution and the residual of every iteration and sample;
+        ``gradient`` chooses another one than S-JFB's (fpdm.gradients)."""
         if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
             raise ValueError(
                 f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
@@ -320,7 +325,9 @@ class FPDM(_Transformer):
         h = self.encode(x, mod, weights=w)
         assert mod.fp is not None
         start = h if init is None else init.to(h.dtype)
-        z, found = self._solve(start, h, mod.fp, no_grad_iters, iters, w, detach_init, stats)
+        z, found = self._solve(
+            start, h, mod.fp, no_grad_iters, iters, w, detach_init, stats, gradient
+        )
         return Solution(self.decode(z, mod, weights=w), z, found)
 
     def forward(

@@ -35,6 +35,7 @@ from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.files import atomic_write
+from fpdm.gradients import Gradient
 from fpdm.kernels import ops
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
@@ -274,9 +275,11 @@ class Trainer:
         xt = self.diffusion.q_sample(x0, draws.t, draws.noise)
         residual = torch.zeros(len(micro.slots), device=device)
         if isinstance(self.model, FPDM):
+            fixed = self.config.fixed_point
             solution = self.model.solve(
                 xt, draws.t, draws.y, m, n, weights=self.prepared,
-                detach_init=self.config.fixed_point.detach_init, stats=self._row_due(step + 1),
+                detach_init=fixed.detach_init, stats=self._row_due(step + 1),
+                gradient=Gradient(fixed.gradient, fixed.implicit_iters, fixed.phantom_damping),
             )  # fmt: skip
             output = solution.output
             if solution.stats is not None:

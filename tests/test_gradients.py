@@ -1,0 +1,118 @@
+"""Implicit and phantom gradients against the exact gradient of a converged contraction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, random_model
+from runs import small
+from torch import Tensor
+
+from fpdm.config import FixedPointConfig
+from fpdm.gradients import Gradient
+from fpdm.model import FPDM
+from fpdm.train import Trainer
+
+NAMES = (
+    "block_fixed_point.attn.qkv.weight", "block_fixed_point.mlp.fc2.bias",
+    "block_fixed_point.adaLN_modulation.1.weight", "block_pre_projection.weight",
+    "block_fixed_point_projection_fc1.weight", "blocks_pre.0.mlp.fc1.weight",
+    "t_embedder.mlp.0.weight",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def contraction() -> FPDM:
+    """A float64 model whose map shrinks distances: its injection MLP passes on half of x."""
+    model = random_model(TINY).double()
+    assert isinstance(model, FPDM)
+    with torch.no_grad():
+        model.block_fixed_point_projection_fc2.weight.mul_(0.2)
+    return model
+
+
+def run(model: FPDM, iters: int, free: int, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 8, 8, generator=g).double()
+    t, y = torch.tensor([7, 800]), torch.tensor([1, 10])
+    found = model.solve(x, t, y, iters, free, **kwargs)
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad(found.output.square().sum(), [params[n] for n in NAMES])
+    assert found.stats is not None
+    return dict(zip(NAMES, grads)), found.stats.residual
+
+
+def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    return max(float((found[n] - w).norm() / w.norm()) for n, w in wanted.items())
+
+
+@pytest.fixture(scope="module")
+def exact(contraction: FPDM) -> dict[str, Tensor]:
+    """Full unrolling of a solve that has converged."""
+    grads, residual = run(contraction, 60, 0, detach_init=False)
+    assert residual[-1].max() < 1e-13
+    return grads
+
+
+def test_implicit_gradient_is_exact(contraction: FPDM, exact: dict[str, Tensor]) -> None:
+    found, residual = run(contraction, 1, 60, gradient=Gradient("implicit", 40))
+    assert residual.shape == (61, 2)
+    assert worst(found, exact) < 1e-9
+
+
+def test_too_few_backward_iterations_would_be_seen(
+    contraction: FPDM, exact: dict[str, Tensor]
+) -> None:
+    errors = [
+        worst(run(contraction, 1, 60, gradient=Gradient("implicit", k))[0], exact)
+        for k in (1, 4, 12)
+    ]
+    assert errors[0] > 1e-3
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("damping", [0.5, 1.0])
+def test_phantom_gradient_approaches_the_exact_one(
+    contraction: FPDM, exact: dict[str, Tensor], damping: float
+) -> None:
+    short, long = (
+        worst(run(contraction, m, 60, gradient=Gradient("phantom", damping=damping))[0], exact)
+        for m in (2, 40)
+    )
+    assert long < 1e-6
+    assert short > 1e-3
+
+
+def test_phantom_with_full_steps_is_the_unrolled_gradient(contraction: FPDM) -> None:
+    ours, _ = run(contraction, 3, 2, gradient=Gradient("phantom", damping=1.0))
+    unrolled, _ = run(contraction, 3, 2)
+    assert worst(ours, unrolled) < 1e-12
+
+
+def test_without_gradients_it_is_the_plain_solve(contraction: FPDM) -> None:
+    x, t, y = torch.randn(1, 4, 8, 8).double(), torch.tensor([5]), torch.tensor([2])
+    with torch.no_grad():
+        plain = contraction.solve(x, t, y, 4)
+        other = contraction.solve(x, t, y, 4, gradient=Gradient("implicit"))
+    assert torch.equal(plain.output, other.output)
+
+
+def test_no_iteration_with_gradient_is_refused(contraction: FPDM) -> None:
+    with pytest.raises(ValueError, match="iters: got 0, expected at least 1 with the implicit"):
+        run(contraction, 0, 3, gradient=Gradient("implicit"))
+
+
+def test_the_trainer_takes_them(tmp_path: Path) -> None:
+    """Each trains, to finite weights that are not S-JFB's."""
+    found = {}
+    for kind in ("unroll", "implicit", "phantom"):
+        fixed = FixedPointConfig(n_max=1, m_min=2, m_max=2, gradient=kind)  # type: ignore[arg-type]
+        trainer = Trainer(small(tmp_path / kind, steps=3, log_every=1, fixed_point=fixed))
+        trainer.run()
+        found[kind] = trainer.model.block_pre_projection.weight.detach().clone()
+        assert found[kind].isfinite().all()
+    assert not torch.equal(found["implicit"], found["unroll"])
+    assert not torch.equal(found["phantom"], found["unroll"])
