@@ -243,7 +243,8 @@ def unroll_backward(
     injection, dparams without ``weight_grads``.
 
     Every weight gradient of the m iterations accumulates in one float32 buffer (float64 for float64
-    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. The batch is walked in
+    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. u is read again only to
+    recompute in full, and may be None otherwise. The batch is walked in
     ``chunks`` parts, one after another, which divides the working set.
     """
     grads = None
@@ -251,9 +252,8 @@ def unroll_backward(
         sums = [torch.zeros_like(p, dtype=ops.accumulator(p.dtype)) for p in params]
         grads = BlockGrads(*sums)
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
-    slots = [
-        slot_views(residual[j], compute[j], recompute, u is not None, x.shape) for j in range(m)
-    ]
+    injected = i is not None
+    slots = [slot_views(residual[j], compute[j], recompute, injected, x.shape) for j in range(m)]
     kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
     operators = ops.resolve(impl, x.device, mod.dtype)
     run = _Run(operators, BlockWeights(*weights), heads, recompute, grads, input_grad)
@@ -272,8 +272,9 @@ def _walk_back(run: _Run, k: _Kept, g: Tensor, dmod: Tensor, di: Tensor) -> None
     """The m iterations from the last to the first: ``g`` becomes dx_0, ``di`` is written."""
     scratch = Scratch.like(k.x, k.mod.dtype)
     du = None
-    if k.u is not None:
-        du = torch.zeros(k.u.shape, dtype=ops.accumulator(k.u.dtype), device=k.u.device)
+    if k.i is not None:
+        b, t, d = k.x.shape
+        du = k.x.new_zeros(b, t, 2 * d, dtype=ops.accumulator(k.mod.dtype))
     for j in range(len(k.slots) - 1, -1, -1):
         acts = k.slots[j]
         if run.recompute == "full":
@@ -358,6 +359,8 @@ def _unroll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     _, table, xs, residual, compute = output
     ctx.mark_non_differentiable(table, xs, residual, compute)
     ctx.set_materialize_grads(False)
+    # 2 U that nothing but a full recomputation reads again
+    u = u if recompute == "full" else None
     ctx.save_for_backward(x, i, u, mod, xs, residual, compute, *params, *weights)
     ctx.counts = (len(params), m, heads, impl, recompute, chunks)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, random_model, relative
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import published as plain
+from bench.memory import LiveBytes
 from fpdm.block import BlockWeights
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, iterate, solve, unroll, unroll_backward
@@ -259,41 +258,6 @@ def test_residuals() -> None:
         torch.testing.assert_close(stats.residual[j], want, rtol=1e-4, atol=1e-7)
     with_grad = model.solve(x, t, y, 2, no_grad_iters=1).stats
     torch.testing.assert_close(with_grad.residual, stats.residual, rtol=1e-5, atol=1e-7)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of storages created inside and still alive: weak references, not saved-tensor hooks.
-
-    It also looks inside the opaque operators, whose workspaces would otherwise go uncounted.
-    """
-
-    INSIDE: ClassVar[dict[Any, Any]] = {
-        op._opoverload: op._init_fn for op in (iterate, unroll, unroll_backward)
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[Any, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.INSIDE:
-            with self:
-                result = self.INSIDE[func](*args, **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
-        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
-        older = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
-        for out in torch.utils._pytree.tree_leaves(result):
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in older:
-                storage = out.untyped_storage()
-                self.storages[storage.data_ptr()] = (weakref.ref(storage), storage.nbytes())
-        self.peak = max(self.peak, self.live())
-        return result
-
-    def live(self) -> int:
-        self.storages = {k: v for k, v in self.storages.items() if v[0]() is not None}
-        return sum(size for _, size in self.storages.values())
 
 
 def measure(n: int, m: int, execution: ExecutionConfig, dtype: torch.dtype) -> tuple[int, int, int]:
