@@ -140,9 +140,9 @@ def slot_views(
 def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activations:
     """Buffers for what an iteration does not keep, used again by the next one.
 
-    ``none`` keeps everything. ``elementwise``: 5 U (a and gelu(h) share 4) and z'. ``full``, and
-    the loop without gradient: 6 U; the GELUs overwrite their inputs and o overwrites y1; z and z'
-    are to live in the buffer that receives f(x).
+    ``none`` keeps everything. ``elementwise``: 5 U (a and gelu(h) share 4). ``full``, and the loop
+    without gradient: 6 U; the GELUs overwrite their inputs and o overwrites y1. z', and in ``full``
+    z too, are to live in the buffer that receives f(x).
     """
     b, t, d = x.shape
     unit = b * t * d
@@ -155,7 +155,7 @@ def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activati
         return Activations()
     if recompute == "elementwise":
         small = take(4, 1)
-        return Activations(a=take(0, 2), y1=small, z2=torch.empty_like(x), y2=small, gh=take(0, 4))
+        return Activations(a=take(0, 2), y1=small, y2=small, gh=take(0, 4))
     small, other = take(4, 1), take(5, 1)
     return Activations(
         pre=take(0, 2), a=take(0, 2), y1=small, qkv=take(0, 3), o=small, p=other, y2=small,

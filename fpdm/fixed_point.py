@@ -143,15 +143,16 @@ def unroll(
     table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     with ops.no_autocast(x.device):
-        full = recompute == "full"
         work = forward_workspace(x, mod.dtype, recompute)
         src = x.contiguous()
         ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(xs) else []
         for j in range(m):
             dst = out if j == m - 1 else (xs[j] if len(xs) else ping[j % 2])
             acts = slot_views(residual[j], compute[j], recompute, injected, x.shape).update(work)
-            if full:
-                acts.z = acts.z2 = dst
+            if recompute != "none":
+                acts.z2 = dst
+            if recompute == "full":
+                acts.z = dst
             row = table[j] if norms else None
             step_forward(operators, src, u, mod, w, heads, acts, dst, row, SAVED[recompute])
             src = dst
