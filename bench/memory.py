@@ -109,6 +109,9 @@ def _shape_only() -> SimpleNamespace:
         adaln=lambda z, shift, scale, out=None: scale.new_empty(z.shape) if out is None else out,
         adaln_backward=nothing,
         gate_residual=lambda z, y, gate, out=None, **_: empty(z, z.shape[-1], out),
+        gate_residual_adaln=lambda z, y, gate, shift, scale, z_out=None, out=None: (
+            empty(z, z.shape[-1], z_out), gate.new_empty(z.shape) if out is None else out
+        ),
         gate_residual_backward=lambda dout, y, gate, dgate, out=None: empty(y, y.shape[-1], out),
         attention=lambda qkv, heads, out=None: empty(qkv, qkv.shape[-1] // 3, out),
         attention_backward=lambda dy, qkv, y, heads, out=None: empty(qkv, qkv.shape[-1], out),

@@ -1,0 +1,167 @@
+"""What an iteration costs by count: FLOPs, bytes and launches of every part, and a predicted time.
+
+U = B T D elements of the compute dtype. FLOPs are 2 MACs; element-wise arithmetic is not counted.
+Bytes are what must cross the memory bus once: operands, results and weights, no cache credit.
+
+    published  concatenated injection, modulation in every iteration, one kernel per PyTorch call
+    library    hoisted injection and modulation, library GEMMs, fused kernels between them
+    fused      element-wise work in the GEMMs' prologues and epilogues
+
+A prediction is sum over parts of max(FLOPs / rate, bytes / bandwidth) + launches * gap: a model,
+not a measurement, and labelled so wherever it is printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from fpdm.config import ModelConfig
+
+Style = Literal["published", "library", "fused"]
+STYLES: tuple[Style, ...] = ("published", "library", "fused")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel or GEMM: ``kind`` is gemm, attention or elementwise."""
+
+    name: str
+    kind: str
+    flops: int
+    bytes: int
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates that a good library reaches, not the data sheet's: FLOP/s in half precision, bytes/s,
+    and seconds between two kernels inside a CUDA graph."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    gap: float
+
+
+# V100 and H200: large cuBLAS GEMMs and copies as others report them; A100 and H100: 0.8 of the data
+# sheet's rates. The gap is HazyResearch's for H100
+DEVICES = {
+    d.name: d
+    for d in (
+        Device("V100", 95e12, 0.80e12, 1.3e-6),
+        Device("A100", 250e12, 1.6e12, 1.3e-6),
+        Device("H100", 700e12, 2.7e12, 1.3e-6),
+        Device("H200", 790e12, 4.3e12, 1.3e-6),
+    )
+}
+
+
+def _counter(config: ModelConfig, batch: int, itemsize: int) -> tuple[Callable, Callable, Callable]:
+    """gemm(name, I, O, U moved beside x and y), attention(name, ...), glue(name, U, launches)."""
+    t, d = config.tokens, config.hidden_size
+    rows, unit = batch * t, batch * t * d * itemsize
+
+    def gemm(name: str, i: float, o: float, extra: float = 0.0) -> Part:
+        weights = int(i * o * d * d) * itemsize
+        return Part(name, "gemm", int(2 * rows * i * o * d * d),
+                    int((i + o + extra) * unit) + weights)  # fmt: skip
+
+    def attention(name: str, products: float, units: float) -> Part:
+        return Part(name, "attention", int(2 * products * rows * t * d), int(units * unit))
+
+    def glue(name: str, units: float, launches: int = 1) -> Part:
+        return Part(name, "elementwise", 0, int(units * unit), launches)
+
+    return gemm, attention, glue
+
+
+def iteration(
+    config: ModelConfig, batch: int, itemsize: int = 2, style: Style = "library"
+) -> list[Part]:
+    """The parts of f(x) in order, for a batch, without gradient."""
+    gemm, attention, glue = _counter(config, batch, itemsize)
+    if style == "published":
+        d = config.hidden_size
+        vectors = Part("modulation", "gemm", 12 * batch * d * d, 6 * d * d * itemsize, 3)
+        adaln = [glue("layer norm", 2), glue("modulate", 4, 3)]
+        gate = glue("gate, residual", 5, 2)
+        return [
+            vectors, glue("concatenate", 4), gemm("fc1 injection", 2, 2), glue("gelu", 4),
+            gemm("fc2 injection", 2, 1), *adaln, gemm("qkv", 1, 3),
+            attention("attention", 2, 4), glue("heads", 2), gemm("proj", 1, 1), gate, *adaln,
+            gemm("fc1", 1, 4), glue("gelu", 8), gemm("fc2", 4, 1), gate,
+        ]  # fmt: skip
+    if style == "library":
+        return [
+            gemm("fc1 injection", 1, 2), glue("add, gelu", 6), gemm("fc2 injection", 2, 1),
+            glue("adaln", 2), gemm("qkv", 1, 3), attention("attention", 2, 4), gemm("proj", 1, 1),
+            glue("gate, residual, adaln", 4), gemm("fc1", 1, 4), glue("bias, gelu", 8),
+            gemm("fc2", 4, 1), glue("gate, residual", 3),
+        ]  # fmt: skip
+    return [
+        gemm("fc1 injection, add, gelu", 1, 2, 2), gemm("fc2 injection", 2, 1),
+        glue("statistics", 1), gemm("adaln, qkv", 1, 3), attention("attention", 2, 4),
+        gemm("proj, gate, residual", 1, 1, 1), glue("adaln", 2), gemm("fc1, gelu", 1, 4),
+        gemm("fc2, gate, residual", 4, 1, 1),
+    ]  # fmt: skip
+
+
+def iteration_backward(
+    config: ModelConfig, batch: int, itemsize: int = 2, recompute: str = "elementwise"
+) -> list[Part]:
+    """The parts of the backward of f(x) in the library style; ``full`` adds the forward."""
+    gemm, attention, glue = _counter(config, batch, itemsize)
+    wide = 4 / itemsize  # float32 in units of U
+    parts = []
+    for name, i, o in (
+        ("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3), ("fc2 injection", 2, 1),
+        ("fc1 injection", 1, 2),
+    ):  # fmt: skip
+        parts += [gemm(f"{name} dgrad", o, i), gemm(f"{name} wgrad", i, o)]
+    parts += [
+        attention("attention backward", 5, 8),
+        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6, 2),
+        glue("adaln backward", 8, 2), glue("du", 2 + 4 * wide),
+    ]  # fmt: skip
+    if recompute != "none":
+        parts += [
+            glue("gelu again", 8 + 4, 2),
+            glue("adaln again", 4, 2),
+            glue("gates again", 9, 3),
+        ]
+    return parts + (iteration(config, batch, itemsize) if recompute == "full" else [])
+
+
+def flops(parts: list[Part]) -> int:
+    """Sum of FLOPs."""
+    return sum(p.flops for p in parts)
+
+
+def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsize: int) -> float:
+    """Bytes of the element-wise parts in units of U."""
+    unit = batch * config.tokens * config.hidden_size * itemsize
+    return sum(p.bytes for p in parts if p.kind == "elementwise") / unit
+
+
+def seconds(parts: list[Part], device: Device) -> float:
+    """Predicted time on ``device``: see the module."""
+    work = sum(max(p.flops / device.flops, p.bytes / device.bandwidth) for p in parts)
+    return work + device.gap * sum(p.launches for p in parts)
+
+
+def predictions(config: ModelConfig, batch: int) -> list[dict[str, float | str]]:
+    """Microseconds per sample and iteration for every device and style, in half precision."""
+    rows: list[dict[str, float | str]] = []
+    for device in DEVICES.values():
+        row: dict[str, float | str] = {"device": device.name}
+        for style in STYLES:
+            time = seconds(iteration(config, batch, 2, style), device) / batch
+            row[style] = 1e6 * time
+        gemms = [p for p in iteration(config, batch) if p.kind != "elementwise"]
+        row["gemm + attention"] = 1e6 * seconds(gemms, device) / batch
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+        rows.append(row)
+    return rows

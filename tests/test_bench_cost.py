@@ -1,0 +1,122 @@
+"""The counts against hand counts and torch's FLOP counter, the memory against the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import cost, memory, published
+from fpdm.block import BlockWeights, forward_workspace, step_forward
+from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.kernels import reference
+from fpdm.kernels.ops import OPERATORS
+from fpdm.model import FPDM
+from fpdm.recipes import MODEL_PRESETS
+from fpdm.weights import PreparedWeights
+
+XL = MODEL_PRESETS["fpdm-xl-2"]
+SMALL = ModelConfig(input_size=8, hidden_size=48, num_heads=4, num_classes=10)
+
+
+def test_the_hand_count_at_xl() -> None:
+    """18.44 D^2 MACs per token as published, 16.44 hoisted (2 T D = 0.444 D^2)."""
+    d, t = 1152, 256
+    macs = 16 * d * d + 2 * t * d
+    assert cost.flops(cost.iteration(XL, 1)) == 2 * t * macs
+    assert cost.flops(cost.iteration(XL, 1, style="fused")) == 2 * t * macs
+    published_macs = t * (18 * d * d + 2 * t * d) + 6 * d * d
+    assert cost.flops(cost.iteration(XL, 1, style="published")) == 2 * published_macs
+    assert cost.flops(cost.iteration(XL, 1)) == pytest.approx(11.17e9, rel=1e-3)
+    units = [cost.elementwise_units(cost.iteration(XL, 4, 2, s), XL, 4, 2) for s in cost.STYLES]
+    assert units == [40, 23, 3]
+
+
+def counted(fn: Callable[[], object]) -> int:
+    # the counter does not know the CPU's own attention kernel
+    with FlopCounterMode(display=False) as mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        fn()
+    return mode.get_total_flops()
+
+
+def test_torch_counts_the_same() -> None:
+    model = FPDM(SMALL)
+    weights = PreparedWeights(model, torch.float32)
+    b, t, d = 3, SMALL.tokens, SMALL.hidden_size
+    x, u, mod = torch.randn(b, t, d), torch.randn(b, t, 2 * d), torch.randn(b, 6 * d)
+    acts = forward_workspace(x, x.dtype, "full")
+    acts.z = acts.z2 = out = torch.empty_like(x)
+    block: BlockWeights = weights.block("block_fixed_point", injected=True)
+    ours = counted(lambda: step_forward(reference, x, u, mod, block, 4, acts, out))
+    assert ours == cost.flops(cost.iteration(SMALL, b))
+    i, c = torch.randn(b, t, d), torch.randn(b, d)
+    plain = counted(lambda: published.fixed_point_map(model.state_dict(), x, i, c, 4))
+    assert plain == cost.flops(cost.iteration(SMALL, b, style="published"))
+    wrong = replace(SMALL, hidden_size=96)
+    assert ours != cost.flops(cost.iteration(wrong, b))
+
+
+def test_backward_is_twice_the_forward() -> None:
+    """Every GEMM has two gradients; attention's backward has five products for two."""
+    forward, backward = cost.iteration(XL, 2), cost.iteration_backward(XL, 2)
+    gemm = sum(p.flops for p in forward if p.kind == "gemm")
+    attention = sum(p.flops for p in forward if p.kind == "attention")
+    assert cost.flops(backward) == 2 * gemm + 5 * attention // 2
+    full = cost.iteration_backward(XL, 2, recompute="full")
+    assert cost.flops(full) == cost.flops(backward) + gemm + attention
+
+
+def test_predictions_order_as_they_must() -> None:
+    for row in cost.predictions(XL, 64):
+        assert row["gemm + attention"] < row["fused"] < row["library"] < row["published"]
+    h200 = next(r for r in cost.predictions(XL, 64) if r["device"] == "H200")
+    # the roofline that the kernels were planned with: 22.4 us as published, 16.0 us fused
+    assert h200["published"] == pytest.approx(22.4, rel=0.1)
+    assert h200["fused"] == pytest.approx(16.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("mode", "units"), [("none", 23), ("elementwise", 13), ("full", 1)])
+def test_memory_grows_by_the_ledger(mode: str, units: int) -> None:
+    execution = ExecutionConfig(recompute=mode)  # type: ignore[arg-type]
+    short, long = (memory.training(XL, 2, execution, 0, m).saved for m in (2, 6))
+    unit = 2 * XL.tokens * XL.hidden_size * 2
+    assert (long - short) / (4 * unit) == pytest.approx(units, abs=0.01)
+
+
+def test_memory_at_the_papers_setting() -> None:
+    """Batch 64, n = m = 12, bf16, everything included. The paper: 10.2 GB, and DiT 25.2 GB."""
+    totals = {}
+    for mode, chunks in (("elementwise", 4), ("full", 4)):
+        execution = ExecutionConfig(recompute=mode, backward_chunks=chunks)  # type: ignore[arg-type]
+        totals[mode] = memory.training(XL, 64, execution).total / memory.GB
+    assert totals["elementwise"] <= 9.0
+    assert totals["full"] <= 3.5
+    assert memory.plain(XL, 64).total / memory.GB > 10.2
+
+
+def test_fake_memory_is_real_memory() -> None:
+    """The same step with real tensors of the reference, saved bytes compared."""
+    execution = ExecutionConfig(impl="reference")
+    fake = memory.training(SMALL, 4, execution, 1, 3, torch.float32).saved
+    model = FPDM(SMALL, execution)
+    weights = PreparedWeights(model, torch.float32)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.full((4,), 5), torch.zeros(4, dtype=torch.int64)
+    with memory.LiveBytes() as mode:
+        loss = model(x, t, y, 3, 1, weights=weights).float().square().mean()
+        real = mode.live()
+    assert loss.isfinite()
+    assert fake == pytest.approx(real, rel=0.02)
+
+
+def test_stand_ins_cover_every_operator() -> None:
+    found = memory._shape_only()
+    assert isinstance(found, SimpleNamespace)
+    assert set(OPERATORS) <= set(vars(found))
+    z = torch.empty(2, 3, 8)
+    assert isinstance(found.adaln(z, z[:, 0], z[:, 0]), Tensor)
