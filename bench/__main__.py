@@ -1,0 +1,184 @@
+"""``python -m bench``: time rows against their baselines, compare, render.
+
+    python -m bench                       every row, into bench/results/<machine>/bench.json
+    python -m bench --suite operators --row adaln --rounds 31
+    python -m bench --against FILE        a result, or a commit that holds one
+    python -m bench --render              report.html and the README tables from the JSON
+
+Each row is one process state: arms in turn, round by round; results are written after every row.
+``--against`` compares, row by row, our time over the first baseline's of the same run, so that a
+slower machine is not a slower program; it exits with 1 when one got slower than ``--tolerance``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine, report, suites, timing
+from bench.memory import LiveBytes
+from fpdm.cli import run_main
+from fpdm.config import ConfigError
+
+RESULTS = machine.ROOT / "bench" / "results"
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """Memory that one call needs beyond what was there: the allocator's on a GPU, counted on a
+    CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as mode:
+        fn()
+    return mode.peak
+
+
+def run_row(row: suites.Row, rounds: int | None, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Times, ratios and counts of one row."""
+    arms = row.build()
+    alive = {name: fn for name, fn in arms.run.items() if not isinstance(fn, str)}
+    found: dict[str, Any] = {
+        "suite": row.suite, "name": row.name, "flops": arms.flops, "bytes": arms.bytes,
+        "images": arms.images, **arms.facts,
+        "missing": {name: why for name, why in arms.run.items() if isinstance(why, str)},
+    }  # fmt: skip
+    energy = machine.joules() if torch.cuda.is_available() else None
+    times = timing.interleave(alive, rounds or row.rounds)
+    ours = times[suites.OURS]
+    found["arms"] = {
+        name: {"median_s": t.median, "spread": t.spread, "ratio": timing.ratio(t, ours)}
+        for name, t in times.items()
+    }
+    if energy is not None and arms.images:
+        before = machine.joules() or 0.0
+        alive[suites.OURS]()
+        timing.synchronize()
+        found["joules_per_image"] = ((machine.joules() or 0.0) - before) / arms.images
+    if arms.bytes:
+        found["copy_share"] = arms.bytes / ours.median / ceilings["copy"]
+    if arms.flops:
+        dtype = next((d for d in ("bfloat16", "float16") if d in row.name), "float32")
+        found["gemm_share"] = arms.flops / ours.median / ceilings[f"gemm {dtype}"]
+    if row.suite in ("training", "network"):
+        for name in found["arms"]:
+            if "compiled" not in name and "frozen" not in name:
+                found["arms"][name]["peak_bytes"] = peak_bytes(alive[name])
+    return found
+
+
+def chosen(args: argparse.Namespace) -> list[suites.Row]:
+    """The rows asked for. Raises ConfigError when there are none."""
+    rows = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
+    found = [r for r in rows if r.suite in (args.suite or r.suite) and (args.row or "") in r.name]
+    if not found:
+        known = ", ".join(sorted({r.suite for r in rows}))
+        raise ConfigError(f"rows: got none for {args.suite} {args.row!r}, expected one of {known}")
+    return found
+
+
+def baseline(source: str, name: str) -> dict[str, Any]:
+    """A result: a JSON file, or the committed one of a commit. Raises ConfigError."""
+    path = Path(source)
+    text = path.read_text() if path.is_file() else ""
+    if not text:
+        text = machine.git("show", f"{source}:bench/results/{name}/bench.json")
+    if not text:
+        raise ConfigError(
+            f"--against: got {source!r}, expected a JSON file or a commit with "
+            f"bench/results/{name}/bench.json"
+        )
+    return json.loads(text)
+
+
+def slower(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[str]:
+    """Rows in which our time over the first baseline's grew by more than ``tolerance``."""
+    before = {(r["suite"], r["name"]): r for r in old["rows"]}
+    lines = []
+    for row in new["rows"]:
+        known = before.get((row["suite"], row["name"]))
+        names = [n for n in row["arms"] if n != suites.OURS and known and n in known["arms"]]
+        if not names or known is None:
+            continue
+        was, now = (1 / r["arms"][names[0]]["ratio"] for r in (known, row))
+        if now > was * (1 + tolerance):
+            lines.append(
+                f"{row['suite']}: {row['name']}: {now / was:.2f} times slower against {names[0]} "
+                f"({was:.3f} -> {now:.3f})"
+            )
+    return lines
+
+
+def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Runs the rows and writes the file after each."""
+    rows = chosen(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = machine.facts("python -m bench " + " ".join(args.words))
+    result |= {"ceilings": machine.ceilings(device), "rows": []}
+    began = time.perf_counter()
+    for index, row in enumerate(rows):
+        seconds = time.perf_counter() - began
+        print(f"[{index + 1}/{len(rows)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
+        try:
+            result["rows"].append(run_row(row, args.rounds, result["ceilings"]))
+        except Exception as error:
+            if args.strict:
+                raise
+            failed = {"suite": row.suite, "name": row.name, "arms": {}, "missing": {}}
+            result["rows"].append({**failed, "error": f"{type(error).__name__}: {error}"[:500]})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser("bench", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--suite", nargs="+", help="operators network sampler training optimizer data")
+    p.add_argument("--row", help="rows whose name holds this")
+    p.add_argument("--rounds", type=int, help="instead of each row's own")
+    p.add_argument("--out", type=Path, help="JSON file (bench/results/<machine>/bench.json)")
+    p.add_argument("--against", help="JSON file or commit")
+    p.add_argument("--tolerance", type=float, default=0.12, help="slower by more is told: 0.12")
+    p.add_argument("--threads", type=int, help="of torch")
+    p.add_argument("--strict", action="store_true", help="a failing row ends the run")
+    p.add_argument("--render", action="store_true", help="only write report and README tables")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """The command; see the module."""
+    args = parser().parse_args(argv)
+    args.words = argv
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = args.out or RESULTS / machine.name() / "bench.json"
+    if args.render:
+        if not path.is_file():
+            raise ConfigError(f"--render: got no {path}, expected a result; run python -m bench")
+        result = json.loads(path.read_text())
+        print("wrote", report.write_html(result, path.with_name("report.html")))
+        if args.out is None and report.write_readme(machine.ROOT / "README.md", RESULTS):
+            print("wrote README.md")
+        return 0
+    old = baseline(args.against, machine.name()) if args.against else None
+    result = measure(args, path)
+    print(report.table(result))
+    print("wrote", path)
+    lines = [] if old is None else slower(old, result, args.tolerance)
+    if old is not None:
+        print("\n".join(lines) or "no row got slower")
+    return 1 if lines or any("error" in r for r in result["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main("bench", main))

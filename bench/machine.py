@@ -1,0 +1,105 @@
+"""Where a number comes from: machine, versions, commit; and the ceilings it is held against."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.timing import inner_calls, once
+from fpdm import info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git(*args: str) -> str:
+    """Output of git, empty where there is none."""
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def name() -> str:
+    """A folder's name for this machine: the accelerator, else processor and cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    found = info.processor()
+    words = str(found.get("name", platform.machine())).lower().split()
+    return "-".join(words[:3]) + f"-{torch.get_num_threads()}-threads"
+
+
+def facts(command: str) -> dict[str, Any]:
+    """Machine, versions, commit (+ when files differ from it) and the command."""
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    report = info.collect()
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = nvml()
+    return {
+        "machine": name(),
+        "processor": report["processor"],
+        "devices": report["devices"],
+        "versions": report["versions"],
+        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
+        "command": command,
+        "gpu": gpu,
+    }
+
+
+def nvml() -> dict[str, Any]:
+    """Clocks, throttling, power and memory in use by NVML; why not, where it is missing."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        h = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return {
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_MEM),
+            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(h),
+            "watts": pynvml.nvmlDeviceGetPowerUsage(h) / 1e3,
+            "memory_used": pynvml.nvmlDeviceGetMemoryInfo(h).used,
+        }
+    except Exception as error:
+        return {"unavailable": f"{type(error).__name__}: {error}"}
+
+
+def joules() -> float | None:
+    """Energy counter of the GPU in joules since the driver was loaded; None without one."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        h = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3
+    except Exception:
+        return None
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """FLOP/s of a large GEMM per dtype, and bytes/s of a large copy (read + write)."""
+    cuda = device.type == "cuda"
+    dtypes = (torch.float32, torch.bfloat16, *((torch.float16,) if cuda else ()))
+    m, n, k = (16384, 4608, 1152) if cuda else (2048, 1536, 384)
+    found = {}
+    for dtype in dtypes:
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device)
+        b = b.to(dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+
+        def gemm(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
+            torch.mm(a, b.t(), out=out)
+
+        inner = inner_calls(gemm, 0.02)
+        best = min(once(gemm, inner) for _ in range(5))
+        found[f"gemm {str(dtype).removeprefix('torch.')}"] = 2 * m * n * k / best
+    source = torch.empty(2**28 if cuda else 2**25, device=device)
+    target = torch.empty_like(source)
+    best = min(once(lambda: target.copy_(source)) for _ in range(6))
+    found["copy"] = 2 * source.nbytes / best
+    return found

@@ -1,0 +1,82 @@
+"""Interleaved timing: every round runs every arm once, so that all see the same machine.
+
+Ratios are medians over rounds of paired times; an absolute time is never compared across runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Arm = Callable[[], object]
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def once(fn: Arm, inner: int = 1) -> float:
+    """Seconds per call of ``fn``, called ``inner`` times, the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(inner):
+        fn()
+    synchronize()
+    return (time.perf_counter() - start) / inner
+
+
+def inner_calls(fn: Arm, at_least: float = 2e-3) -> int:
+    """Calls that take ``at_least`` seconds together: a shorter sample measures the clock."""
+    fn()
+    return max(1, round(at_least / max(once(fn), 1e-9)))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one per round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        if len(self.rounds) < 4:
+            return (max(self.rounds) - min(self.rounds)) / self.median
+        low, _, high = statistics.quantiles(self.rounds, n=4)
+        return (high - low) / self.median
+
+
+def ratio(arm: Times, ours: Times) -> float:
+    """How many times longer ``arm`` takes: the median of the paired ratios."""
+    return statistics.median(a / b for a, b in zip(arm.rounds, ours.rounds))
+
+
+def interleave(arms: dict[str, Arm], rounds: int, at_least: float = 2e-3) -> dict[str, Times]:
+    """Times of every arm, warmed, its order turned from round to round."""
+    inner = {name: inner_calls(fn, at_least) for name, fn in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                times[name].append(once(arms[name], inner[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times(tuple(values)) for name, values in times.items()}
