@@ -141,12 +141,12 @@ def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activati
     """Buffers for what an iteration does not keep, used again by the next one.
 
     ``none`` keeps everything. ``elementwise``: 5 U (a and gelu(h) share 4). ``full``, and the loop
-    without gradient: 6 U; the GELUs overwrite their inputs and o overwrites y1. z', and in ``full``
-    z too, are to live in the buffer that receives f(x).
+    without gradient: 7 U; the GELUs overwrite their inputs. z', and in ``full`` z too, are to live
+    in the buffer that receives f(x). No fused operator finds its operand in its result.
     """
     b, t, d = x.shape
     unit = b * t * d
-    flat = x.new_empty({"none": 0, "elementwise": 5, "full": 6}[recompute] * unit, dtype=dtype)
+    flat = x.new_empty({"none": 0, "elementwise": 5, "full": 7}[recompute] * unit, dtype=dtype)
 
     def take(start: int, width: int) -> Tensor:
         return flat[start * unit : (start + width) * unit].view(b, t, width * d)
@@ -156,9 +156,9 @@ def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activati
     if recompute == "elementwise":
         small = take(4, 1)
         return Activations(a=take(0, 2), y1=small, y2=small, gh=take(0, 4))
-    small, other = take(4, 1), take(5, 1)
+    small, other, heads = take(4, 1), take(5, 1), take(6, 1)
     return Activations(
-        pre=take(0, 2), a=take(0, 2), y1=small, qkv=take(0, 3), o=small, p=other, y2=small,
+        pre=take(0, 2), a=take(0, 2), y1=small, qkv=take(0, 3), o=heads, p=other, y2=small,
         h=take(0, 4), gh=take(0, 4), r=other,
     )  # fmt: skip
 

@@ -76,7 +76,7 @@ def iterate(
     """n >= 1 applications of the block that keep nothing: (x_n, norms (n,2,B) or (0,2,B)).
 
     x (B,T,D) residual dtype; u (B,T,2D) or None (no injection); mod (B,6D) and weights in the
-    compute dtype. Memory: two iterates and a workspace of 6 U, whatever n is.
+    compute dtype. Memory: two iterates and a workspace of 7 U, whatever n is.
     """
     table = _norm_table(x, n, norms)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)

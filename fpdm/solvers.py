@@ -198,6 +198,8 @@ class Broyden:
     def __init__(self, window: int = 8, damping: float = 1.0, restart: float = 2.0):
         self.window, self.damping, self.restart = window, damping, restart
         self.calls = 0
+        # of the last call; empty before the first
+        self.x = self.r = torch.empty(0)
 
     def advance(self, x: Tensor, fx: Tensor) -> Tensor:
         """The next point."""

@@ -1,0 +1,135 @@
+"""The one check that every launcher runs before it hands pointers to a kernel.
+
+A kernel sees addresses, not tensors: what torch would refuse, it would read or write. The check
+reads metadata only: no synchronisation, no allocation, a few microseconds. It knows no
+implementation, so Triton, csrc/cuda and csrc/cpu share it.
+
+Layout rule of all operators: an operand is contiguous, except that the rows of a two-dimensional
+one may lie at any distance (a chunk of (B,6D), one vector expanded over the batch, a column slice
+of a weight), with unit stride inside a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fpdm.settings import UserError
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
+# name, tensor (None: not given), expected shape, accepted dtypes
+Operand = tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]
+# first and one past the last byte, row distance and row width in bytes (0: one dense run), and the
+# tensor with its name
+Span = tuple[int, int, int, int, Tensor, str]
+
+
+class LaunchError(UserError):
+    """An operand that a kernel cannot take: one line with operator, operand, got and expected."""
+
+
+def check(
+    op: str,
+    device: torch.device,
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    may_alias: Collection[tuple[str, str]] = (),
+    align: int = 1,
+) -> None:
+    """Raises LaunchError unless every operand is what a kernel may be given.
+
+    Checked: device, dtype, shape, layout (see above), that all elements lie inside the storage,
+    addresses and row distances in multiples of ``align`` bytes, that no output overlaps itself or
+    another operand. ``may_alias`` lists pairs (output, other) that may be the very same view.
+    Accumulators are outputs. An operand whose tensor is None is skipped.
+    """
+    spans = [_span(op, device, align, o) for o in inputs if o[1] is not None]
+    for operand in outputs:
+        if operand[1] is None:
+            continue
+        span = _span(op, device, align, operand)
+        start, end, distance, width, _, name = span
+        if distance < width:
+            _refuse(op, name, f"rows {distance} bytes apart", f"at least {width} in an output")
+        for other in spans:
+            if start < other[1] and other[0] < end and _overlap(span, other):
+                _allow(op, span, other, may_alias)
+        spans.append(span)
+
+
+def aligned(tensors: Iterable[Tensor | None], align: int) -> bool:
+    """Whether addresses and row distances of all are multiples of ``align`` bytes, so that a
+    launcher may choose its vectorised kernel."""
+    return all(t is None or not _misalignment(t, align) for t in tensors)
+
+
+def row_stride(t: Tensor) -> int:
+    """Elements between the rows of a (B,D) operand; 0 where one row serves all, and for B <= 1."""
+    return t.stride(0) if t.shape[0] > 1 else 0
+
+
+def _span(op: str, device: torch.device, align: int, operand: Operand) -> Span:
+    name, t, shape, dtypes = operand
+    assert t is not None
+    if t.device != device:
+        _refuse(op, name, str(t.device), str(device))
+    if t.dtype not in dtypes:
+        _refuse(op, name, _dtypes((t.dtype,)), _dtypes(dtypes))
+    if t.shape != shape:
+        _refuse(op, name, str(tuple(t.shape)), str(tuple(shape)))
+    size, count, distance, width = t.element_size(), t.numel(), 0, 0
+    if count == 0:
+        return 0, 0, 0, 0, t, name
+    extent = count
+    if not t.is_contiguous():
+        if len(shape) != 2 or (t.stride(1) != 1 and shape[1] > 1):
+            what = "contiguous" if len(shape) != 2 else "unit stride in the last dimension"
+            _refuse(op, name, f"strides {t.stride()}", what)
+        distance, width = t.stride(0) * size, shape[1] * size
+        extent = (shape[0] - 1) * t.stride(0) + shape[1]
+    room = t.untyped_storage().nbytes() - (t.storage_offset() + extent) * size
+    if room < 0:
+        _refuse(op, name, f"{-room} bytes past the end of its storage", "all elements inside")
+    if align > 1 and (off := _misalignment(t, align)):
+        _refuse(op, name, f"{off} bytes off", f"alignment to {align} bytes")
+    start = t.data_ptr()
+    return start, start + extent * size, distance, width, t, name
+
+
+def _misalignment(t: Tensor, align: int) -> int:
+    if t.is_contiguous():
+        distance = t.shape[-1] if t.numel() > t.shape[-1] else 0
+    else:
+        distance = t.stride(0)
+    return t.data_ptr() % align or distance * t.element_size() % align
+
+
+def _overlap(a: Span, b: Span) -> bool:
+    """Whether two operands whose byte ranges intersect share a byte; rows at equal distances may
+    interleave, as the chunks of one (B,6D) do. What cannot be told apart counts as shared."""
+    if not (a[3] and a[2] == b[2]):
+        return True
+    shift = (b[0] - a[0]) % a[2]
+    return shift < a[3] or shift + b[3] > a[2]
+
+
+def _allow(op: str, out: Span, other: Span, may_alias: Collection[tuple[str, str]]) -> None:
+    a, b = out[4], other[4]
+    declared = (out[5], other[5]) in may_alias or (other[5], out[5]) in may_alias
+    if not declared:
+        _refuse(op, out[5], f"memory shared with {other[5]}", "memory of its own")
+    same = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    if not (same and a.dtype == b.dtype):
+        _refuse(op, out[5], f"memory partly shared with {other[5]}", "the same view or none of it")
+
+
+def _dtypes(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _refuse(op: str, name: str, got: str, expected: str) -> NoReturn:
+    raise LaunchError(f"{op}: {name}: got {got}, expected {expected}")

@@ -1,0 +1,216 @@
+"""What the Triton row kernels share: a row in registers, its moments, sums over tokens.
+
+A program takes ROWS tokens of one sample, walks their D columns in pieces of COLS and keeps all
+pieces in registers. With ROWS COLS = 512 and four warps a row of D >= 128 belongs to one warp: its
+sums are shuffles, without shared memory or barriers, and the published widths (384, 768, 1024,
+1152) waste no lane. Arithmetic is float32, whatever the dtype in memory. Tiles are a function of D
+alone, so nothing is tuned at run time and ``variants`` of each operator names every compilation.
+
+Sums over tokens are deterministic: a program sums CHUNK tokens and writes float32 partials (B,
+chunks, n, D), ``accumulate`` adds them in order. Workspace: 4 n / (CHUNK size) U, size the bytes of
+an element: 0.0625 n U in half precision.
+
+Names: i_ index, o_ offsets, m_ mask, p_ pointer, s_ stride, b_ block of values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fpdm.kernels.launch import row_stride
+
+WARPS = 4
+CHUNK = 32
+
+
+class Variant(NamedTuple):
+    """One compilation of a kernel, as a launcher asks for it: what triton.compile needs."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = WARPS
+
+    @property
+    def attrs(self) -> dict[tuple[int], list[list[Any]]]:
+        """Addresses and strides in multiples of 16, as with the published shapes."""
+        names = self.kernel.arg_names
+        known = [n for n in self.signature if n.startswith(("p_", "s_")) or n == "n"]
+        return {(names.index(n),): [["tt.divisibility", 16]] for n in known}
+
+
+def variant(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -> Variant:
+    """``dtypes`` names the pointers; the other arguments are integers or ``constexprs``."""
+    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
+    return Variant(kernel, signature | {n: names[d] for n, d in dtypes.items()}, constexprs)
+
+
+def tile(width: int) -> dict[str, int]:
+    """ROWS and COLS for rows of ``width``: at most 16 pieces, 512 values in all up to D = 8192."""
+    cols = min(max(128, triton.next_power_of_2(triton.cdiv(width, 16))), _power(width))
+    return {"D": width, "ROWS": max(512 // cols, 1), "COLS": cols}
+
+
+def _power(width: int) -> int:
+    return max(triton.next_power_of_2(width), 16)
+
+
+@triton.jit
+def piece(D: tl.constexpr, COLS: tl.constexpr):
+    """(block of rows, columns) of this program in a grid that walks the pieces of a row first."""
+    pieces: tl.constexpr = (D + COLS - 1) // COLS
+    i = tl.program_id(0)
+    return i // pieces, i % pieces * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
+def load(
+    p_x, m_row, D: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr = True, LAST: tl.constexpr = False,
+):  # fmt: skip
+    """The pieces of the rows that begin at ``p_x`` (ROWS,), zero outside: a tuple of blocks.
+
+    WIDE: float32, else as in memory, so that what waits takes half the registers. LAST tells the
+    cache, and keeps the compiler from merging this load with an earlier one.
+    """
+    o_col = tl.arange(0, COLS)
+    p = p_x[:, None] + o_col[None, :]
+    m = m_row[:, None]
+    b_x: tl.tuple = ()
+    for j in tl.static_range(0, (D + COLS - 1) // COLS):
+        if (j + 1) * COLS > D:
+            m = m & (o_col < D - j * COLS)[None, :]
+        if LAST:
+            b_piece = tl.load(p + j * COLS, mask=m, other=0.0, eviction_policy="evict_first")
+        else:
+            b_piece = tl.load(p + j * COLS, mask=m, other=0.0)
+        b_x += (b_piece.to(tl.float32) if WIDE else b_piece,)
+    return b_x
+
+
+@triton.jit
+def zeros(D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The pieces of rows of zeros."""
+    b_x: tl.tuple = ()
+    for _ in tl.static_range(0, (D + COLS - 1) // COLS):
+        b_x += (tl.zeros((ROWS, COLS), tl.float32),)
+    return b_x
+
+
+@triton.jit
+def store(p_x, b_x, m_row, D: tl.constexpr, COLS: tl.constexpr):
+    """Stores the pieces of the rows that begin at ``p_x`` (ROWS,), rounded to memory's dtype."""
+    o_col = tl.arange(0, COLS)
+    p = p_x[:, None] + o_col[None, :]
+    m = m_row[:, None]
+    for j in tl.static_range(0, len(b_x)):
+        if (j + 1) * COLS > D:
+            m = m & (o_col < D - j * COLS)[None, :]
+        tl.store(p + j * COLS, b_x[j].to(p_x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def repeat(p_x, ROWS: tl.constexpr):
+    """One vector for all rows: (ROWS,) pointers. As wide as a row, it needs no change of layout."""
+    return p_x + tl.zeros((ROWS,), tl.int32)
+
+
+@triton.jit
+def row_sum(b_x):
+    """Sum over all pieces and columns: (ROWS,)."""
+    b_sum = b_x[0]
+    for j in tl.static_range(1, len(b_x)):
+        b_sum += b_x[j]
+    return tl.sum(b_sum, 1)
+
+
+@triton.jit
+def row_mean(b_x, D: tl.constexpr):
+    """Mean of the float32 rows, zero outside D: (ROWS,)."""
+    b_sum = row_sum(b_x)
+    b_mean = b_sum * (1.0 / D)
+    # one correction: the quotient is exact where it can be, so a constant row has no variance
+    return tl.fma(tl.fma(b_mean, -1.0 * D, b_sum), 1.0 / D, b_mean)
+
+
+@triton.jit
+def centre(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
+    """(x - mean, zero outside the row; 1/sqrt(var + eps) (ROWS, 1)): two passes over registers."""
+    b_mean = row_mean(b_x, D)[:, None]
+    o_col = tl.arange(0, COLS)
+    b_c: tl.tuple = ()
+    b_square: tl.tuple = ()
+    for j in tl.static_range(0, len(b_x)):
+        b_diff = b_x[j] - b_mean
+        if (j + 1) * COLS > D:
+            b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
+        b_c += (b_diff,)
+        b_square += (b_diff * b_diff,)
+    return b_c, tl.rsqrt(row_sum(b_square) * (1.0 / D) + EPS)[:, None]
+
+
+@triton.jit
+def partial_sums(p_part, b_sums, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Stores the sums over rows of each (ROWS, COLS) piece at ``p_part`` (D,)."""
+    b_rows: tl.tuple = ()
+    for j in tl.static_range(0, len(b_sums)):
+        b_rows += (tl.broadcast_to(tl.sum(b_sums[j], 0)[None, :], (ROWS, COLS)),)
+    # stored by the first row of threads: no change of layout
+    store(repeat(p_part, ROWS), b_rows, tl.arange(0, ROWS) == 0, D, COLS)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _accumulate(
+    p_part, p_first, p_second, s_first, s_second, chunks,
+    D: tl.constexpr, COLS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    i_b, i_sum = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    o_col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    m_col = o_col < D
+    p_out = tl.where(i_sum == 0, p_first + i_b * s_first, p_second + i_b * s_second)
+    p_in = p_part + (i_b * chunks * SUMS + i_sum) * D + o_col
+    b_sum = tl.zeros((COLS,), tl.float32)
+    for _ in range(0, chunks):
+        b_sum += tl.load(p_in, mask=m_col, other=0.0)
+        p_in += SUMS * D
+    b_sum += tl.load(p_out + o_col, mask=m_col, other=0.0)
+    tl.store(p_out + o_col, b_sum, mask=m_col)
+
+
+def chunks(tokens: int) -> int:
+    """Programs per sample in a kernel that sums over tokens."""
+    return -(-tokens // CHUNK)
+
+
+def workspace(like: Tensor, sums: int) -> Tensor:
+    """Partials of ``sums`` sums over the tokens of ``like`` (B,T,D): (B, chunks, sums, D)."""
+    b, t, d = like.shape
+    return like.new_empty(b, chunks(t), sums, d, dtype=torch.float32)
+
+
+def accumulate(part: Tensor, *outs: Tensor) -> None:
+    """Adds the partials, chunk after chunk, to one or two accumulators (B,D)."""
+    b, n, sums, d = part.shape
+    first, second = outs[0], outs[-1]
+    shape = _accumulate_tile(d)
+    _accumulate[b, triton.cdiv(d, shape["COLS"]), sums](
+        part, first, second, row_stride(first), row_stride(second), n,
+        **shape, SUMS=sums, num_warps=1,
+    )  # fmt: skip
+
+
+def _accumulate_tile(width: int) -> dict[str, int]:
+    return {"D": width, "COLS": min(128, _power(width))}
+
+
+def accumulate_variants(width: int, sums: int) -> list[Variant]:
+    """What ``accumulate`` compiles for rows of ``width``."""
+    pointers = dict.fromkeys(("p_part", "p_first", "p_second"), torch.float32)
+    found = variant(_accumulate, pointers, **_accumulate_tile(width), SUMS=sums)
+    return [found._replace(num_warps=1)]

@@ -1,0 +1,74 @@
+"""The Triton operator set: our kernels between GEMMs of the library, or fused with them.
+
+GEMMs are cuBLAS's; ``fpdm.kernels.gemm`` decides per shape, by its committed table, where one of
+ours with its glue fused runs instead. ``fused=True`` asks for ours (the set ``triton-fused``).
+Needs a CUDA device of capability 8.0 or newer; under TRITON_INTERPRET=1 it runs on the CPU in
+float32 and float16, to be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fpdm.kernels import reference, rows
+from fpdm.kernels.adaln import adaln, adaln_backward
+from fpdm.kernels.attention import attention, attention_backward
+from fpdm.kernels.gate_residual import gate_residual, gate_residual_adaln, gate_residual_backward
+from fpdm.kernels.gemm import (
+    adaln_linear,
+    linear_add_gelu,
+    linear_gate_residual,
+    linear_gate_residual_adaln,
+)
+from fpdm.kernels.launch import FLOATS
+from fpdm.kernels.mlp import gelu, gelu_backward
+from fpdm.kernels.reference import linear, linear_dgrad
+
+__all__ = [
+    "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward", "gate_residual",
+    "gate_residual_adaln", "gate_residual_backward", "gelu", "gelu_backward", "linear",
+    "linear_add_gelu", "linear_dgrad", "linear_gate_residual", "linear_gate_residual_adaln",
+    "linear_wgrad", "unavailable",
+]  # fmt: skip
+NAME = "triton"
+# counted as the library's
+LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
+# decided when the kernels were defined, whatever the environment says now
+INTERPRETED = not isinstance(rows.load, triton.JITFunction)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """None where these kernels run on ``device`` in ``dtype``, else every reason why not."""
+    reasons = []
+    if INTERPRETED:
+        if device.type != "cpu":
+            reasons.append(f"device: got {device}, expected cpu under TRITON_INTERPRET=1")
+    elif device.type != "cuda":
+        reasons.append(f"device: got {device}, expected cuda (or cpu under TRITON_INTERPRET=1)")
+    elif not torch.cuda.is_available():
+        reasons.append("device: got no CUDA device, expected one")
+    elif (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        reasons.append(f"capability: got {found[0]}.{found[1]}, expected 8.0 or newer")
+    # the interpreter's bfloat16 dot is wrong
+    known = tuple(d for d in FLOATS if not (INTERPRETED and d == torch.bfloat16))
+    if dtype is not None and dtype not in known:
+        names = ", ".join(str(d).removeprefix("torch.") for d in known)
+        reasons.append(f"dtype: got {str(dtype).removeprefix('torch.')}, expected {names}")
+    return "; ".join(reasons) or None
+
+
+def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
+    """dW += dy^T x, db += sum dy: see ``reference.linear_wgrad``.
+
+    On a GPU the GEMM itself adds a half-precision product to the float32 accumulator (beta = 1);
+    torch takes such a pair of dtypes from 2.10 on.
+    """
+    if not dy.is_cuda or dweight.dtype == dy.dtype or not dy.numel():
+        reference.linear_wgrad(dy, x, dweight, dbias)
+        return
+    g, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    torch.addmm(dweight, g.t(), x, out_dtype=dweight.dtype, out=dweight)
+    if dbias is not None:
+        dbias.add_(g.sum(0, dtype=dbias.dtype))
