@@ -9,27 +9,60 @@ depth (12 D^2 + 2 T D) per token and step and has k = 0. The layers around the b
 final, conditioning) are not counted. T tokens, D width, S steps, k iterations.
 
 Allocations are named in sampling order: increasing spends most on the last, least noisy steps.
+Under ``tol`` a plan is what a sample costs at most: it may stop earlier, and with allocation
+adaptive spend the sum where its residuals need it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
-from fpdm.steps import timesteps
+from fpdm.steps import branches, timesteps
 
 
 @dataclass(frozen=True)
 class Plan:
     """steps: (t, k) in sampling order, t descending. stranded: blocks of the budget, fewer than S,
-    that the constant allocation leaves unspent. blocks, macs: what an image costs."""
+    that the constant allocation leaves unspent. blocks, macs: what an image costs. branches: 2 for
+    every guided step, else 1. limit: the most iterations of a step (adaptive), else 0."""
 
     steps: tuple[tuple[int, int], ...]
     stranded: int
     blocks: int
     macs: int
+    branches: tuple[int, ...]
+    limit: int
+
+    def mean(self) -> float:
+        """Iterations per timestep."""
+        return sum(k for _, k in self.steps) / len(self.steps)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What allocation learned knows: ``residual`` (S,K), the mean relative residual of some images
+    after 1..K iterations at each of S ``timesteps``, sampled with ``reuse`` and ``guidance``;
+    ``weights``: digest of the model's."""
+
+    timesteps: tuple[int, ...]
+    residual: tuple[tuple[float, ...], ...]
+    reuse: str
+    guidance: float
+    weights: str
+
+    def curves(self, ts: Sequence[int]) -> list[list[float]]:
+        """The residuals at timesteps ``ts``: log residual linear in t between those measured."""
+        order = np.argsort(self.timesteps)
+        known = np.asarray(self.timesteps, float)[order]
+        logs = np.log(np.maximum(np.asarray(self.residual, float)[order], 1e-30))
+        columns = [np.interp(ts, known, column) for column in logs.T]
+        return np.exp(np.stack(columns, 1)).tolist()
 
 
 def fixed_blocks(config: ModelConfig) -> int:
@@ -70,47 +103,99 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
     return shares
 
 
-def allocate(total: int, steps: int, allocation: str) -> list[int]:
+def allocate(
+    total: int, steps: int, allocation: str, curves: Sequence[Sequence[float]] = ()
+) -> list[int]:
     """k per step in sampling order, each >= 1, from ``total`` >= ``steps`` iterations.
 
     constant     floor(total / S); the rest, fewer than S iterations, is stranded
     increasing   1 + (total - S) r_i / sum r with r linear from 0.5 to 1.5, sum exact
     decreasing   its mirror image
+    adaptive     total / S, sum exact: what a sample spends on average at most (fpdm.stopping)
+    learned      ``greedy`` on the residual ``curves`` (S,K) of a calibration, sum exact
     """
     if allocation == "constant":
         return [total // steps] * steps
+    if allocation == "adaptive":
+        return apportion(total, [1] * steps)
+    if allocation == "learned":
+        return greedy(total, curves)
     ramp = [steps - 1 + 2 * i for i in range(steps)] if steps > 1 else [1]
     rising = [1 + extra for extra in apportion(total - steps, ramp)]
     return rising if allocation == "increasing" else rising[::-1]
 
 
+def greedy(total: int, curves: Sequence[Sequence[float]]) -> list[int]:
+    """k per step, each >= 1, sum ``total``: one iteration after another goes where the residual
+    falls most, on the convex hull of its running minimum (S,K), so that a plateau does not hide
+    what comes behind it. That minimises the sum of the hulls. Ties, and iterations beyond K, go
+    where k is least, then to the earlier step."""
+    gains = [
+        (-gain, k, step)
+        for step, curve in enumerate(curves)
+        for k, gain in enumerate(_hull_gains(curve), 1)
+    ]
+    ks = [1] * len(curves)
+    for _, _, step in sorted(gains)[: total - len(ks)]:
+        ks[step] += 1
+    rest = apportion(total - sum(ks), [1] * len(ks))
+    return [k + extra for k, extra in zip(ks, rest)]
+
+
+def _hull_gains(curve: Sequence[float]) -> list[float]:
+    """How much the lower convex hull of a curve's running minimum falls from each point to the
+    next, never rising."""
+    low = list(itertools.accumulate(curve, min))
+    gains: list[float] = []
+    while len(gains) + 1 < len(low):
+        here = len(gains)
+        slopes = [(low[here] - low[k]) / (k - here) for k in range(here + 1, len(low))]
+        best = max(range(len(slopes)), key=lambda i: (slopes[i], i))
+        # rounding must not turn the order of one curve's gains
+        slope = min([slopes[best], *gains[-1:]])
+        gains += [slope] * (best + 1)
+    return gains
+
+
 def plan(
-    model: ModelConfig, sampler: SamplerConfig, diffusion: DiffusionConfig, folded: bool = True
+    model: ModelConfig,
+    sampler: SamplerConfig,
+    diffusion: DiffusionConfig,
+    folded: bool = True,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Timesteps and iterations of a run, from exactly one of
 
-    iters         k per step; with increasing or decreasing the total S iters
+    iters         k per step; with any other allocation than constant the total S iters
     budget        blocks per image; constant gives k = floor(budget / S) - n_pre - n_post
     budget_macs   MACs per image, guidance included, of weights prepared with ``folded`` (samplers
-                  fold): never exceeded. increasing and decreasing miss it by less than one
-                  iteration, constant by less than one beyond what it strands
+                  fold): never exceeded. Missed by less than one iteration of a step (both
+                  branches), by constant beyond what it strands
     schedule      k per step in sampling order, with allocation explicit
 
     A DiT takes none of them: its steps are its cost; a budget is accepted when the steps spend it.
     Raises ConfigError, one line, for none or several of these, for a budget that leaves a step
-    without an iteration (naming the largest S that fits) and for what ``timesteps`` refuses.
+    without an iteration (naming the largest S that fits), for allocation learned without a fitting
+    ``calibration`` and for what ``timesteps`` refuses.
     """
-    ts = timesteps(diffusion.timesteps, sampler.steps, sampler.spacing, diffusion.zero_terminal_snr)
+    cost = _Cost(model, sampler, diffusion, folded)
+    ts, counts = cost.timesteps(sampler.steps)
+    limit = 0
     if model.kind == "dit":
-        _check_dit(model, sampler, folded)
+        _check_dit(model, sampler, cost.macs(counts, [0] * len(ts)))
         ks, stranded = [0] * len(ts), 0
     else:
-        ks, stranded = _iterations(model, sampler, folded)
+        curves = _curves(sampler, ts, calibration)
+        ks, stranded = _iterations(cost, counts, curves)
+        if sampler.allocation == "adaptive":
+            limit = sampler.max_iters or 2 * -(-sum(ks) // len(ks))
     return Plan(
         steps=tuple(zip(ts, ks)),
         stranded=stranded,
         blocks=sum(blocks_per_step(model, k) for k in ks),
-        macs=macs_per_sample(model, ks, folded, sampler.guidance),
+        macs=cost.macs(counts, ks),
+        branches=tuple(counts),
+        limit=limit,
     )
 
 
@@ -135,8 +220,62 @@ def _given(sampler: SamplerConfig) -> list[str]:
     return names + (["schedule"] if sampler.schedule else [])
 
 
-def _iterations(model: ModelConfig, sampler: SamplerConfig, folded: bool) -> tuple[list[int], int]:
+@dataclass(frozen=True)
+class _Cost:
+    """What plans of these settings cost."""
+
+    model: ModelConfig
+    sampler: SamplerConfig
+    diffusion: DiffusionConfig
+    folded: bool
+
+    def timesteps(self, steps: int) -> tuple[list[int], list[int]]:
+        """(t, branches) of every step."""
+        s, total = self.sampler, self.diffusion.timesteps
+        ts = timesteps(total, steps, s.spacing, self.diffusion.zero_terminal_snr)
+        return ts, branches(ts, total, s.guidance, s.guidance_low, s.guidance_high)
+
+    def macs(self, counts: Sequence[int], ks: Sequence[int]) -> int:
+        """MACs of one image: ``counts`` branches and k iterations at every step."""
+        fixed, iteration = step_macs(self.model, self.folded)
+        return sum(count * (fixed + k * iteration) for count, k in zip(counts, ks))
+
+    def most_steps(self, budget: int) -> int:
+        """The largest S whose steps can all have one iteration within ``budget`` MACs, 0 if
+        none."""
+        one = sum(step_macs(self.model, self.folded))
+        s = self.sampler
+        if s.guidance == 1.0 or (s.guidance_low, s.guidance_high) == (0.0, 1.0):
+            return budget // (one if s.guidance == 1.0 else 2 * one)
+        fits = (n for n in range(self.diffusion.timesteps, 0, -1)
+                if one * sum(self.timesteps(n)[1]) <= budget)  # fmt: skip
+        return next(fits, 0)
+
+
+def _curves(
+    sampler: SamplerConfig, ts: Sequence[int], calibration: Calibration | None
+) -> list[list[float]]:
+    """What allocation learned allocates by; nothing for the others."""
+    if sampler.allocation != "learned":
+        return []
+    if calibration is None:
+        raise ConfigError(
+            "sample.allocation: got learned without a calibration, expected one "
+            "(python -m fpdm.sample SOURCE --calibrate IMAGES)"
+        )
+    if calibration.reuse != sampler.reuse:
+        raise ConfigError(
+            f"sample.allocation: got learned with reuse {calibration.reuse}, expected one with "
+            f"sample.reuse={sampler.reuse} (--calibrate IMAGES learns again)"
+        )
+    return calibration.curves(ts)
+
+
+def _iterations(
+    cost: _Cost, counts: Sequence[int], curves: Sequence[Sequence[float]]
+) -> tuple[list[int], int]:
     """(k per step, stranded blocks) of an FPDM."""
+    sampler = cost.sampler
     given, steps = _given(sampler), sampler.steps
     if len(given) != 1:
         raise ConfigError(
@@ -156,31 +295,61 @@ def _iterations(model: ModelConfig, sampler: SamplerConfig, folded: bool) -> tup
                 f"expected {steps} entries (sample.steps), each at least 1"
             )
         return ks, 0
-    total = _total(model, sampler, folded)
-    ks = allocate(total, steps, sampler.allocation)
+    if sampler.budget_macs is not None:
+        return _spend_macs(cost, counts, curves)
+    total = _total(cost.model, sampler)
+    ks = allocate(total, steps, sampler.allocation, curves)
     return ks, total - sum(ks)
 
 
-def _total(model: ModelConfig, sampler: SamplerConfig, folded: bool) -> int:
-    """Iterations per image that the given cost pays for, at least S."""
+def _total(model: ModelConfig, sampler: SamplerConfig) -> int:
+    """Iterations per image that ``iters`` or ``budget`` pays for, at least S."""
     steps = sampler.steps
-    if sampler.iters is not None:
-        return steps * sampler.iters
-    if sampler.budget is not None:
-        name, budget, fixed, one = "budget", sampler.budget, fixed_blocks(model), 1
-    else:
-        name, budget = "budget_macs", _whole(sampler.budget_macs)
-        branches = macs_per_sample(model, [0], folded, sampler.guidance)
-        fixed, one = branches, macs_per_sample(model, [1], folded, sampler.guidance) - branches
-    total = (budget - steps * fixed) // one
+    if sampler.budget is None:
+        return steps * (sampler.iters or 0)
+    fixed = fixed_blocks(model)
+    total = sampler.budget - steps * fixed
     if total < steps:
-        most = budget // (fixed + one)
-        hint = f"at most {most} steps" if most > 0 else f"at least {fixed + one} (1 step)"
-        raise ConfigError(
-            f"sample.{name}: got {budget} for {steps} steps, expected {hint}, "
-            "every step needing at least 1 iteration"
-        )
+        raise _too_small("budget", sampler.budget, steps, sampler.budget // (fixed + 1), fixed + 1)
     return total
+
+
+def _spend_macs(
+    cost: _Cost, counts: Sequence[int], curves: Sequence[Sequence[float]]
+) -> tuple[list[int], int]:
+    """(k per step, stranded blocks): the most iterations whose allocation the budget pays for."""
+    sampler, steps = cost.sampler, cost.sampler.steps
+    budget = _whole(sampler.budget_macs)
+    fixed, one = step_macs(cost.model, cost.folded)
+
+    def shares(total: int) -> list[int]:
+        return allocate(total, steps, sampler.allocation, curves)
+
+    left = budget - cost.macs(counts, [1] * steps)
+    if left < 0:
+        least = (fixed + one) * max(cost.timesteps(1)[1])
+        raise _too_small("budget_macs", budget, steps, cost.most_steps(budget), least)
+    # all steps alike: exact. Otherwise what the allocation gives guided steps decides
+    low, high = steps + left // (one * max(counts)), steps + left // (one * min(counts))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost.macs(counts, shares(middle)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    while cost.macs(counts, shares(low)) > budget:
+        low -= 1
+    ks = shares(low)
+    unspent = (budget - cost.macs(counts, ks)) // (one * max(counts))
+    return ks, min(unspent, steps - 1) if sampler.allocation == "constant" else 0
+
+
+def _too_small(name: str, budget: int, steps: int, most: int, least: int) -> ConfigError:
+    hint = f"at most {most} steps" if most > 0 else f"at least {least} (1 step)"
+    return ConfigError(
+        f"sample.{name}: got {budget} for {steps} steps, expected {hint}, "
+        "every step needing at least 1 iteration"
+    )
 
 
 def _whole(macs: float | None) -> int:
@@ -190,12 +359,14 @@ def _whole(macs: float | None) -> int:
     return math.floor(macs)
 
 
-def _check_dit(model: ModelConfig, sampler: SamplerConfig, folded: bool) -> None:
-    """Refuses what a DiT has no use for, and budgets that its steps do not spend."""
+def _check_dit(model: ModelConfig, sampler: SamplerConfig, macs: int) -> None:
+    """Refuses what a DiT has no use for, and budgets that its steps, of ``macs``, do not spend."""
     given, steps = _given(sampler), sampler.steps
     wrong = [name for name in given if name in ("iters", "schedule")]
     if sampler.allocation != "constant":
         wrong.append(f"allocation {sampler.allocation}")
+    if sampler.tol:
+        wrong.append("tol")
     if wrong or len(given) > 1:
         raise ConfigError(
             f"sample: got {' and '.join(wrong or given)} for a DiT, which has no iterations, "
@@ -206,8 +377,8 @@ def _check_dit(model: ModelConfig, sampler: SamplerConfig, folded: bool) -> None
     if sampler.budget is not None:
         budget, one, exact = sampler.budget, model.depth, True
     else:
-        budget, exact = _whole(sampler.budget_macs), False
-        one = macs_per_sample(model, [0], folded, sampler.guidance)
+        # where guidance covers some of the steps only, their average
+        budget, one, exact = _whole(sampler.budget_macs), -(-macs // steps), False
     fits, rest = divmod(budget, one)
     if steps == fits and not (exact and rest):
         return

@@ -184,31 +184,52 @@ class DiffusionConfig(Settings):
 @dataclass(frozen=True)
 class SamplerConfig(Settings):
     """A sampling run. Exactly one of ``iters``, ``budget`` and ``budget_macs`` decides the cost, or
-    ``schedule`` with allocation=explicit."""
+    ``schedule`` with allocation=explicit; with ``tol`` it is the most a sample can cost."""
 
     section: ClassVar[str] = "sample"
 
-    method: Literal["ddim", "ddpm"] = "ddim"
+    method: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"
     steps: int = 28  # S
     iters: int | None = None  # k, the same at every step
     budget: int | None = None  # blocks per image
     budget_macs: float | None = None  # MACs per image, guidance included
     spacing: Literal["trailing", "linspace", "leading"] = "trailing"
-    allocation: Literal["constant", "increasing", "decreasing", "explicit"] = "constant"
+    allocation: Literal[
+        "constant", "increasing", "decreasing", "explicit", "adaptive", "learned"
+    ] = "constant"
     schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
+    tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
+    max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average
     reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # of the previous solution
     reuse_gamma: float = 0.5  # blend: h + gamma (x*_prev - h)
+    reuse_gamma_end: float | None = None  # gamma at t = 0, linear in t; none: constant
     reuse_rho: float = 0.5  # extrapolate: x*_1 + rho (x*_1 - x*_2)
     guidance: float = 1.0  # 1: none
     guidance_channels: int | None = None  # none: all C; 3: the published habit
+    guidance_low: float = 0.0  # guided where low <= t / (T - 1) <= high
+    guidance_high: float = 1.0
+    guidance_rescale: float = 0.0  # 0: none, 1: the guided prediction has cond's deviation
     eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
     batch: int = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     invariant: bool = False  # bitwise the same image in every batch, at a cost
+    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs; auto: those that measure faster
 
     def check(self) -> None:
         """Counts are counts; what the cost allows is the business of fpdm.budget."""
-        self.at_least(1, "steps", "batch", "guidance_channels", "iters", "budget")
+        self.at_least(1, "steps", "batch", "guidance_channels", "iters", "budget", "max_iters")
+        self.at_least(0, "tol")
+        adaptive, interval = self.allocation == "adaptive", (self.guidance_low, self.guidance_high)
+        self.require(self.tol > 0 or not adaptive, "tol", "more than 0 with allocation=adaptive")
+        self.require(
+            self.max_iters is None or adaptive, "max_iters", "none without allocation=adaptive"
+        )
+        self.require(
+            0 <= interval[0] <= interval[1] <= 1,
+            "guidance_low, guidance_high",
+            "0 <= guidance_low <= guidance_high <= 1",
+        )
+        self.require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "0 to 1")
         self.require(0 <= self.eta <= 1, "eta", "0 to 1")
         macs = self.budget_macs
         self.require(macs is None or macs > 0, "budget_macs", "more than 0")
@@ -427,7 +448,7 @@ def with_preset(config: Config, preset: str) -> Config:
     model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
     sample = config.sample
     if model.kind == "dit":
-        sample = dataclasses.replace(sample, iters=None, reuse="none")
+        sample = dataclasses.replace(sample, iters=None, reuse="none", tol=0.0)
     return dataclasses.replace(config, model=model, sample=sample)
 
 

@@ -4,56 +4,41 @@
         h = Pre(x);  x*_0 from h and the reused solution;  x*_k = f^k(x*_0);  o = Final(Post(x*_k))
         o = guide(o[cond], o[null]);  x = step(x, o, z)                     z from the sample's seed
 
-Shapes: x (B,C,h,w) fp32; h, x* (G B,T,D) with G = 2 branches under guidance (cond first), else 1.
-Reuse (paper section 3.4) starts the next timestep from earlier solutions x*_1 (latest) and x*_2:
+Shapes: x (B,C,h,w) fp32; h, x* (G B,T,D) with G = 2 branches where guided (cond first), else 1.
+With ``tol`` a sample's iteration ends when its relative residual does (fpdm.stopping).
 
-    none          h
-    full          x*_1
-    blend         h + gamma (x*_1 - h)
-    extrapolate   x*_1 + rho (x*_1 - x*_2)        h in the first timestep, x*_1 in the second
-
-Everything a run changes lives in a ``_Run``; the sampler and the model stay as they were, so
-samplers may share a model and threads a sampler. Nothing here waits for the device.
+The launches read and write the static buffers of one workspace; a CPU executes them, on a GPU
+fpdm.graphs captures and replays them. Everything a run changes lives in a ``Run`` (fpdm.run) and
+its workspace; a sampler whose workspace is taken (by another thread, or from within ``progress``)
+runs on one of the run's own, eagerly. Nothing here waits for the device, except that under ``tol``
+the host follows the iterations at the distance that fpdm.stopping describes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpdm import budget, steps
+from fpdm import budget, graphs, steps
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
-from fpdm.model import FPDM, DiT, Modulation
-from fpdm.noise import SAMPLE_INIT, SAMPLE_STEP, as_keys, normals
+from fpdm.model import FPDM, DiT
+from fpdm.plan import launches, most_iterations, reserves
+from fpdm.run import Run, SampleStats
+from fpdm.solvers import Solver
 from fpdm.weights import PreparedWeights
+from fpdm.workspace import Sizes, Workspace
 
 TABLE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One entry of the launch plan. ``step`` is a row of the plan; ``count`` is the number of
-    timesteps of a modulation table, or the iterations k of a solve."""
-
-    op: Literal["tables", "encode", "iterate", "update"]
-    step: int
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class SampleStats:
-    """``residual`` (S,K,B) fp32 = |x_{j+1} - x_j| / |x_{j+1}| of the conditional branch, per
-    timestep, iteration and sample; NaN beyond a timestep's k; K = 0 for a DiT and without
-    statistics."""
-
-    plan: budget.Plan
-    residual: Tensor
+KEPT = {"none": 0, "full": 1, "blend": 1, "extrapolate": 2}
 
 
 @dataclass(frozen=True)
@@ -62,30 +47,6 @@ class Samples:
 
     x: Tensor
     stats: SampleStats
-
-
-def launches(ks: Sequence[int], table: int) -> tuple[Launch, ...]:
-    """The launch plan of one batch: k of every timestep in order, ``table`` timesteps per table.
-    Under a DiT, k = 0, the whole network is part of the update."""
-    plan: list[Launch] = []
-    for step, k in enumerate(ks):
-        if k and step % table == 0:
-            plan.append(Launch("tables", step, min(table, len(ks) - step)))
-        if k:
-            plan += [Launch("encode", step), Launch("iterate", step, k)]
-        plan.append(Launch("update", step))
-    return tuple(plan)
-
-
-def initial_iterate(config: SamplerConfig, h: Tensor, solutions: Sequence[Tensor]) -> Tensor:
-    """x*_0 (B,T,D) from h and the latest solutions, newest first, as the module's table says."""
-    if config.reuse == "none" or not solutions:
-        return h
-    if config.reuse == "blend":
-        return torch.lerp(h, solutions[0], config.reuse_gamma)
-    if config.reuse == "extrapolate" and len(solutions) > 1:
-        return torch.lerp(solutions[0], solutions[1], -config.reuse_rho)
-    return solutions[0]
 
 
 def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> list[int]:
@@ -117,8 +78,12 @@ class Sampler:
     and folds are a snapshot: when the model's parameters change in any way, ``weights.refresh()``
     or a new Sampler is due. A sample is a function of its seed and label:
     whatever its batch or shard to rounding, and bit for bit with ``config.invariant``, which runs
-    every sample alone (its two branches together) at the cost of the batch's efficiency. Raises
-    ConfigError for settings that cannot be met.
+    every sample alone (its two branches together) at the cost of the batch's efficiency.
+    ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
+    place of the plain iteration; a sample then returns its best iterate.
+
+    With CUDA graphs the sampler keeps one workspace and its graphs until ``release()``; otherwise
+    nothing outlives a call. Raises ConfigError for settings that cannot be met.
     """
 
     def __init__(
@@ -127,6 +92,8 @@ class Sampler:
         diffusion: Diffusion,
         config: SamplerConfig,
         weights: PreparedWeights | None = None,
+        calibration: budget.Calibration | None = None,
+        solver: Callable[[], Solver] | None = None,
     ):
         channels = model.config.in_channels
         if (config.guidance_channels or 1) > channels:
@@ -135,20 +102,45 @@ class Sampler:
             )
         self.model, self.diffusion, self.config = model, diffusion, config
         self.device, self.dtype = model.pos_embed.device, getattr(torch, config.dtype)
+        self.solver = solver
         self.weights = weights or PreparedWeights(model, self.dtype, fold=True)
         if self.weights.dtype != self.dtype:
             raise ConfigError(
                 f"sample.dtype: got {self.dtype}, expected the weights' {self.weights.dtype}"
             )
         folded = self.weights.folded or model.config.kind == "dit"
-        self.plan = budget.plan(model.config, config, diffusion.config, folded)
-        timesteps = [t for t, _ in self.plan.steps]
-        self.timesteps = torch.tensor(timesteps, device=self.device)
-        self.table = steps.build_table(diffusion, timesteps, config.method, config.eta)
-        self.rows = self.table.rows(self.device)
-        self.guided = config.guidance != 1.0
+        self.plan = budget.plan(model.config, config, diffusion.config, folded, calibration)
+        self.guided = max(self.plan.branches) > 1
         self.batch = 1 if config.invariant else config.batch
-        self.launches = launches([k for _, k in self.plan.steps], self._table_steps())
+        self.tol = _usable_tolerance(config.tol, self.dtype)
+        self.watched = model.config.kind == "fpdm" and (self.tol > 0 or solver is not None)
+        self._make_tables()
+        ks = [k for _, k in self.plan.steps]
+        self.most = most_iterations(ks, self.plan.limit) if self.plan.limit else ks
+        self.table_steps = self._table_steps()
+        self.launches = launches(ks, self.plan.branches, self.table_steps, KEPT[config.reuse])
+        self.graphs = self._graphs()
+        self._kept: Workspace | None = None
+        self._free: torch.cuda.Event | None = None
+        self._taken = threading.Lock()
+
+    def _make_tables(self) -> None:
+        """What the launches look up by step, on the device."""
+        config, device = self.config, self.device
+        timesteps = [t for t, _ in self.plan.steps]
+        self.timesteps = torch.tensor(timesteps, device=device)
+        ks, branches = [k for _, k in self.plan.steps], self.plan.branches
+        self.counts = torch.tensor(ks, device=device)
+        self.reserves = torch.tensor(reserves(ks, branches), device=device)
+        # iterations that every branch may run in all
+        self.totals = [sum(k for k, c in zip(ks, branches) if b < c) for b in range(max(branches))]
+        self.table = steps.build_table(self.diffusion, timesteps, config.method, config.eta)
+        self.rows = self.table.rows(device)
+        last, end = self.diffusion.config.timesteps - 1, config.reuse_gamma_end
+        self.gammas = None
+        if end is not None:
+            values = [end + (config.reuse_gamma - end) * t / last for t in timesteps]
+            self.gammas = torch.tensor(values, device=device)
 
     def _table_steps(self) -> int:
         """Timesteps whose modulations fit in TABLE_BYTES, at least one."""
@@ -158,6 +150,29 @@ class Sampler:
             width = (6 * (1 + c.pre_depth + c.post_depth) + 2) * c.hidden_size
         row_bytes = self.batch * (2 if self.guided else 1) * width * self.dtype.itemsize
         return max(1, min(len(self.plan.steps), TABLE_BYTES // row_bytes))
+
+    def _graphs(self) -> graphs.GraphCache | None:
+        mode = self.config.graphs
+        backend = None if mode == "off" else graphs.backend_for(self.device)
+        if backend is None and mode == "on":
+            raise ConfigError(f"sample.graphs: got on, expected auto or off on {self.device}")
+        return None if backend is None else graphs.GraphCache(backend, always=mode == "on")
+
+    def sizes(self, count: int) -> Sizes:
+        """What a run of ``count`` samples needs."""
+        residual = self.dtype
+        if isinstance(self.model, FPDM):
+            residual = self.model._residual_dtype(self.weights)
+        return Sizes(
+            min(count, self.batch), 2 if self.guided else 1, max(self.most), self.table_steps,
+            KEPT[self.config.reuse], self.watched, self.dtype, residual, self.device,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Give back the workspace and the graphs that outlive a call, once no call runs; they are
+        made again when needed."""
+        with self._taken:
+            self._forget()
 
     @torch.no_grad()
     def sample(
@@ -173,8 +188,9 @@ class Sampler:
 
         noise (B,C,h,w) replaces the start noise, step_noise (S,B,C,h,w) the noise of every step.
         ``progress`` is called with the number of samples that were advanced by one timestep
-        (launched, not necessarily finished). Without ``stats`` no residual is computed. Raises
-        ConfigError for bad labels, seeds or shapes.
+        (launched, not necessarily finished). Without ``stats`` no residual is kept, and none
+        is computed unless ``tol`` needs it. Raises ConfigError for bad labels, seeds or shapes, and
+        for a batch that does not fit into memory.
         """
         y = check_labels(labels, self.model.config.num_classes)
         keys = check_seeds(seeds, len(y))
@@ -182,125 +198,92 @@ class Sampler:
         shape = (len(y), c.in_channels, c.input_size, c.input_size)
         _check_shape("noise", noise, shape)
         _check_shape("step_noise", step_noise, (len(self.plan.steps), *shape))
-        kmax = max(k for _, k in self.plan.steps) if stats else 0
         x = torch.empty(shape, device=self.device)
-        residual = torch.full((len(self.plan.steps), kmax, len(y)), math.nan, device=self.device)
-        for start in range(0, len(y), self.batch):
-            part = slice(start, min(start + self.batch, len(y)))
-            run = _Run(
-                self, y[part], keys[part], residual[:, :, part],
-                None if noise is None else noise[part],
-                None if step_noise is None else step_noise[:, part],
-            )  # fmt: skip
-            x[part] = run.execute(progress)
-        return Samples(x, SampleStats(self.plan, residual))
+        found = self._statistics(len(y), stats)
+        mine = self._taken.acquire(blocking=False)
+        try:
+            with _current(self.device):
+                workspace = self._workspace(len(y), mine)
+                for start in range(0, len(y), self.batch):
+                    part = slice(start, min(start + self.batch, len(y)))
+                    run = Run(
+                        self, workspace, self.graphs if mine else None, y[part], keys[part],
+                        found[part], None if noise is None else noise[part],
+                        None if step_noise is None else step_noise[:, part],
+                    )  # fmt: skip
+                    x[part] = run.execute(progress)
+        except torch.OutOfMemoryError as error:
+            if mine:
+                self._forget()
+            raise ConfigError(self._too_large(len(y))) from error
+        finally:
+            if mine:
+                self._free = _now(self.device)
+                self._taken.release()
+        return Samples(x, found)
+
+    def _statistics(self, count: int, residuals: bool) -> SampleStats:
+        s, branches = len(self.plan.steps), max(self.plan.branches)
+        size = (s, max(self.most) if residuals else 0, count)
+        residual = torch.full(size, math.nan, device=self.device)
+        iterations = torch.zeros((s, branches, count), dtype=torch.int64, device=self.device)
+        return SampleStats(self.plan, residual, iterations)
+
+    def _workspace(self, count: int, mine: bool) -> Workspace:
+        """The kept workspace if it is this call's and large enough, else a new one, which replaces
+        it (and makes its graphs useless)."""
+        config, sizes = self.model.config, self.sizes(count)
+        if not mine or self.graphs is None:
+            return Workspace.allocate(config, sizes)
+        if self._free is not None:
+            # the last call may have been on another stream
+            self._free.wait()
+        if self._kept is None or self._kept.sizes.batch < sizes.batch:
+            self._forget()
+            self._kept = Workspace.allocate(config, sizes)
+        return self._kept
+
+    def _forget(self) -> None:
+        self._kept = None
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def _too_large(self, count: int) -> str:
+        sizes = replace(self.sizes(count), device=torch.device("meta"))
+        need = Workspace.allocate(self.model.config, sizes).nbytes() / 2**30
+        return (
+            f"sample.batch: got {sizes.batch}, expected less: out of memory on {self.device} "
+            f"({need:.3g} GiB for the batch beside the weights)"
+        )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Streams, events and captures are those of ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _now(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all that was launched so far on a GPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _usable_tolerance(tol: float, dtype: torch.dtype) -> float:
+    """``tol``, or 0 after a warning where residuals of ``dtype`` cannot reach it."""
+    least = 2 * torch.finfo(dtype).eps
+    if 0 < tol < least:
+        warnings.warn(
+            f"sample.tol: got {tol:g}, expected at least {least:.3g} in {dtype}: rounding keeps "
+            "residuals above it, so every sample runs to its cap",
+            stacklevel=3,
+        )
+        return 0.0
+    return tol
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ConfigError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-
-
-class _Run:
-    """One batch on its way: everything that changes while the launch plan is walked."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        labels: list[int],
-        seeds: list[int],
-        residual: Tensor,
-        start: Tensor | None,
-        step_noise: Tensor | None,
-    ):
-        self.s, self.count = sampler, len(labels)
-        c, device = sampler.model.config, sampler.device
-        self.keys = as_keys(seeds).to(device)
-        self.shape = (c.in_channels, c.input_size, c.input_size)
-        null = [c.num_classes] * (self.count if sampler.guided else 0)
-        self.y = torch.tensor(labels + null, dtype=torch.int64, device=device)
-        self.residual = residual
-        self.stats = residual.shape[1] > 0
-        if start is None:
-            start = normals(self.keys, 0, 0, SAMPLE_INIT, self.shape)
-        self.x = start.to(device, torch.float32)
-        # from the host once, before the first launch
-        self.step_noise = None if step_noise is None else step_noise.to(device, torch.float32)
-        self.solutions: tuple[Tensor, ...] = ()
-        self.run_mod: Modulation | None = None
-        self.table: list[Modulation] = []
-        self.mod: Any = None
-        self.z = self.h = self.x
-
-    def execute(self, progress: Callable[[int], object] | None = None) -> Tensor:
-        """Walk the launch plan; returns x_0 (B,C,h,w)."""
-        for launch in self.s.launches:
-            getattr(self, launch.op)(launch)
-            if progress is not None and launch.op == "update":
-                progress(self.count)
-        return self.x
-
-    @property
-    def fpdm(self) -> FPDM:
-        """The model; a DiT's launch plan asks for none of its parts."""
-        assert isinstance(self.s.model, FPDM)
-        return self.s.model
-
-    def inputs(self) -> Tensor:
-        """x for every branch (G B,C,h,w)."""
-        return torch.cat([self.x, self.x]) if self.s.guided else self.x
-
-    def tables(self, launch: Launch) -> None:
-        """adaLN vectors of ``count`` timesteps at once: rows (timestep, branch, sample)."""
-        model, weights, n = self.fpdm, self.s.weights, launch.count
-        t = self.s.timesteps[launch.step : launch.step + n].repeat_interleave(len(self.y))
-        y = self.y.repeat(n)
-        if model.config.pre_post_timestep_conditioning:
-            rows = model.modulation(t, y, weights=weights)
-            self.table = [_rows(rows, i * len(self.y), len(self.y)) for i in range(n)]
-            return
-        if self.run_mod is None:
-            self.run_mod = model.modulation_pp(self.y, weights=weights)
-        vectors = model.modulation_fp(t, y, weights=weights).view(n, len(self.y), -1)
-        self.table = [self.run_mod._replace(fp=v) for v in vectors]
-
-    def encode(self, launch: Launch) -> None:
-        """h, and the start of the iteration."""
-        self.mod = self.table.pop(0)
-        self.h = self.fpdm.encode(self.inputs(), self.mod, weights=self.s.weights)
-        self.z = initial_iterate(self.s.config, self.h, self.solutions)
-
-    def iterate(self, launch: Launch) -> None:
-        """k iterations; the solution is kept for the next timesteps."""
-        self.z, stats = self.fpdm.iterate(
-            self.z, self.h, self.mod, launch.count, stats=self.stats, weights=self.s.weights
-        )
-        if stats is not None:
-            self.residual[launch.step, : launch.count] = stats.residual[:, : self.count]
-        keep = {"none": 0, "extrapolate": 2}.get(self.s.config.reuse, 1)
-        self.solutions = (self.z, *self.solutions)[:keep]
-
-    def update(self, launch: Launch) -> None:
-        """Prediction, guidance and the step to the next timestep."""
-        s = self.s
-        if isinstance(s.model, FPDM):
-            out = s.model.decode(self.z, self.mod, weights=s.weights).float()
-        else:
-            t = s.timesteps[launch.step].expand(len(self.y))
-            out = s.model(self.inputs(), t, self.y, weights=s.weights).float()
-        if s.guided:
-            cond, null = out.chunk(2)
-            out = steps.guide(cond, null, s.config.guidance, s.config.guidance_channels)
-        z = None
-        if self.step_noise is not None:
-            z = self.step_noise[launch.step]
-        elif s.table.random[launch.step]:
-            z = normals(self.keys, launch.step, 0, SAMPLE_STEP, self.shape)
-        self.x = steps.step(self.x, out, s.rows[launch.step], z)
-
-
-def _rows(mod: Modulation, start: int, count: int) -> Modulation:
-    """Rows start..start+count of every table."""
-    part = slice(start, start + count)
-    fp = None if mod.fp is None else mod.fp[part]
-    return Modulation([v[part] for v in mod.pre], fp, [v[part] for v in mod.post], mod.final[part])

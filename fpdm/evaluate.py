@@ -16,6 +16,7 @@ stands the stricter mean over 20 splits stratified by label, as the sets are (bo
 ``assets/digits_baseline.json``). Distances are Euclidean, in units of x, of images clamped to
 [-1,1]. Other data has no classifier here and gets the nearest distances alone. The table is printed
 and written as ``evaluation.json``; exit status 0 whatever it says, unless ``--strict``.
+``--sweep`` draws quality against iterations per timestep at fixed budgets (fpdm.sweep).
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm import classifier
+from fpdm import classifier, sweep
 from fpdm.cli import parse_options, run_main, take_option
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError, load_config
 from fpdm.data import Dataset, open_dataset, stream_indices
-from fpdm.engine import Sampler
 from fpdm.files import atomic_write
 from fpdm.sample import LoadedSource, choose_device, load_source
 from fpdm.settings import plain
@@ -406,7 +406,7 @@ def is_digits(source: LoadedSource) -> bool:
 
 def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], seed: int) -> Tensor:
     """One sample per label; sample i has seed ``seed + i``."""
-    sampler = Sampler(source.model, source.diffusion, config)
+    sampler = source.sampler(config)
     total = len(labels) * len(sampler.plan.steps)
     with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
         seeds = range(seed, seed + len(labels))
@@ -434,6 +434,27 @@ def evaluate(source: LoadedSource, options: Options) -> Evaluation:
     return evaluate_pixels(draw(source, options.sample, labels, options.seed), train, held_out)
 
 
+def _sweep(source: LoadedSource, options: Options, wanted: dict[str, str | None]) -> int:
+    """``--sweep``; see fpdm.sweep."""
+    if not is_digits(source):
+        raise ConfigError("--sweep: got a model of other data, expected digits (it needs a judge)")
+    found, seeds = sweep.asked(
+        source.model_config, wanted, source.diffusion.config.timesteps
+    )  # fmt: skip
+    labels = digits().labels.tolist()
+
+    def measure(point: sweep.Point, seed: int) -> dict[str, float]:
+        x = draw(source, point.config(options.sample), labels, seed << 32)
+        values = {r.name: r.value for r in evaluate_samples(x, labels).results}
+        return {
+            "frechet": values["Frechet distance"], "accuracy": values["conditional accuracy"]
+        }  # fmt: skip
+
+    settings = {"source": source.digest(), "sample": plain(options.sample)}
+    sweep.run(found, range(seeds), measure, Path(options.out or "sweep"), settings)
+    return 0
+
+
 def _run_data(path: str | None) -> DataConfig:
     """The data section of a run; that of the digits for anything else."""
     config = Path(path or "") / "config.yaml"
@@ -448,10 +469,19 @@ def command(argv: list[str]) -> int:
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     weights, argv = take_option("--weights", argv)
     device, argv = take_option("--device", argv)
+    wanted: dict[str, str | None] = {}
+    for name in ("budgets", "ks", "seeds"):
+        wanted[name], argv = take_option(f"--{name}", argv)
+    sweeping = "--sweep" in argv
+    if any(wanted.values()) and not sweeping:
+        raise ConfigError("--budgets, --ks, --seeds: got one without --sweep")
+    argv = [token for token in argv if token != "--sweep"]
     extra = {
         "SOURCE": "run or export directory (first; default: the shipped digits)",
         "--strict": "exit status 1 unless every target is met",
         "--weights": "ema or raw, of a run directory", "--device": "auto, cpu, cuda",
+        "--sweep": "quality against k at fixed budgets, into --out (sweep/)",
+        "--budgets, --ks, --seeds": "of the sweep: blocks, iterations, number of seeds",
     }  # fmt: skip
     if help_only:
         parse_options(
@@ -460,6 +490,8 @@ def command(argv: list[str]) -> int:
     source = load_source(path, weights, None, choose_device(device or "auto"))
     options = Options(source.sampler_config, _run_data(path))
     options = parse_options(options, argv, "fpdm.evaluate", extra)
+    if sweeping:
+        return _sweep(source, options, wanted)
     found = evaluate(source, options)
     print(found.table(), flush=True)
     out = options.out or (str(Path(path) / "evaluation.json") if path else "")

@@ -274,3 +274,75 @@ def plot_residuals(residual: Tensor, timesteps: Sequence[int], path: str | Path)
     figure.colorbar(image, label="relative residual")
     _save(figure, path)
     return True
+
+
+def plot_report(
+    residual: Tensor, iterations: Tensor, timesteps: Sequence[int], path: str | Path
+) -> bool:
+    """Where the compute went (paper Fig. 3) and what it bought (Fig. 6b, c), as a PNG.
+
+    residual (S,K,B), NaN where an iteration was not run; iterations (S,G,B) that each branch of
+    each sample ran; timesteps (S,) from noise to image. Left: mean iterations per timestep, with
+    the range over samples. Right: mean relative residual against the iteration, a line per
+    timestep. True when the picture was written; False, after a line on stderr, without matplotlib
+    or without iterations. Raises ConfigError for shapes that do not fit.
+    """
+    if residual.dim() != 3 or len(residual) != len(timesteps) or len(iterations) != len(timesteps):
+        raise ConfigError(
+            f"residual, iterations: got {tuple(residual.shape)}, {tuple(iterations.shape)} for "
+            f"{len(timesteps)} timesteps, expected (S,K,B), (S,G,B)"
+        )
+    values = residual.detach().double().cpu()
+    if not values.numel() or not values.isfinite().any():
+        print(f"{path}: not drawn, no iteration has a residual", file=sys.stderr)
+        return False
+    figure = _figure(11.0, 4.2, str(path))
+    if figure is None:
+        return False
+    from matplotlib import colormaps
+
+    spent, curve = figure.subplots(1, 2)
+    ran = iterations.detach().double().cpu().flatten(1)
+    mean, low, high = (v.numpy() for v in (ran.mean(1), ran.amin(1), ran.amax(1)))
+    place = np.arange(len(timesteps))
+    spent.bar(place, mean, yerr=np.stack([mean - low, high - mean]), color="#3070b0", capsize=2)
+    spent.set_xticks(place[:: max(1, len(place) // 10)], [
+        str(t) for t in list(timesteps)[:: max(1, len(place) // 10)]
+    ])  # fmt: skip
+    spent.set(xlabel="timestep, from noise to image", ylabel="iterations: mean, least, most")
+    paths = values.nanmean(dim=2).numpy()
+    for index, t in enumerate(timesteps):
+        colour = colormaps["viridis"](index / max(1, len(timesteps) - 1))
+        label = str(t) if index in (0, len(timesteps) // 2, len(timesteps) - 1) else None
+        steps = np.arange(1, paths.shape[1] + 1)
+        curve.semilogy(steps, paths[index], color=colour, label=label, linewidth=1)
+    curve.set(xlabel="iteration", ylabel="relative residual, mean over samples")
+    curve.legend(title="timestep")
+    _save(figure, path)
+    return True
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: str | Path) -> bool:
+    """Quality against iterations per timestep at fixed budgets (paper Fig. 4), as a PNG.
+
+    rows: {"budget", "k", "steps", "seed", "frechet"}; points are means over seeds, bars their
+    range. False without matplotlib.
+    """
+    figure = _figure(6.5, 4.2, str(path))
+    if figure is None:
+        return False
+    axis = figure.subplots()
+    for budget in sorted({row["budget"] for row in rows}):
+        mine = [row for row in rows if row["budget"] == budget]
+        ks = sorted({row["k"] for row in mine})
+        found = [[row["frechet"] for row in mine if row["k"] == k] for k in ks]
+        mean = np.array([np.mean(v) for v in found])
+        low, high = np.array([min(v) for v in found]), np.array([max(v) for v in found])
+        bars = np.stack([mean - low, high - mean])
+        axis.errorbar(ks, mean, bars, marker="o", capsize=2, label=f"{budget} blocks")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set(xlabel="iterations per timestep", ylabel="Frechet distance")
+    axis.legend(title="budget per image")
+    _save(figure, path)
+    return True

@@ -6,6 +6,9 @@ shards (``--shard i/n`` makes images i, i+n, ...), batches and restarts agree. T
 is described in fpdm.gallery: a second run with the same settings makes only what is missing, with
 other settings it is refused, and whichever shard finds every image there writes samples.npz and
 grid.png.
+
+``--calibrate IMAGES`` draws nothing: it learns from so many images how many iterations a timestep
+deserves and saves that beside the model, for ``--allocation learned``.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm import checkpoint, figures, interop
+from fpdm import calibration, checkpoint, figures, interop, steps
+from fpdm.budget import Calibration
 from fpdm.cli import run_main
 from fpdm.config import (
     ConfigError,
@@ -50,7 +54,8 @@ COST = ("iters", "budget", "budget_macs")
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A trained model and how it was trained; ``which`` of its weights: ema or raw."""
+    """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
+    directory."""
 
     model: FPDM | DiT
     diffusion: Diffusion
@@ -59,6 +64,15 @@ class LoadedSource:
     sampler_config: SamplerConfig
     name: str
     which: str
+    path: Path
+
+    def sampler(self, config: SamplerConfig) -> Sampler:
+        """A sampler, with the calibration beside the model if ``config`` wants one. Raises
+        ConfigError for settings that cannot be met."""
+        found = None
+        if config.allocation == "learned":
+            found = calibration.load(self.path, self.digest())
+        return Sampler(self.model, self.diffusion, config, calibration=found)
 
     def digest(self) -> str:
         """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
@@ -85,11 +99,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """What a process made: images, seconds without the writing, mean residual (S,K) over them."""
+    """What a process made: images, seconds without the writing, mean residual (S,K) over those that
+    ran an iteration (NaN where none did), mean iterations (S,) of the conditional branch."""
 
     images: int
     seconds: float
     residual: Tensor
+    iterations: Tensor
 
 
 # sources
@@ -136,7 +152,7 @@ def _load_export(
     diffusion = Diffusion(found.diffusion, device)
     name = path.resolve().name
     return LoadedSource(
-        model, diffusion, found.model, found.diffusion, sampler, name, found.weights
+        model, diffusion, found.model, found.diffusion, sampler, name, found.weights, path
     )
 
 
@@ -155,7 +171,7 @@ def _load_run(
     interop.load_strict(model, state, str(found.path))
     return LoadedSource(
         model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
-        config.sample, f"{path.resolve().name}-{found.step}", which,
+        config.sample, f"{path.resolve().name}-{found.step}", which, path,
     )  # fmt: skip
 
 
@@ -191,15 +207,24 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--budget", type=int, help="blocks per image")
     cost.add_argument("--budget-macs", type=float, help="multiply-adds per image")
     cost.add_argument("--schedule", help="iterations of every timestep in order: 8,8,4,...")
-    p.add_argument("--method", choices=("ddim", "ddpm"))
+    p.add_argument("--method", choices=steps.METHODS)
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--spacing", choices=("trailing", "linspace", "leading"))
-    p.add_argument("--allocation", choices=("constant", "increasing", "decreasing"))
+    p.add_argument(
+        "--allocation", choices=("constant", "increasing", "decreasing", "adaptive", "learned")
+    )
+    p.add_argument("--tol", type=float, help="residual that ends an image's iteration; 0: none")
+    p.add_argument("--max-iters", type=int, help="of --allocation adaptive, per timestep")
+    p.add_argument("--calibrate", type=int, metavar="IMAGES", help="learn an allocation and stop")
     p.add_argument("--reuse", choices=("none", "full", "blend", "extrapolate"))
     p.add_argument("--gamma", type=float, dest="reuse_gamma", help="of --reuse blend")
+    p.add_argument("--gamma-end", type=float, dest="reuse_gamma_end", help="gamma at t = 0")
     p.add_argument("--rho", type=float, dest="reuse_rho", help="of --reuse extrapolate")
     p.add_argument("--guidance", type=float, help="scale; 1 is the conditional model alone")
     p.add_argument("--guidance-channels", type=int, help="guide only the first ones")
+    p.add_argument("--guidance-low", type=float, help="guide where low <= t / (T - 1) <= high")
+    p.add_argument("--guidance-high", type=float)
+    p.add_argument("--guidance-rescale", type=float, help="0 none, 1 deviation of the conditional")
     p.add_argument("--labels", default="balanced", help="balanced, all, or 0,3,5-7 (cycled)")
     p.add_argument("--count", type=int, help="number of images")
     seeds = p.add_mutually_exclusive_group()
@@ -207,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument("--batch", type=int, help="images at once")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--graphs", choices=("auto", "on", "off"), help="CUDA graphs")
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
@@ -278,15 +304,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def make_request(args: argparse.Namespace, source: LoadedSource, config: SamplerConfig) -> Request:
-    """Everything that is to be made, and by this process."""
+def make_request(
+    args: argparse.Namespace, source: LoadedSource, config: SamplerConfig, ks: list[int]
+) -> Request:
+    """Everything that is to be made, and by this process; ``ks``: the plan's iterations."""
     labels, seeds, columns = choose_images(args, source.model_config.num_classes)
     shard, shards = parse_shard(args.shard)
     settings = {
         "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
         "model": plain(source.model_config),
         "diffusion": plain(source.diffusion_config),
-        "sample": {k: v for k, v in plain(config).items() if k != "batch"},
+        "sample": {k: v for k, v in plain(config).items() if k not in ("batch", "graphs")},
+        "iterations": ks,
         "labels": args.labels,
         "seeds": args.seeds if args.seeds is not None else f"{args.seed}+i",
         "count": len(labels),
@@ -302,7 +331,8 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     """Make the images of this process that are missing, one batch after the other."""
     missing = [i for i in request.ids if store.read(i) is None]
     plan = sampler.plan.steps
-    residual = torch.zeros(len(plan), max(k for _, k in plan), device=sampler.device)
+    residual = torch.zeros(2, len(plan), max(sampler.most), device=sampler.device)
+    iterations = torch.zeros(len(plan), device=sampler.device)
     seconds = 0.0
     with tqdm(total=len(missing) * len(plan), unit="step", disable=not missing) as bar:
         for start in range(0, len(missing), sampler.config.batch):
@@ -312,10 +342,13 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
             samples = sampler.sample(labels, seeds, progress=bar.update)
             x = samples.x.cpu()
             seconds += time.perf_counter() - began
-            residual += samples.stats.residual.sum(dim=2)
+            found = samples.stats.residual
+            residual += torch.stack([found.nansum(dim=2), (~found.isnan()).sum(dim=2)])
+            iterations += samples.stats.iterations[:, 0].sum(dim=1)
             for i, image in zip(ids, x):
                 store.write(i, image)
-    return Made(len(missing), seconds, residual.cpu() / max(1, len(missing)))
+    mean = (residual[0] / residual[1]).cpu()
+    return Made(len(missing), seconds, mean, iterations.cpu() / max(1, len(missing)))
 
 
 # telling
@@ -327,7 +360,8 @@ def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
     ks = [k for _, k in plan.steps]
     solver = f"k {min(ks)}" if min(ks) == max(ks) else f"k {min(ks)} to {max(ks)}"
     if m.kind == "fpdm":
-        solver += f", {c.allocation}, reuse {c.reuse}"
+        solver = f"{'at most ' if sampler.tol else ''}{solver}, {c.allocation}, reuse {c.reuse}"
+        solver += f", tolerance {c.tol:g}" if sampler.tol else ""
     else:
         solver = "no fixed point"
     stranded = f" ({plan.stranded} stranded)" if plan.stranded else ""
@@ -341,15 +375,41 @@ def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
 
 
 def residual_table(plan: Sequence[tuple[int, int]], residual: Tensor) -> list[str]:
-    """Mean relative residual |f(x)-x| / |f(x)| of the first and last iteration, per timestep."""
-    cells = [
-        f"{t:4d} {k:2d} {row[0]:.0e}>{row[k - 1]:.0e}"
-        for (t, k), row in zip(plan, residual.tolist())
-        if k
-    ]
+    """Mean relative residual |f(x)-x| / |f(x)| of the first and last iteration that any image ran,
+    per timestep."""
+    cells = []
+    for (t, _), row in zip(plan, residual):
+        ran = row[~row.isnan()].tolist()
+        if ran:
+            cells.append(f"{t:4d} {len(ran):2d} {ran[0]:.0e}>{ran[-1]:.0e}")
     lines = [cells[i : i + 4] for i in range(0, len(cells), 4)]
     head = ["residual   t, iterations, first > last (mean over the images)"] if lines else []
     return head + ["           " + "   ".join(line) for line in lines]
+
+
+def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
+    """Learn an allocation from ``images`` of all classes, save it beside the model, print it."""
+    if not isinstance(source.model, FPDM):
+        raise ConfigError(f"calibrate: got a {source.model_config.kind}, expected an fpdm")
+    labels = [i % source.model_config.num_classes for i in range(images)]
+    # seeds that no image of a usual run has
+    seeds = range(1 << 63, (1 << 63) + images)
+    found = calibration.learn(
+        source.model, source.diffusion, config, labels, seeds, source.digest()
+    )
+    print(f"wrote      {calibration.save(found, source.path)}")
+    print("\n".join(learned_table(found)))
+
+
+def learned_table(found: Calibration) -> list[str]:
+    """Residuals after 1, 2, 4, ... iterations per timestep."""
+    depth = len(found.residual[0])
+    columns = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= depth]
+    head = "residual   after " + "".join(f"{k:8d}" for k in columns)
+    rows = zip(found.timesteps, found.residual)
+    return [head] + [
+        f"           {t:5d}" + "".join(f"{row[k - 1]:8.0e}" for k in columns) for t, row in rows
+    ]
 
 
 def choose_device(name: str) -> torch.device:
@@ -375,8 +435,12 @@ def main(argv: Sequence[str]) -> None:
     dtype = getattr(torch, sampler_config(source.sampler_config, args).dtype)
     impl = ops.choose(source.model.execution.impl, device, dtype)
     source.model.execution = replace(source.model.execution, impl=impl)
-    sampler = Sampler(source.model, source.diffusion, sampler_config(source.sampler_config, args))
-    request = make_request(args, source, sampler.config)
+    config = sampler_config(source.sampler_config, args)
+    if args.calibrate is not None:
+        calibrate(source, config, args.calibrate)
+        return
+    sampler = source.sampler(config)
+    request = make_request(args, source, config, [k for _, k in sampler.plan.steps])
     tag = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()[:8]
     out = Path(args.out or f"samples/{source.name}-{tag}")
     claim(out, request.settings)
@@ -389,8 +453,14 @@ def main(argv: Sequence[str]) -> None:
     each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
     print(f"images     {made.images} made, {there} were there{each}")
     if made.images:
+        if sampler.tol:
+            ks = made.iterations
+            print(f"iterations mean {ks.mean():.3g} of {sampler.plan.mean():.3g} per timestep")
         print("\n".join(residual_table(sampler.plan.steps, made.residual)))
         print(f"operators  {told}")
+        if sampler.graphs is not None:
+            g = sampler.graphs
+            print(f"graphs     {g.captures} captured, {g.replays} replays beside these calls")
         if args.residuals:
             timesteps = [t for t, _ in sampler.plan.steps]
             figures.plot_residuals(made.residual, timesteps, out / "residuals.png")

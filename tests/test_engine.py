@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import random
 import threading
 from dataclasses import replace
 from typing import Any
@@ -21,10 +22,12 @@ from conftest import (
 )
 from torch import Tensor
 
-from fpdm import engine, fixed_point, steps
+from fpdm import engine, fixed_point, run, steps
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
-from fpdm.engine import Sampler, initial_iterate, launches
+from fpdm.engine import Sampler
+from fpdm.plan import launches
+from fpdm.run import initial_iterate
 from fpdm.weights import PreparedWeights
 
 SMALL = ModelConfig(
@@ -145,7 +148,14 @@ def naive(model: Any, s: Sampler, labels: list[int], noise: Tensor) -> Tensor:
         past: dict[int, list[Tensor]] = {label: [], classes: []}
         for row, (t, k) in enumerate(plan):
             outs = []
-            for y in [label, classes] if config.guidance != 1 else [label]:
+            guided = config.guidance != 1
+            guided &= config.guidance_low <= t / 999 <= config.guidance_high
+            if not guided:
+                past[classes] = []
+            gamma = config.reuse_gamma
+            if config.reuse_gamma_end is not None:
+                gamma = t / 999 * gamma + (1 - t / 999) * config.reuse_gamma_end
+            for y in [label, classes] if guided else [label]:
                 args = (x, torch.tensor([t]), torch.tensor([y]))
                 if model.config.kind == "dit":
                     outs.append(model(*args))
@@ -154,7 +164,7 @@ def naive(model: Any, s: Sampler, labels: list[int], noise: Tensor) -> Tensor:
                 if config.reuse == "blend" and old:
                     mod = model.modulation(args[1], args[2])
                     h = model.encode(x, mod)
-                    init = h + config.reuse_gamma * (old[-1] - h)
+                    init = h + gamma * (old[-1] - h)
                 elif config.reuse == "extrapolate" and len(old) > 1:
                     init = old[-1] + config.reuse_rho * (old[-1] - old[-2])
                 elif config.reuse in ("full", "extrapolate") and old:
@@ -162,10 +172,12 @@ def naive(model: Any, s: Sampler, labels: list[int], noise: Tensor) -> Tensor:
                 found = model.solve(*args, iters=k, init=init)
                 old.append(found.solution)
                 outs.append(found.output)
-            v = outs[0]
-            if config.guidance != 1:
-                v = outs[1] + config.guidance * (outs[0] - outs[1])
-            v = v[:, : model.config.in_channels]
+            v = outs[0][:, : model.config.in_channels]
+            if guided:
+                null = outs[1][:, : model.config.in_channels]
+                mixed = null + config.guidance * (v - null)
+                ratio = v.flatten().std() / mixed.flatten().std()
+                v = (1 - config.guidance_rescale + config.guidance_rescale * ratio) * mixed
             a = abar[t]
             x0 = a.sqrt() * x - (1 - a).sqrt() * v
             eps = (1 - a).sqrt() * x + a.sqrt() * v
@@ -186,6 +198,34 @@ def test_naive_loop(config: ModelConfig, reuse: Any, guidance: float) -> None:
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     found = s.sample([4, 0, 2], [0, 1, 2], noise=noise).x
     assert worst_relative(found, naive(model, s, [4, 0, 2], noise)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_low": 0.3, "guidance_high": 0.7},
+        {"guidance_high": 0.5, "guidance_rescale": 0.7},
+        {"guidance_rescale": 1.0, "reuse": "blend", "reuse_gamma_end": 0.9},
+        {"guidance_low": 0.5, "reuse": "blend", "reuse_gamma": 0.0, "reuse_gamma_end": 1.0},
+    ],
+)
+@torch.no_grad()
+def test_naive_loop_of_guidance_and_schedules(changes: dict[str, Any]) -> None:
+    """Steps 999 799 599 399 199: guidance ends, begins, and ends and begins again."""
+    config = SamplerConfig(steps=5, iters=2, reuse="extrapolate", guidance=3.0, batch=2)
+    model = network()
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    s = sampler(replace(config, **changes), model)
+    assert len(set(s.plan.branches)) == (
+        2 if {"guidance_low", "guidance_high"} & set(changes) else 1
+    )
+    found = s.sample([4, 0, 2], [0, 1, 2], noise=noise).x
+    assert worst_relative(found, naive(model, s, [4, 0, 2], noise)) < 2e-5
+    # every one of the changes matters
+    for name in changes:
+        less = sampler(replace(config, **{k: v for k, v in changes.items() if k != name}), model)
+        other = less.sample([4, 0, 2], [0, 1, 2], noise=noise).x
+        assert worst_relative(other, found) > 1e-4
 
 
 @torch.no_grad()
@@ -218,8 +258,8 @@ def test_same_image_in_every_batch_and_shard() -> None:
 
 def test_slot_keyed_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
-    as_keys = engine.as_keys
-    monkeypatch.setattr(engine, "as_keys", lambda seeds: as_keys(range(len(seeds))))
+    as_keys = run.as_keys
+    monkeypatch.setattr(run, "as_keys", lambda seeds: as_keys(range(len(seeds))))
     assert (draw(BUSY) - alone).abs().max() > 1e-2
 
 
@@ -255,25 +295,22 @@ def test_two_samplers_in_two_threads() -> None:
     assert not wrong
 
 
-class Leaky(engine._Run):
+class Leaky(run.Run):
     """A run that keeps its solutions where others find them."""
 
-    shared: tuple[Tensor, ...] = ()
+    shared: Any = None
 
-    @property
-    def solutions(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return Leaky.shared
-
-    @solutions.setter
-    def solutions(self, value: tuple[Tensor, ...]) -> None:
-        Leaky.shared = value
+    def __init__(self, sampler: Sampler, workspace: Any, *args: Any):
+        Leaky.shared = Leaky.shared or workspace.solutions
+        workspace.solutions = Leaky.shared
+        super().__init__(sampler, workspace, *args)
 
 
-@pytest.mark.parametrize("run", [engine._Run, Leaky])
-def test_interleaved_runs(run: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [run.Run, Leaky])
+def test_interleaved_runs(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     s = sampler(BUSY)
     solo, other = s.sample(LABELS[:3], SEEDS[:3]).x, s.sample(LABELS[3:6], SEEDS[3:6]).x
-    monkeypatch.setattr(engine, "_Run", run)
+    monkeypatch.setattr(engine, "Run", kind)
     mixed: list[Tensor] = []
 
     def between(_: int) -> None:
@@ -282,7 +319,7 @@ def test_interleaved_runs(run: type, monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = s.sample(LABELS[:3], SEEDS[:3], progress=between).x
     unharmed = torch.equal(found, solo) and torch.equal(mixed[0], other)
-    assert unharmed == (run is not Leaky)
+    assert unharmed == (kind is not Leaky)
 
 
 def attributes(model: Any) -> dict[str, Any]:
@@ -382,12 +419,41 @@ def test_reuse_identities() -> None:
 
 
 def test_launch_plan() -> None:
-    plan = launches([3, 1, 2], 2)
-    assert [(x.op, x.step, x.count) for x in plan] == [
-        ("tables", 0, 2), ("encode", 0, 0), ("iterate", 0, 3), ("update", 0, 0),
-        ("encode", 1, 0), ("iterate", 1, 1), ("update", 1, 0),
-        ("tables", 2, 1), ("encode", 2, 0), ("iterate", 2, 2), ("update", 2, 0),
+    plan = launches([3, 1, 2], [1, 1, 1], 2, 1)
+    assert [(x.op, x.step, x.count, x.start) for x in plan] == [
+        ("tables", 0, 2, ()), ("encode", 0, 3, (0,)), ("iterate", 0, 3, ()), ("update", 0, 3, ()),
+        ("encode", 1, 1, (1,)), ("iterate", 1, 1, ()), ("update", 1, 1, ()),
+        ("tables", 2, 1, ()), ("encode", 2, 2, (1,)), ("iterate", 2, 2, ()), ("update", 2, 2, ()),
     ]  # fmt: skip
+    assert [x.op for x in launches([0, 0], [2, 2], 1, 0)] == ["update"] * 2
+
+
+def test_launch_plan_of_a_guidance_interval() -> None:
+    """A branch that skipped a timestep has no solution to start from."""
+    plan = launches([1] * 6, [1, 2, 2, 2, 1, 2], 9, 2)
+    starts = [x.start for x in plan if x.op == "encode"]
+    assert starts == [(0,), (1, 0), (2, 1), (2, 2), (2,), (2, 0)]
+    assert {x.branches for x in plan if x.op == "tables"} == {2}
+    assert [x.branches for x in plan if x.op == "update"] == [1, 2, 2, 2, 1, 2]
+
+
+class Counted:
+    """Applications of the block, and rows of every iteration, while the sampler runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.pre_post, self.rows = 0, list[int]()
+        step_forward = fixed_point.step_forward
+
+        def outside(*args: Any, **kw: Any) -> Tensor:
+            self.pre_post += 1
+            return step_forward(*args, **kw)
+
+        def inside(ops: Any, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+            self.rows.append(len(x))
+            return step_forward(ops, x, *args, **kw)
+
+        monkeypatch.setattr(fixed_point, "step_forward", outside)
+        monkeypatch.setattr(run, "step_forward", inside)
 
 
 @pytest.mark.parametrize(
@@ -396,40 +462,54 @@ def test_launch_plan() -> None:
         SamplerConfig(steps=5, iters=3),
         SamplerConfig(steps=5, budget=37, allocation="increasing"),
         SamplerConfig(steps=4, budget=30, allocation="decreasing", method="ddpm"),
-        SamplerConfig(steps=3, allocation="explicit", schedule=(4, 1, 2)),
+        SamplerConfig(steps=3, allocation="explicit", schedule=(14, 1, 7)),
         SamplerConfig(steps=5, budget=37),
     ],
 )
 def test_every_plan_entry_runs_once(config: SamplerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, solves, seen = [0], [], []
-    step_forward = fixed_point.step_forward
-
-    def counted(*args: Any, **kw: Any) -> Tensor:
-        blocks[0] += 1
-        return step_forward(*args, **kw)
-
-    monkeypatch.setattr(fixed_point, "step_forward", counted)
-    model = network()
-    iterate, times = model.iterate, model.modulation_fp
-
-    def iterated(x: Tensor, h: Tensor, mod: Any, k: int, **kw: Any) -> Any:
-        solves.append(k)
-        return iterate(x, h, mod, k, **kw)
+    model, seen = network(), []
+    times, blocks = model.modulation_fp, Counted(monkeypatch)
 
     def timed(t: Tensor, y: Tensor, **kw: Any) -> Tensor:
         seen.extend(t[:: len(LABELS)].tolist())
         return times(t, y, **kw)
 
-    monkeypatch.setattr(model, "iterate", iterated)
     monkeypatch.setattr(model, "modulation_fp", timed)
     s = sampler(config, model)
     found = s.sample(LABELS, SEEDS)
-    assert list(zip(seen, solves)) == list(s.plan.steps)
-    assert blocks[0] == s.plan.blocks
+    ks = [k for _, k in s.plan.steps]
+    assert seen == [t for t, _ in s.plan.steps]
+    assert blocks.pre_post + len(blocks.rows) == s.plan.blocks
+    assert blocks.rows == [len(LABELS)] * sum(ks)
     if config.budget is not None:
         assert s.plan.blocks + s.plan.stranded == config.budget
     filled = (~found.stats.residual.isnan()).sum(dim=1)
-    assert filled.tolist() == [[k] * len(LABELS) for k in solves]
+    assert filled.tolist() == found.stats.iterations[:, 0].tolist() == [[k] * 7 for k in ks]
+
+
+def test_random_budgets_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and rows that really run: exactly the plan's, and never more under a tolerance."""
+    model, rng = network(), random.Random(0)
+    blocks = Counted(monkeypatch)
+    for _ in range(40):
+        count = rng.randint(1, 6)
+        budget = count * 3 + rng.randint(count, 5 * count)
+        allocation: Any = rng.choice(["constant", "increasing", "decreasing", "adaptive"])
+        tol = rng.choice([0.15, 0.4]) if allocation == "adaptive" or rng.random() < 0.3 else 0.0
+        config = SamplerConfig(
+            steps=count, budget=budget, allocation=allocation, tol=tol, batch=4,
+            guidance=rng.choice([1.0, 2.0]), guidance_low=rng.choice([0.0, 0.5]),
+        )  # fmt: skip
+        s = sampler(config, model)
+        blocks.pre_post, blocks.rows = 0, []
+        used = s.sample(LABELS[:4], SEEDS[:4]).stats.iterations
+        assert blocks.pre_post == 3 * count
+        full = sum(4 * k * b for (_, k), b in zip(s.plan.steps, s.plan.branches))
+        assert used.sum() <= sum(blocks.rows)
+        assert sum(blocks.rows) == full if not tol else used.sum() <= full
+        for branch, total in enumerate(s.totals):
+            assert used[:, branch].sum(0).max() <= total
+        assert s.plan.blocks + s.plan.stranded == budget
 
 
 @pytest.mark.parametrize("model", [SMALL, TIMED])
@@ -480,19 +560,20 @@ def test_without_residuals(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found.x, usual.x)
     assert found.stats.residual.shape == (4, 0, 7)
     assert usual.stats.residual.shape == (4, 2 if model is SMALL else 0, 7)
-    # nothing is computed: a solve that gave statistics would find no room for them
+    assert torch.equal(found.stats.iterations, usual.stats.iterations)
+    # nothing is computed: no iteration is asked for norms
     asked: list[bool] = []
     if model is SMALL:
-        iterate = s.model.iterate
+        step_forward = run.step_forward
 
-        def watched(*args: Any, stats: bool, **kw: Any) -> Any:
-            asked.append(stats)
-            return iterate(*args, stats=stats, **kw)
+        def watched(*args: Any, norms: Tensor | None, **kw: Any) -> Any:
+            asked.append(norms is not None)
+            return step_forward(*args, norms=norms, **kw)
 
-        monkeypatch.setattr(s.model, "iterate", watched)
+        monkeypatch.setattr(run, "step_forward", watched)
         s.sample([0], [0], stats=False)
         s.sample([0], [0])
-        assert asked == [False] * 4 + [True] * 4
+        assert asked == [False] * 8 + [True] * 8
 
 
 def test_step_noise_is_copied_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from contract import violation
 from torch import Tensor
 
 from bench import published as plain
-from fpdm import engine
+from fpdm import run
 from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -51,7 +51,8 @@ def test_contract(batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> N
     assert violation(found, low, oracle, dtype) is None
 
 
-def test_sampler_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("graphs", "tol"), [("off", 0.0), ("on", 0.0), ("off", 0.1), ("on", 0.1)])
+def test_sampler_never_waits(graphs: Any, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SamplerConfig(
         method="ddpm",
         steps=3,
@@ -60,21 +61,24 @@ def test_sampler_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         guidance=2.0,
         batch=3,
         dtype="bfloat16",
+        graphs=graphs,
+        tol=tol,
     )
     s = Sampler(random_model(TINY).cuda(), Diffusion(DiffusionConfig(), "cuda"), config)
     noise = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    usual = s.sample([1, 0, 3], [5, 6, 7]).x  # warm-up: allocations, libraries, compiled kernels
-    given = s.sample([1, 0, 3], [5, 6, 7], step_noise=noise).x
-    execute = engine._Run.execute
+    for _ in range(3):  # warm-up: allocations, libraries, compiled kernels, captures
+        usual = s.sample([1, 0, 3], [5, 6, 7]).x
+        given = s.sample([1, 0, 3], [5, 6, 7], step_noise=noise).x
+    execute = run.Run.execute
 
-    def guarded(self: engine._Run, *args: Any) -> Tensor:
+    def guarded(self: run.Run, *args: Any) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
             return execute(self, *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engine._Run, "execute", guarded)
+    monkeypatch.setattr(run.Run, "execute", guarded)
     assert torch.equal(s.sample([1, 0, 3], [5, 6, 7]).x, usual)
     assert torch.equal(s.sample([1, 0, 3], [5, 6, 7], step_noise=noise).x, given)
     # the guard sees a wait

@@ -107,7 +107,7 @@ def test_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "ms per image",
         " 2 ",
         "attention",
-        "reference",
+        ops.choose("auto", "cpu", torch.float32),
         "first > last",
     ):
         assert words in told
@@ -137,6 +137,33 @@ def test_a_second_run_completes(
     main(argv)
     assert np.array_equal(npz(out)["arr_0"].shape, whole["arr_0"].shape)
     assert len((out / "samples.npz").read_bytes()) == len(data)
+
+
+def test_tolerance(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means over those that ran an iteration; a fixed k says nothing about iterations."""
+    out, argv = tmp_path / "out", [str(source), "--count", "6", "--iters", "9"]
+    main([*argv, "--out", str(tmp_path / "fixed")])
+    assert "iterations mean" not in capsys.readouterr().out
+    main(
+        [*argv, "--out", str(out), "--tol", "0.2", "--allocation", "adaptive", "--max-iters", "12"]
+    )
+    told = capsys.readouterr().out
+    assert "at most k 9, adaptive, reuse none, tolerance 0.2" in told
+    loaded = load_source(source)
+    config = replace(SETTINGS, iters=9, tol=0.2, allocation="adaptive", max_iters=12)
+    stats = Sampler(loaded.model, loaded.diffusion, replace(config, batch=6)).sample(
+        [0, 0, 1, 1, 2, 2], range(6)
+    ).stats  # fmt: skip
+    mean = stats.iterations.double().mean()
+    assert 1 <= mean < 9
+    assert f"iterations mean {mean:.3g} of 9 per timestep" in told
+    rows = stats.residual.nanmean(2)
+    last = [row[~row.isnan()] for row in rows]
+    t, k = 999, len(last[0])
+    assert f"{t:4d} {k:2d} {last[0][0]:.0e}>{last[0][-1]:.0e}" in told
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["sample"]["tol"] == 0.2
+    assert not {"batch", "graphs"} & set(settings["sample"])
 
 
 def test_shards_agree(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,6 +383,13 @@ def test_choice_of_images() -> None:
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--eta", "-1"], "sample.eta: got -1.0, expected 0 to 1"),
         (["--eta", "1.5"], "sample.eta: got 1.5, expected 0 to 1"),
+        (["--tol", "-1"], "sample.tol: got -1.0, expected at least 0"),
+        (["--allocation", "adaptive"], "sample.tol: got 0.0, expected more than 0 with"),
+        (["--allocation", "learned"], "sample.allocation: got learned without a calibration"),
+        (["--max-iters", "3"], "sample.max_iters: got 3, expected none without"),
+        (["--graphs", "on", "--device", "cpu"], "sample.graphs: got on, expected auto or off on"),
+        (["--guidance-low", "2"], "guidance_low, guidance_high: got 2.0, 1.0, expected 0 <="),
+        (["--calibrate", "0"], "calibrate: got 0 images, expected at least 1"),
         (["--guidance-channels", "2"], "sample.guidance_channels: got 2, expected 1..1"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from fpdm import steps as module
 from fpdm.config import ConfigError, DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
-from fpdm.steps import StepTable, build_table, guide, step, timesteps
+from fpdm.steps import StepTable, branches, build_table, guide, step, timesteps
 
 PROCESSES = [("v", True), ("v", False), ("eps", False), ("x0", True), ("x0", False)]
 METHODS = [("ddim", 0.0), ("ddim", 0.7), ("ddim", 1.0), ("ddpm", 0.0)]
@@ -211,7 +211,7 @@ def test_tables_are_finite(prediction: str, zsnr: bool, method: str, eta: float)
             assert table.rows().isfinite().all()
             assert table.coefficients.dtype == np.float64
             assert not table.random[-1]
-            assert (table.coefficients[-1, 2:] == 0).all()
+            assert (table.coefficients[-1, 2:6] == 0).all()
             noisy = method == "ddpm" or eta > 0
             assert table.random[:-1] == (noisy,) * (count - 1)
 
@@ -268,7 +268,7 @@ def test_eta_up_to_one_leaves_a_variance(eta: float, fits: bool) -> None:
         (([5, 5], "ddim", 0.0), "expected 999..0, descending"),
         (([1000], "ddim", 0.0), "expected 999..0, descending"),
         (([5, -1], "ddim", 0.0), "expected 999..0, descending"),
-        (([9, 5], "euler", 0.0), "sample.method: got euler, expected ddim or ddpm"),
+        (([9, 5], "euler", 0.0), "sample.method: got euler, expected one of ddim, ddpm, dpmpp_2m"),
         (([9, 5], "ddpm", 0.5), "sample.eta: got 0.5 with ddpm, expected 0"),
         (([9, 5], "ddim", -0.5), "sample.eta: got -0.5 with ddim"),
         (([9, 5], "ddim", 1.01), "sample.eta: got 1.01 with ddim, expected 0, or up to 1 with"),
@@ -300,6 +300,40 @@ def test_guidance_channels() -> None:
     for channels in (0, 5):
         with pytest.raises(ConfigError, match=f"got {channels}, expected 1..4"):
             guide(cond, null, 3.0, channels)
+
+
+def test_guidance_rescale() -> None:
+    """phi = 1 gives the deviation of the conditional prediction, phi between the mixture."""
+    cond, null = torch.randn(2, 3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain, full = guide(cond, null, 5.0), guide(cond, null, 5.0, None, 1.0)
+    for i in range(3):
+        wanted = cond[i, :4].flatten().std()
+        assert relative(full[i, :4].flatten().std(), wanted) < 1e-6
+        assert relative(plain[i, :4].flatten().std(), wanted) > 0.5
+        # the same direction, whatever the batch
+        assert relative(full[i, :4] * (plain[i, :4].std() / wanted), plain[i, :4]) < 1e-6
+        alone = guide(cond[i : i + 1], null[i : i + 1], 5.0, None, 1.0)
+        torch.testing.assert_close(alone[0], full[i])
+    torch.testing.assert_close(guide(cond, null, 5.0, None, 0.3), 0.7 * plain + 0.3 * full)
+    assert torch.equal(full[:, 4:], cond[:, 4:])
+    assert torch.equal(guide(cond, null, 1.0, None, 0.7), cond)
+    three = guide(cond, null, 5.0, 3, 1.0)
+    assert relative(three[0, :3].flatten().std(), cond[0, :3].flatten().std()) < 1e-6
+    assert torch.equal(three[:, 3:], cond[:, 3:])
+    # a prediction without deviation stays finite
+    flat = torch.zeros(1, 2, 4, 4)
+    assert guide(flat, flat, 5.0, None, 1.0).isfinite().all()
+
+
+def test_guidance_interval() -> None:
+    ts = timesteps(1000, 5, "trailing", True)
+    assert ts == [999, 799, 599, 399, 199]
+    assert branches(ts, 1000, 4.0, 0.0, 1.0) == [2] * 5
+    assert branches(ts, 1000, 1.0, 0.0, 1.0) == [1] * 5
+    assert branches(ts, 1000, 0.0, 0.3, 0.7) == [1, 1, 2, 2, 1]
+    # both ends are in
+    assert branches([999, 500, 0], 1000, 4.0, 0.0, 0.0) == [1, 1, 2]
+    assert branches([999, 500, 0], 1000, 4.0, 1.0, 1.0) == [2, 1, 1]
 
 
 @pytest.mark.gpu

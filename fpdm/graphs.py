@@ -1,0 +1,278 @@
+"""Launches captured once and replayed: the sampler's on a GPU, and whatever else runs on static
+buffers.
+
+A launch is a function without arguments that reads and writes buffers whose addresses stay (see
+fpdm.workspace) and a ``GraphKey`` that names everything the captured work depends on beside the
+buffers' contents: another batch, shape, dtype, implementation or set of weights is another key, so
+a graph is never replayed on addresses that it was not captured with. ``PreparedWeights.refresh()``
+writes in place and keeps the keys.
+
+    off    every launch runs eagerly
+    on     the second launch of a key is captured (the first one warms up), later ones replay
+    auto   3 eager launches are timed, then 3 replays; the graph is kept if it takes at most 95 % of
+           the time, else dropped. Times are read when the device has them: nothing waits
+
+At most ``limit`` keys are kept, the least recently used goes first. A capture that fails gives back
+its memory and that of all graphs, and everything runs eagerly from then on, after one warning.
+What a graph is belongs to a ``Backend``: CUDA's here, a recording one in the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from fpdm.weights import WeightView
+
+GRAPHS = 64  # keys
+TRIALS = 3  # launches timed each way
+GAIN = 0.95  # a graph that takes more of the eager time is not worth its memory
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """``piece`` of work, ``rows`` of its batch, ``variant`` (whatever the host decides in it),
+    ``shape`` of one row, dtypes, device, implementation, ``buffers`` (a workspace's token) and
+    ``weights`` (addresses, see ``addresses``)."""
+
+    piece: str
+    rows: int
+    variant: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: str
+    impl: str
+    buffers: int
+    weights: tuple[int, ...]
+
+
+def addresses(weights: WeightView) -> tuple[int, ...]:
+    """What a graph captured with ``weights`` reads: the object and the address of every tensor."""
+    tensors = [*weights.copies.values(), *weights.params.values()]
+    return (id(weights), *(t.data_ptr() for t in tensors))
+
+
+class Captured(Protocol):
+    """Work that was captured."""
+
+    def replay(self) -> None:
+        """Run it again on the current contents of its buffers."""
+
+    def release(self) -> None:
+        """Give back its memory; it is not replayed again."""
+
+
+class Backend(Protocol):
+    """What captures work and tells the time."""
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """``work`` captured, not run. On failure gives back the memory, then raises."""
+
+    def mark(self) -> Any:
+        """A point in the device's time."""
+
+    def elapsed(self, start: Any, end: Any) -> float | None:
+        """Seconds between two marks; None while the device has not passed the second."""
+
+    def release(self) -> None:
+        """All graphs are gone: give back what they shared."""
+
+
+@dataclass
+class _Entry:
+    """What is known about a key. ``graph`` once captured; ``settled``: no more trials."""
+
+    seen: int = 0
+    graph: Captured | None = None
+    settled: bool = False
+    eager: list[tuple[Any, Any]] = field(default_factory=list)
+    replays: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+class GraphCache:
+    """Graphs by key; see the module. ``captures``, ``replays``, ``evictions`` count."""
+
+    def __init__(self, backend: Backend, always: bool, limit: int = GRAPHS):
+        self.backend, self.always, self.limit = backend, always, limit
+        self.entries: OrderedDict[GraphKey, _Entry] = OrderedDict()
+        self.broken = False
+        self.captures = self.replays = self.evictions = 0
+
+    def run(self, key: GraphKey, work: Callable[[], None]) -> None:
+        """Do ``work``, by replaying its graph where there is one or it is time for one."""
+        if self.broken:
+            return work()
+        entry = self._entry(key)
+        entry.seen += 1
+        if entry.graph is None and not entry.settled and entry.seen > self._warm_up():
+            self._capture(entry, work)
+        if not self.always and not entry.settled:
+            return self._trial(entry, work)
+        return self._go(entry, work)
+
+    def _warm_up(self) -> int:
+        return 1 if self.always else 1 + TRIALS
+
+    def _go(self, entry: _Entry, work: Callable[[], None]) -> None:
+        if entry.graph is None:
+            work()
+        else:
+            self.replays += 1
+            entry.graph.replay()
+
+    def _trial(self, entry: _Entry, work: Callable[[], None]) -> None:
+        """Run with a mark before and after, then decide if enough is known."""
+        start = self.backend.mark()
+        self._go(entry, work)
+        times = entry.eager if entry.graph is None else entry.replays
+        if entry.seen > 1 and len(times) < TRIALS:
+            times.append((start, self.backend.mark()))
+        if len(entry.replays) == TRIALS:
+            self._settle(entry)
+
+    def _settle(self, entry: _Entry) -> None:
+        eager, replays = (
+            [self.backend.elapsed(*pair) for pair in pairs]
+            for pairs in (entry.eager, entry.replays)
+        )
+        known = [t for t in (*eager, *replays) if t is not None]
+        if len(known) < 2 * TRIALS:
+            return
+        entry.settled = True
+        if statistics.median(known[TRIALS:]) > GAIN * statistics.median(known[:TRIALS]):
+            self._drop(entry)
+
+    def _entry(self, key: GraphKey) -> _Entry:
+        if key not in self.entries:
+            self.entries[key] = _Entry()
+            if len(self.entries) > self.limit:
+                _, oldest = self.entries.popitem(last=False)
+                self.evictions += oldest.graph is not None
+                self._drop(oldest)
+        self.entries.move_to_end(key)
+        return self.entries[key]
+
+    def _capture(self, entry: _Entry, work: Callable[[], None]) -> None:
+        try:
+            entry.graph = self.backend.capture(work)
+            self.captures += 1
+            return
+        except Exception as error:
+            # a failure half-way must not end what runs eagerly without trouble
+            reason = " ".join(str(error).split())[:200]
+        # only now, as the error's frames held what the work had allocated
+        self.clear()
+        self.broken, entry.settled = True, True
+        warnings.warn(
+            f"graphs: capture failed, everything runs eagerly now: {reason}", stacklevel=4
+        )
+
+    @staticmethod
+    def _drop(entry: _Entry) -> None:
+        graph, entry.graph = entry.graph, None
+        if graph is not None:
+            graph.release()
+
+    def clear(self) -> None:
+        """Drop every graph and give back their memory."""
+        for entry in self.entries.values():
+            self._drop(entry)
+        self.entries.clear()
+        self.backend.release()
+
+
+class CudaBackend:
+    """CUDA graphs that share one memory pool: launches leave nothing in it between replays, which
+    follow one another on one stream."""
+
+    def __init__(self, device: torch.device):
+        self.device = torch.device("cuda", device.index or 0)
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool: Any = None
+        self.alive = 0
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """``work`` captured; see ``Backend``. Waits for the device."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self.stream):
+            # the library's workspace must not live in the graphs' pool
+            torch.cuda.current_blas_handle()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with self._recording(graph):
+                work()
+        self.alive += 1
+        return _CudaGraph(graph, self)
+
+    @contextlib.contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        # thread_local: a thread that pins memory meanwhile must not spoil the capture
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            yield
+            graph.capture_end()
+        except BaseException:
+            self._abandon(graph)
+            raise
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Return the memory of a capture that failed. One that CUDA invalidated cannot be ended:
+        nothing would return its allocations, so the allocator is told by hand."""
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        try:
+            graph.pool()
+        except RuntimeError:
+            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(Exception):
+                    getattr(torch._C, give_back)(self.device.index, self.pool)
+        else:
+            graph.reset()
+        if not self.alive:
+            self.pool = None
+
+    def mark(self) -> torch.cuda.Event:
+        """An event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def elapsed(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        """Seconds between two events, None while the second has not happened."""
+        return start.elapsed_time(end) / 1e3 if end.query() else None
+
+    def release(self) -> None:
+        """Return the pool's memory to the device."""
+        torch.cuda.empty_cache()
+
+    def forget(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Destroy a graph; the pool goes with the last one: its name may not be used again."""
+        graph.reset()
+        self.alive -= 1
+        if not self.alive:
+            self.pool = None
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, backend: CudaBackend):
+        self.graph, self.backend = graph, backend
+
+    def replay(self) -> None:
+        """Launch it on the current stream."""
+        self.graph.replay()
+
+    def release(self) -> None:
+        """Destroy it."""
+        self.backend.forget(self.graph)
+
+
+def backend_for(device: torch.device) -> Backend | None:
+    """What captures on ``device``; None on a CPU."""
+    return CudaBackend(device) if device.type == "cuda" else None

@@ -1,0 +1,324 @@
+"""One batch on its way: the launch plan executed on a workspace.
+
+    encode    h = Pre(x), u = E i + b1, x*_0 from h and the reused solution
+    iterate   x_{j+1} = f(x_j), k times or until every slot is done (fpdm.stopping)
+    update    o = Final(Post(x*)), guidance, x = step(x, o, z)
+
+Reuse (paper section 3.4) starts from earlier solutions x*_1 (latest) and x*_2 of the same branch:
+
+    none          h
+    full          x*_1
+    blend         h + gamma (x*_1 - h)
+    extrapolate   x*_1 + rho (x*_1 - x*_2)        h in the first timestep, x*_1 in the second
+
+A branch that skipped a timestep (guidance interval) starts from h again. Every launch is a function
+of the workspace, weights and the sampler's tables, and of what its graph key says: nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fpdm import budget, graphs, steps, stopping
+from fpdm.block import BlockWeights, step_forward
+from fpdm.config import SamplerConfig
+from fpdm.fixed_point import SolveStats
+from fpdm.kernels import ops
+from fpdm.model import FPDM
+from fpdm.noise import SAMPLE_INIT, SAMPLE_STEP, as_keys, normals
+from fpdm.plan import Launch, bucket, groups
+from fpdm.solvers import Best, Solver
+from fpdm.weights import PROJECTION
+from fpdm.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fpdm.engine import Sampler
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """``residual`` (S,K,B) fp32 = |f(x_j) - x_j| / |f(x_j)| of the conditional branch, per
+    timestep, iteration and sample; NaN where an iteration was not run; K = 0 for a DiT and without
+    statistics. ``iterations`` (S,G,B) int64 that every branch ran."""
+
+    plan: budget.Plan
+    residual: Tensor
+    iterations: Tensor
+
+    def __getitem__(self, part: slice) -> SampleStats:
+        """Of the samples ``part``."""
+        return SampleStats(self.plan, self.residual[..., part], self.iterations[..., part])
+
+
+def initial_iterate(
+    config: SamplerConfig,
+    h: Tensor,
+    solutions: Sequence[Tensor],
+    gamma: float | Tensor | None = None,
+) -> Tensor:
+    """x*_0 (B,T,D) from h and the latest solutions, newest first, as the module's table says;
+    ``gamma`` instead of ``config.reuse_gamma``."""
+    if config.reuse == "none" or not solutions:
+        return h
+    if config.reuse == "blend":
+        return torch.lerp(h, solutions[0], config.reuse_gamma if gamma is None else gamma)
+    if config.reuse == "extrapolate" and len(solutions) > 1:
+        return torch.lerp(solutions[0], solutions[1], -config.reuse_rho)
+    return solutions[0]
+
+
+class Run:
+    """One batch on its way: walks the launch plan on a workspace."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        workspace: Workspace,
+        cache: graphs.GraphCache | None,
+        labels: list[int],
+        seeds: list[int],
+        stats: SampleStats,
+        start: Tensor | None,
+        step_noise: Tensor | None,
+    ):
+        self.s, self.w, self.cache, self.count = sampler, workspace, cache, len(labels)
+        c, device, b = sampler.model.config, sampler.device, len(labels)
+        self.shape = (c.in_channels, c.input_size, c.input_size)
+        self.stats, self.recorded = stats, stats.residual.shape[1] > 0
+        null = [c.num_classes] * (b if sampler.guided else 0)
+        w = workspace
+        w.keys[:b] = as_keys(seeds).to(device)
+        w.y[: b + len(null)] = torch.tensor(labels + null, dtype=torch.int64, device=device)
+        w.x[:b] = normals(w.keys[:b], 0, 0, SAMPLE_INIT, self.shape) if start is None else start
+        w.step.zero_()
+        # the first step's coefficient of it is 0, which must not meet NaN
+        w.x0.zero_()
+        if w.watch is not None:
+            for branch, total in enumerate(sampler.totals):
+                w.watch.bank[branch * b : (branch + 1) * b] = total
+        # from the host once, before the first launch
+        self.step_noise = None if step_noise is None else step_noise.to(device, torch.float32)
+        self.impl = ops.choose(sampler.model.execution.impl, device, sampler.dtype)
+        self.heads = c.num_heads
+        self.block: BlockWeights | None = None
+        if isinstance(sampler.model, FPDM):
+            self.ops = ops.resolve(self.impl, device, sampler.dtype)
+            self.block = sampler.weights.block("block_fixed_point", injected=True)
+            self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
+        self.addresses: tuple[int, ...] = ()
+        if cache is not None:
+            positions = sampler.model.pos_embed.data_ptr()
+            self.addresses = (positions, *graphs.addresses(sampler.weights))
+
+    def execute(self, progress: Callable[[int], object] | None = None) -> Tensor:
+        """Walk the launch plan; returns x_0 (B,C,h,w), which the next run overwrites."""
+        for launch in self.s.launches:
+            getattr(self, launch.op)(launch)
+            if progress is not None and launch.op == "update":
+                progress(self.count)
+        return self.w.x[: self.count]
+
+    def launch(
+        self, piece: str, rows: int, variant: tuple[Any, ...], work: Callable[[], None]
+    ) -> None:
+        """Do ``work``, which depends on nothing but the key's entries and static buffers."""
+        if self.cache is None:
+            return work()
+        c, s = self.s.model.config, self.s
+        key = graphs.GraphKey(
+            piece, rows, (*variant, self.recorded, torch.get_float32_matmul_precision()),
+            (c.tokens, c.hidden_size), (s.dtype, self.w.z[0].dtype), str(s.device), self.impl,
+            self.w.token, self.addresses,
+        )  # fmt: skip
+        return self.cache.run(key, work)
+
+    @property
+    def fpdm(self) -> FPDM:
+        """The model; a DiT's launch plan asks for none of its parts."""
+        assert isinstance(self.s.model, FPDM)
+        return self.s.model
+
+    def inputs(self, branches: int) -> Tensor:
+        """x for every branch (G B,C,h,w)."""
+        x = self.w.x[: self.count]
+        return torch.cat([x, x]) if branches > 1 else x
+
+    def tables(self, launch: Launch) -> None:
+        """adaLN vectors of ``count`` timesteps at once: rows (timestep, branch, sample)."""
+        model, w, n, weights = self.fpdm, self.w, launch.count, self.s.weights
+        rows = launch.branches * self.count
+        y = w.y[:rows]
+        t = self.s.timesteps[launch.step : launch.step + n].repeat_interleave(rows)
+        if model.config.pre_post_timestep_conditioning:
+            mod = model.modulation(t, y.repeat(n), weights=weights)
+            assert mod.fp is not None
+            found = [mod.fp, *mod.pre, *mod.post, mod.final]
+        else:
+            found = [model.modulation_fp(t, y.repeat(n), weights=weights)]
+            if launch.step == 0:
+                run = model.modulation_pp(y, weights=weights)
+                for vectors, value in zip(w.vectors[1:], [*run.pre, *run.post, run.final]):
+                    vectors[:rows] = value
+        for table, value in zip(w.tables, found):
+            table[:n, :rows] = value.view(n, rows, -1)
+
+    def encode(self, launch: Launch) -> None:
+        """h, its injection, and the start of the iteration."""
+        n = launch.branches * self.count
+        self.launch("encode", n, (launch.branches, launch.start), partial(self._encode, launch, n))
+
+    def _encode(self, launch: Launch, n: int) -> None:
+        s, w, b = self.s, self.w, self.count
+        slot = w.step % s.table_steps
+        for vectors, table in zip(w.vectors, w.tables):
+            vectors.copy_(table.index_select(0, slot)[0])
+        h = self.fpdm.encode(self.inputs(launch.branches), w.modulation(n), weights=s.weights)
+        self._inject(h, w.u[:n])
+        gamma = None if s.gammas is None else s.gammas.index_select(0, w.step).to(h.dtype)
+        for branch, known in enumerate(launch.start):
+            rows = slice(branch * b, (branch + 1) * b)
+            solutions = [x[rows] for x in w.solutions[:known]]
+            w.z[0][rows] = initial_iterate(s.config, h[rows], solutions, gamma)
+        w.j.zero_()
+        if self.recorded:
+            w.residual.fill_(math.nan)
+        if w.watch is not None:
+            k, kept = s.counts.index_select(0, w.step), s.reserves.index_select(0, w.step)
+            reserve = kept[0, : launch.branches].repeat_interleave(b, output_size=n)
+            stopping.begin(w.watch, n, k, reserve, s.plan.limit)
+
+    def _inject(self, h: Tensor, out: Tensor) -> None:
+        """u = E i + b1 into ``out``; folded, i is h."""
+        weights, i = self.s.weights, h.to(out.dtype)
+        with ops.no_autocast(out.device):
+            if not weights.folded:
+                i = self.ops.linear(i, *weights.linear(PROJECTION))
+            self.ops.linear(i, *weights.injection(), out=out)
+
+    def iterate(self, launch: Launch) -> None:
+        """The solve: k iterations, or until every slot is done."""
+        n = launch.branches * self.count
+        if self.s.watched:
+            self._watch(launch, n)
+        else:
+            for size in groups(launch.count):
+                self.launch("iterate", n, (size,), partial(self._group, n, size))
+        b, w = self.count, self.w
+        if self.recorded:
+            self.stats.residual[launch.step] = w.residual[:, :b]
+        used = w.watching.used[: launch.branches * b].view(-1, b) if w.watch else launch.count
+        self.stats.iterations[launch.step, : launch.branches] = used
+
+    def _group(self, n: int, size: int) -> None:
+        """``size`` iterations from the first iterate buffer on."""
+        w, norms = self.w, None
+        if self.recorded:
+            norms = w.norms[: size * 2 * n].view(size, 2, n)
+        for i in range(size):
+            self._apply(n, i % 2, None if norms is None else norms[i])
+        if norms is not None:
+            index = w.j + torch.arange(size, device=w.j.device)
+            w.residual[:, :n].index_copy_(0, index, SolveStats.from_norms(norms).residual)
+            w.j.add_(size)
+
+    def _apply(self, n: int, parity: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One iteration of the first n rows between the two iterate buffers: (x_j, f(x_j))."""
+        w, acts = self.w, self.w.acts[:n]
+        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
+        acts.z = acts.z2 = dst
+        assert self.block is not None
+        with ops.no_autocast(dst.device):
+            step_forward(
+                self.ops, src, w.u[:n], w.vectors[0][:n], self.block, self.heads, acts, dst,
+                norms=norms,
+            )  # fmt: skip
+        return src, dst
+
+    def _watch(self, launch: Launch, rows: int) -> None:
+        """One iteration after the other until all slots are done, compacting in buckets."""
+        w, watch, n, parity = self.w, self.w.watching, rows, 0
+        solver = None if self.s.solver is None else self.s.solver()
+        best = None if solver is None else Best(w.z[0][:n])
+        assert self.flag is not None
+        for j in range(self.s.most[launch.step]):
+            if solver is None or best is None:
+                self.launch("step", n, (parity,), partial(self._step, n, parity))
+            else:
+                self._step(n, parity, solver, best)
+            parity = 1 - parity
+            left = self.flag.read(j)
+            if left == 0:
+                break
+            if left is not None and bucket(left) < n:
+                others = (w.u, w.vectors[0])
+                stay = stopping.compact(watch, n, bucket(left), w.z[parity], others)
+                n = len(stay)
+                if solver is not None and best is not None:
+                    solver.select(stay)
+                    best.select(stay)
+        stopping.collect(watch, torch.arange(n, device=w.j.device), w.z[parity])
+        if self.s.plan.limit:
+            watch.bank[:rows] -= watch.used[:rows]
+
+    def _step(
+        self, n: int, parity: int, solver: Solver | None = None, best: Best | None = None
+    ) -> None:
+        """One iteration of n slots, its residuals, and who is done."""
+        w, watch = self.w, self.w.watching
+        norms = w.norms[: 2 * n].view(1, 2, n)
+        src, dst = self._apply(n, parity, norms[0])
+        r = SolveStats.from_norms(norms).residual[0]
+        if self.recorded:
+            where = w.j * w.residual.shape[1] + watch.rows[:n]
+            told = torch.where(watch.done[:n], math.nan, r)
+            w.residual.view(-1).index_copy_(0, where, told)
+            w.j.add_(1)
+        if solver is None or best is None:
+            stopping.decide(watch, n, r, self.s.tol, src, dst)
+        else:
+            stopping.propose(watch, n, r, self.s.tol, src, dst, solver, best)
+
+    def update(self, launch: Launch) -> None:
+        """Prediction, guidance and the step to the next timestep."""
+        n = launch.branches * self.count
+        noisy = self.s.table.random[launch.step]
+        if self.step_noise is not None:
+            self.w.noise[: self.count] = self.step_noise[launch.step]
+        variant = (launch.branches, launch.count % 2, noisy, self.step_noise is not None)
+        self.launch("update", n, variant, partial(self._update, launch, n, noisy))
+
+    def _update(self, launch: Launch, n: int, noisy: bool) -> None:
+        s, w, b = self.s, self.w, self.count
+        if isinstance(s.model, FPDM):
+            final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
+            out = s.model.decode(final, w.modulation(n), weights=s.weights).float()
+            for old, new in zip(w.solutions[:0:-1], w.solutions[-2::-1]):
+                old[:n] = new[:n]
+            if w.solutions:
+                w.solutions[0][:n] = final
+        else:
+            t = s.timesteps.index_select(0, w.step).expand(n)
+            out = s.model(self.inputs(launch.branches), t, w.y[:n], weights=s.weights).float()
+        if launch.branches > 1:
+            cond, null = out.chunk(2)
+            out = steps.guide(
+                cond, null, s.config.guidance, s.config.guidance_channels, s.config.guidance_rescale
+            )
+        z = w.noise[:b] if self.step_noise is not None else None
+        if z is None and noisy:
+            z = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)
+        row = s.rows.index_select(0, w.step)[0]
+        if s.table.multistep:
+            before = w.x0[:b].clone()
+            w.x0[:b] = steps.denoised(w.x[:b], out, row)
+            w.x[:b] = steps.step(w.x[:b], out, row, z, before)
+        else:
+            w.x[:b] = steps.step(w.x[:b], out, row, z)
+        w.step.add_(1)

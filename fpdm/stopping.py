@@ -1,0 +1,111 @@
+"""Who is done: per-sample stopping inside a solve, and compaction of those that go on.
+
+    r_j = |f(x_j) - x_j| / |f(x_j)|          done after iteration j if r_j <= tol or j + 1 = cap
+
+What a sample returns is f(x_j) of the iteration that ended it, the first whose residual met the
+tolerance, and k = j + 1 counts it; with a solver (fpdm.solvers) it is the f(x) of its best residual
+so far. A residual that is NaN meets no tolerance. With allocation adaptive the cap is what a
+sample has left of the plan's sum of k, but for half of k for every later timestep: hard timesteps
+may borrow from later ones and easy ones leave more, and the sum is never exceeded.
+
+The device decides and freezes: a slot that is done keeps its iterate whatever else is launched, so
+when the host learns of it changes results by no more than the rounding of other shapes. On a CPU
+the host reads at once. On a GPU it reads the flag of iteration j - 1 after it has launched
+iteration j, so that it waits for nothing without work behind it in the queue. Then it takes the
+slots that go on to the front, in buckets (``plan.bucket``): those of a bucket that are done are
+carried along until the next smaller one. Two branches of a sample stop apart: each is a fixed-point
+problem of its own.
+
+n slots, R rows of the batch, all tensors of ``workspace.Watch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fpdm.solvers import Best, Solver
+from fpdm.workspace import Watch
+
+LAG = {"cpu": 0, "cuda": 1}  # iterations between a decision and its reading
+
+
+def begin(w: Watch, n: int, k: Tensor, reserve: Tensor, limit: int) -> None:
+    """All of n slots go on, up to ``k`` (1,) iterations, or where there is a ``limit`` (allocation
+    adaptive) up to what the bank holds beyond ``reserve`` (n,), but at most the limit."""
+    torch.arange(n, out=w.rows[:n])
+    w.count[:n].zero_()
+    w.done[:n].zero_()
+    cap = (w.bank[:n] - reserve).clamp_max(limit) if limit else k.expand(n)
+    w.cap[:n].copy_(cap)
+
+
+def decide(w: Watch, n: int, r: Tensor, tol: float, src: Tensor, dst: Tensor) -> None:
+    """After an iteration from ``src`` to ``dst`` (n,T,D) with residuals r (n,): freeze the slots
+    that were done before, and mark those that are now."""
+    before = w.done[:n].clone()
+    _mark(w, n, r, tol)
+    dst.copy_(torch.where(before.view(-1, 1, 1), src, dst))
+
+
+def _mark(w: Watch, n: int, r: Tensor, tol: float) -> None:
+    done, count = w.done[:n], w.count[:n]
+    count.add_(~done)
+    done.logical_or_((r <= tol) | (count >= w.cap[:n]))
+    w.left.copy_((~done).sum(dim=0, keepdim=True))
+
+
+def propose(
+    w: Watch, n: int, r: Tensor, tol: float, src: Tensor, dst: Tensor, solver: Solver, best: Best
+) -> None:
+    """``decide`` for a solver: ``dst`` = f(src) becomes its next point, or where a slot is done now
+    the best f(x) so far."""
+    before = w.done[:n].clone().view(-1, 1, 1)
+    best.offer(dst, r)
+    _mark(w, n, r, tol)
+    # copies: a solver may keep what it is given, and these buffers are written again
+    ahead = solver.advance(src.clone(), dst.clone())
+    ahead = torch.where(w.done[:n].view(-1, 1, 1), best.x, ahead)
+    dst.copy_(torch.where(before, src, ahead))
+
+
+def collect(w: Watch, slots: Tensor, z: Tensor) -> None:
+    """Write what the ``slots`` hold to their rows: solution and iterations."""
+    rows = w.rows[slots]
+    w.result.index_copy_(0, rows, z[slots])
+    w.used.index_copy_(0, rows, w.count[slots])
+
+
+def compact(w: Watch, n: int, m: int, z: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Take the slots that go on to the first m of n, with their rows of ``z`` and ``others``;
+    returns which slots stayed (m,)."""
+    order = torch.argsort(w.done[:n].to(torch.uint8), stable=True)
+    collect(w, order[m:], z)
+    stay = order[:m]
+    for buffer in (z, *others, w.rows, w.count, w.cap, w.done):
+        buffer[:m] = buffer.index_select(0, stay)
+    return stay
+
+
+class Flag:
+    """Reads ``left`` on the host, ``lag`` iterations late."""
+
+    def __init__(self, left: Tensor):
+        self.left, self.lag = left, LAG[left.device.type]
+        pinned = left.is_cuda
+        self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
+
+    def read(self, j: int) -> int | None:
+        """Slots that go on after iteration j - lag; None while there is no such iteration."""
+        self.host[j % 2].copy_(self.left, non_blocking=True)
+        if self.events:
+            self.events[j % 2].record()
+        if j < self.lag:
+            return None
+        ready = (j - self.lag) % 2
+        if self.events:
+            self.events[ready].synchronize()
+        return int(self.host[ready])

@@ -1,0 +1,115 @@
+"""Quality against iterations per timestep at a fixed budget of blocks (paper section 4.3, Fig. 4).
+
+    python -m fpdm.evaluate SOURCE --sweep [--budgets 140,280,560] [--ks 1,2,3,...] [--seeds 3]
+
+A budget buys S = floor(budget / (n_pre + k + n_post)) timesteps of k iterations; whatever is left
+is stranded and reported. Points whose S is more than the schedule's timesteps, or less than one, do
+not exist. Every point is one set of 898 digits per seed; rows are written as they are known, and a
+second run of the same command continues.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fpdm import figures
+from fpdm.budget import fixed_blocks
+from fpdm.config import ConfigError, ModelConfig, SamplerConfig
+from fpdm.files import atomic_write
+
+KS = (1, 2, 3, 4, 6, 8, 12, 18, 26)
+BUDGETS = (140, 280, 560)
+
+
+@dataclass(frozen=True)
+class Point:
+    """S timesteps of k iterations out of a budget of blocks, ``stranded`` of them unspent."""
+
+    budget: int
+    k: int
+    steps: int
+    stranded: int
+
+    def config(self, base: SamplerConfig) -> SamplerConfig:
+        """``base`` with this point's cost."""
+        return replace(
+            base, steps=self.steps, iters=self.k, budget=None, budget_macs=None, schedule=(),
+            allocation="constant",
+        )  # fmt: skip
+
+
+def points(
+    model: ModelConfig, budgets: Sequence[int], ks: Sequence[int], timesteps: int
+) -> list[Point]:
+    """Every point that exists. Raises ConfigError for a DiT, and when there is none."""
+    if model.kind == "dit":
+        raise ConfigError("--sweep: got a dit, expected an fpdm model: a DiT has no iterations")
+    found = []
+    for budget in budgets:
+        for k in ks:
+            steps, stranded = divmod(budget, fixed_blocks(model) + k)
+            if k >= 1 and 1 <= steps <= timesteps:
+                found.append(Point(budget, k, steps, stranded))
+    if not found:
+        raise ConfigError(
+            f"--sweep: got budgets {list(budgets)} and k {list(ks)}, expected a point with 1 to "
+            f"{timesteps} timesteps"
+        )
+    return found
+
+
+def _integers(name: str, text: str | None, default: Sequence[int]) -> list[int]:
+    try:
+        return list(default) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name}: got {text!r}, expected integers like 1,2,3") from None
+
+
+def asked(
+    model: ModelConfig, options: Mapping[str, str | None], timesteps: int
+) -> tuple[list[Point], int]:
+    """Points and number of seeds from ``budgets``, ``ks``, ``seeds`` as typed. Raises
+    ConfigError."""
+    budgets = _integers("budgets", options["budgets"], BUDGETS)
+    ks = _integers("ks", options["ks"], KS)
+    return points(model, budgets, ks, timesteps), _integers("seeds", options["seeds"], [3])[0]
+
+
+def run(
+    wanted: Sequence[Point],
+    seeds: Sequence[int],
+    measure: Callable[[Point, int], dict[str, float]],
+    out: Path,
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png.
+
+    Rows of an earlier run with the same settings are kept; other settings start anew.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "sweep.json"
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        old = json.loads(path.read_text())
+        rows = old["rows"] if old.get("settings") == settings else []
+    known = {(r["budget"], r["k"], r["seed"]) for r in rows}
+    for point in wanted:
+        for seed in seeds:
+            if (point.budget, point.k, seed) in known:
+                continue
+            row = {"budget": point.budget, "k": point.k, "steps": point.steps, "seed": seed,
+                   "stranded": point.stranded, **measure(point, seed)}  # fmt: skip
+            rows.append(row)
+            print(
+                f"{point.budget} blocks: {point.steps:>3} x k = {point.k:<3} seed {seed}  Frechet "
+                f"{row['frechet']:.3f}  accuracy {row['accuracy']:.4f}", flush=True,
+            )  # fmt: skip
+            text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
+            atomic_write(path, text.encode())
+    if figures.plot_sweep(rows, out / "sweep.png"):
+        print(f"wrote {out}/sweep.json and sweep.png")
+    return rows

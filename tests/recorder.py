@@ -1,0 +1,109 @@
+"""A backend for fpdm.graphs without a GPU: records the operators of a launch and runs them again.
+
+As on a GPU, capturing runs nothing, Python runs once, and what it decided then is frozen into the
+recording. Tensors that the work found (and did not make) must lie in static storages; those that it
+made are filled with NaN after the capture, since a replay makes them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+
+def storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+class NotStatic(Exception):
+    """The work read a tensor that a replay would not find again."""
+
+
+class _Trace(TorchDispatchMode):
+    def __init__(self, static: set[int]):
+        super().__init__()
+        self.static, self.calls = set(static), []
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.lift_fresh.default:
+            # a Python number on its way into an operator: a constant of the recording
+            self.static.add(storage(args[0]))
+        for t in tree_flatten((args, kwargs))[0]:
+            found = isinstance(t, Tensor) and id(t) not in self.made
+            if found and t.numel() and storage(t) not in self.static:
+                raise NotStatic(f"{func} reads {tuple(t.shape)}")
+        out = func(*args, **kwargs)
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, Tensor):
+                self.made.setdefault(id(t), t)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+
+class _Recorded:
+    def __init__(self, backend: RecordingBackend, calls: list[Any]):
+        self.backend, self.calls = backend, calls
+
+    def replay(self) -> None:
+        now: dict[int, Tensor] = {}
+
+        def current(x: Any) -> Any:
+            return now.get(id(x), x) if isinstance(x, Tensor) else x
+
+        for func, args, kwargs, out in self.calls:
+            again = func(*tree_map(current, args), **tree_map(current, kwargs))
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                if isinstance(old, Tensor):
+                    now[id(old)] = new
+        self.backend.clock += self.backend.replay_extra
+
+    def release(self) -> None:
+        assert self.calls, "released twice"
+        self.calls = []
+        self.backend.alive -= 1
+
+
+class RecordingBackend:
+    """``statics`` gives the tensors whose storages stay. Every eager launch takes a second on its
+    clock, a replay ``1 + replay_extra``; ``late``: no time is known yet. ``fail`` captures fail."""
+
+    def __init__(self, statics: Callable[[], Iterable[Tensor]]):
+        self.statics = statics
+        self.clock, self.replay_extra, self.late, self.fail = 0.0, 0.0, False, 0
+        self.alive = self.emptied = 0
+
+    def capture(self, work: Callable[[], None]) -> _Recorded:
+        if self.fail:
+            self.fail -= 1
+            raise RuntimeError("operation not permitted when\nstream is capturing")
+        tensors = {storage(t): t.untyped_storage() for t in self.statics() if t.numel()}
+        before = {key: s.clone() for key, s in tensors.items()}
+        trace = _Trace(set(tensors))
+        try:
+            with trace:
+                work()
+        finally:
+            for key, s in tensors.items():
+                s.copy_(before[key])
+        for t in trace.made.values():
+            if t.is_floating_point() and storage(t) not in trace.static:
+                t.fill_(torch.nan)
+        self.alive += 1
+        return _Recorded(self, trace.calls)
+
+    def mark(self) -> float:
+        self.clock += 0.5
+        return self.clock
+
+    def elapsed(self, start: float, end: float) -> float | None:
+        return None if self.late else end - start
+
+    def release(self) -> None:
+        self.emptied += 1

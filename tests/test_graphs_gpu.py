@@ -1,0 +1,203 @@
+"""CUDA graphs on a GPU: replays are eager launches bit for bit, and memory comes back."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, random_model
+
+from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
+from fpdm.graphs import CudaBackend, GraphCache, GraphKey
+
+pytestmark = pytest.mark.gpu
+
+BUSY = SamplerConfig(
+    method="ddpm", steps=6, iters=7, reuse="extrapolate", guidance=2.0, batch=3, dtype="bfloat16",
+    graphs="on",
+)  # fmt: skip
+LABELS, SEEDS = [1, 0, 3], [5, 6, 7]
+CASES: dict[str, dict[str, Any]] = {
+    "busy": {},
+    "fp32": {"dtype": "float32", "method": "dpmpp_2m"},
+    "interval": {"guidance_low": 0.3, "guidance_high": 0.7, "guidance_rescale": 0.5},
+    "tolerance": {"tol": 0.1},
+    "adaptive": {"tol": 0.1, "allocation": "adaptive"},
+    "auto": {"graphs": "auto"},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return random_model(TINY).cuda()
+
+
+def make(model: Any, config: SamplerConfig = BUSY) -> Sampler:
+    return Sampler(model, Diffusion(DiffusionConfig(), "cuda"), config)
+
+
+def key(number: int) -> GraphKey:
+    return GraphKey("x", number, (), (), (), "cuda", "", 0, ())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_thousand_replays(model: Any, case: str) -> None:
+    """Each bitwise what eager launches give, over batches and seeds."""
+    s = make(model, replace(BUSY, **CASES[case]))
+    plain = make(model, replace(s.config, graphs="off"))
+    want = [plain.sample(LABELS, [n, n + 1, n + 2]).x for n in range(3)]
+    assert s.graphs is not None
+    for round_ in range(200):
+        found = s.sample(LABELS, [round_ % 3 + i for i in range(3)]).x
+        assert torch.equal(found, want[round_ % 3])
+        if s.graphs.replays >= 1000 or (case == "auto" and round_ > 60):
+            break
+    assert case == "auto" or s.graphs.replays >= 1000
+    assert not s.graphs.broken
+
+
+def test_seeds_change_the_noise(model: Any) -> None:
+    s = make(model)
+    found = [s.sample([1, 1, 1], [n, n + 10, n + 20]).x for n in range(6)]
+    images = torch.cat(found)
+    apart = (images[:, None] - images[None]).flatten(2).abs().amax(2)
+    assert apart[~torch.eye(len(images), dtype=torch.bool, device="cuda")].min() > 0.01
+    assert torch.equal(s.sample([1, 1, 1], [0, 10, 20]).x, found[0])
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def test_a_hundred_captures_give_their_memory_back(model: Any) -> None:
+    s = make(model)
+    assert s.graphs is not None
+    sizes = []
+    while s.graphs.captures < 100:
+        for _ in range(2):
+            s.sample(LABELS, SEEDS)
+        s.release()
+        sizes.append(used())
+    assert max(sizes) - sizes[0] <= 0.1 * 2**30
+
+
+def test_evicted_graphs_give_their_memory_back(model: Any) -> None:
+    """Shapes that never come again, at most two graphs at a time."""
+    s = make(model, replace(BUSY, batch=128, guidance=1.0, steps=2, iters=1))
+    assert s.graphs is not None
+    s.graphs.limit = 2
+    s.sample([0] * 128, range(128))
+    before = used()
+    for count in range(128, 28, -1):
+        for _ in range(2):
+            s.sample([0] * count, range(count))
+    assert used() - before <= 0.1 * 2**30
+
+
+def test_a_failed_capture_releases_its_pool() -> None:
+    """CUDA refuses to copy to the host in a capture; what was allocated comes back."""
+    x = torch.ones(64, 2**20, device="cuda")
+
+    def waits() -> None:
+        y = x * 2
+        y.sum().item()
+
+    waits()
+    torch.cuda.empty_cache()
+    before = used()
+    cache = GraphCache(CudaBackend(x.device), always=True)
+    cache.run(key(1), waits)
+    with pytest.warns(UserWarning, match="graphs: capture failed, everything runs eagerly now"):
+        cache.run(key(1), waits)
+    torch.cuda.empty_cache()
+    assert used() - before <= 64 * 2**20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.run(key(1), waits)
+    # the next one captures as if nothing had happened
+    fresh, y = GraphCache(CudaBackend(x.device), always=True), torch.zeros(4, device="cuda")
+    for _ in range(4):
+        fresh.run(key(2), lambda: y.add_(1))
+    assert (y.tolist(), fresh.captures, fresh.broken) == ([4.0] * 4, 1, False)
+
+
+def test_an_error_of_the_work_itself() -> None:
+    y = torch.zeros(4, device="cuda")
+    broken = [False]
+
+    def work() -> None:
+        y.add_(1)
+        if broken[0]:
+            raise ZeroDivisionError
+
+    cache = GraphCache(CudaBackend(y.device), always=True)
+    cache.run(key(1), work)
+    broken[0] = True
+    with pytest.warns(UserWarning, match="capture failed"), pytest.raises(ZeroDivisionError):
+        cache.run(key(1), work)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert y.tolist() == [2.0] * 4
+
+
+def test_capture_while_a_thread_pins_memory(model: Any) -> None:
+    stop = threading.Event()
+
+    def pin() -> None:
+        while not stop.is_set():
+            torch.empty(2**16).pin_memory()
+            torch.empty(2**22, device="cuda")
+
+    want = make(model, replace(BUSY, graphs="off")).sample(LABELS, SEEDS).x
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            s = make(model)
+            for _ in range(3):
+                assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+    finally:
+        stop.set()
+        thread.join()
+    assert s.graphs is not None
+    assert s.graphs.captures > 0
+
+
+def test_memory_pressure(model: Any) -> None:
+    """Nearly full: a right answer or one clear error; and the next request works."""
+    s, want = make(model), make(model, replace(BUSY, graphs="off")).sample(LABELS, SEEDS).x
+    for _ in range(3):
+        s.sample(LABELS, SEEDS)
+    wide = random_model(ModelConfig(input_size=64, hidden_size=384, num_heads=6)).cuda()
+    large = make(wide, SamplerConfig(steps=2, iters=2, batch=4096, graphs="on"))
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(int(0.96 * free), dtype=torch.uint8, device="cuda")
+    assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+    with pytest.raises(ConfigError, match=r"^sample.batch: got 4096, expected less: out of memory"):
+        large.sample([0] * 4096, range(4096))
+    assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+    del hog
+    torch.cuda.empty_cache()
+    assert large.sample([0, 1], [0, 1]).x.isfinite().all()
+
+
+def test_two_streams_share_a_sampler(model: Any) -> None:
+    """The static buffers are handed over in order, not only on the host."""
+    s, streams = make(model), [torch.cuda.Stream() for _ in range(2)]
+    want = [s.sample(LABELS, [n, n, n]).x for n in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found.append(s.sample(LABELS, [n, n, n]).x)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, want))
