@@ -199,6 +199,9 @@ class SamplerConfig(Settings):
     ] = "constant"
     schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
     tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
+    solver: Literal["picard", "anderson", "broyden"] = "picard"
+    damping: float = 1.0  # of the solver's step
+    window: int = 3  # differences that anderson and broyden remember
     max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average
     reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # of the previous solution
     reuse_gamma: float = 0.5  # blend: h + gamma (x*_prev - h)
@@ -219,6 +222,8 @@ class SamplerConfig(Settings):
         """Counts are counts; what the cost allows is the business of fpdm.budget."""
         self.at_least(1, "steps", "batch", "guidance_channels", "iters", "budget", "max_iters")
         self.at_least(0, "tol")
+        self.at_least(1, "window")
+        self.require(0 < self.damping <= 1, "damping", "above 0, at most 1")
         adaptive, interval = self.allocation == "adaptive", (self.guidance_low, self.guidance_high)
         self.require(self.tol > 0 or not adaptive, "tol", "more than 0 with allocation=adaptive")
         self.require(

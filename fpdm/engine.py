@@ -22,12 +22,13 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpdm import budget, graphs, steps
+from fpdm import budget, graphs, solvers, steps
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.model import FPDM, DiT
@@ -80,7 +81,7 @@ class Sampler:
     whatever its batch or shard to rounding, and bit for bit with ``config.invariant``, which runs
     every sample alone (its two branches together) at the cost of the batch's efficiency.
     ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
-    place of the plain iteration; a sample then returns its best iterate.
+    place of ``config.solver``; with any but the plain iteration a sample returns its best iterate.
 
     With CUDA graphs the sampler keeps one workspace and its graphs until ``release()``; otherwise
     nothing outlives a call. Raises ConfigError for settings that cannot be met.
@@ -103,6 +104,8 @@ class Sampler:
         self.model, self.diffusion, self.config = model, diffusion, config
         self.device, self.dtype = model.pos_embed.device, getattr(torch, config.dtype)
         self.solver = solver
+        if solver is None and (config.solver != "picard" or config.damping != 1.0):
+            self.solver = partial(solvers.make, config.solver, config.window, config.damping)
         self.weights = weights or PreparedWeights(model, self.dtype, fold=True)
         if self.weights.dtype != self.dtype:
             raise ConfigError(
@@ -113,7 +116,7 @@ class Sampler:
         self.guided = max(self.plan.branches) > 1
         self.batch = 1 if config.invariant else config.batch
         self.tol = _usable_tolerance(config.tol, self.dtype)
-        self.watched = model.config.kind == "fpdm" and (self.tol > 0 or solver is not None)
+        self.watched = model.config.kind == "fpdm" and (self.tol > 0 or self.solver is not None)
         self._make_tables()
         ks = [k for _, k in self.plan.steps]
         self.most = most_iterations(ks, self.plan.limit) if self.plan.limit else ks
@@ -162,7 +165,7 @@ class Sampler:
         """What a run of ``count`` samples needs."""
         residual = self.dtype
         if isinstance(self.model, FPDM):
-            residual = self.model._residual_dtype(self.weights)
+            residual = self.model.residual_dtype(self.weights)
         return Sizes(
             min(count, self.batch), 2 if self.guided else 1, max(self.most), self.table_steps,
             KEPT[self.config.reuse], self.watched, self.dtype, residual, self.device,

@@ -157,7 +157,8 @@ class _Transformer(nn.Module):
         e = self.execution
         return Settings(self.config.num_heads, e.impl, e.recompute, e.backward_chunks)
 
-    def _residual_dtype(self, w: WeightView) -> torch.dtype:
+    def residual_dtype(self, w: WeightView) -> torch.dtype:
+        """dtype of the iterates under the weights ``w``."""
         wide = self.execution.residual_dtype == "float32" and w.dtype.itemsize < 4
         return torch.float32 if wide else w.dtype
 
@@ -175,7 +176,7 @@ class _Transformer(nn.Module):
             w.get("x_embedder.proj.bias"),
             self.execution.impl,
         )
-        return (tokens + self.pos_embed.to(tokens.dtype)).to(self._residual_dtype(w))
+        return (tokens + self.pos_embed.to(tokens.dtype)).to(self.residual_dtype(w))
 
     def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
         """One pre or post block: the unrolled operator with m = 1 and no injection."""

@@ -100,7 +100,7 @@ class Request:
 @dataclass(frozen=True)
 class Made:
     """What a process made: images, seconds without the writing, mean residual (S,K) over those that
-    ran an iteration (NaN where none did), mean iterations (S,) of the conditional branch."""
+    ran an iteration (NaN where none did), iterations (S,B) of the conditional branch."""
 
     images: int
     seconds: float
@@ -214,6 +214,9 @@ def parser() -> argparse.ArgumentParser:
         "--allocation", choices=("constant", "increasing", "decreasing", "adaptive", "learned")
     )
     p.add_argument("--tol", type=float, help="residual that ends an image's iteration; 0: none")
+    p.add_argument("--solver", choices=("picard", "anderson", "broyden"))
+    p.add_argument("--damping", type=float, help="of the solver's step; 1: none")
+    p.add_argument("--window", type=int, help="differences that anderson and broyden remember")
     p.add_argument("--max-iters", type=int, help="of --allocation adaptive, per timestep")
     p.add_argument("--calibrate", type=int, metavar="IMAGES", help="learn an allocation and stop")
     p.add_argument("--reuse", choices=("none", "full", "blend", "extrapolate"))
@@ -236,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
+    p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
     return p
 
 
@@ -332,7 +336,7 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     missing = [i for i in request.ids if store.read(i) is None]
     plan = sampler.plan.steps
     residual = torch.zeros(2, len(plan), max(sampler.most), device=sampler.device)
-    iterations = torch.zeros(len(plan), device=sampler.device)
+    iterations = [torch.zeros(len(plan), 0, dtype=torch.int64)]
     seconds = 0.0
     with tqdm(total=len(missing) * len(plan), unit="step", disable=not missing) as bar:
         for start in range(0, len(missing), sampler.config.batch):
@@ -344,11 +348,11 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
             seconds += time.perf_counter() - began
             found = samples.stats.residual
             residual += torch.stack([found.nansum(dim=2), (~found.isnan()).sum(dim=2)])
-            iterations += samples.stats.iterations[:, 0].sum(dim=1)
+            iterations.append(samples.stats.iterations[:, 0].cpu())
             for i, image in zip(ids, x):
                 store.write(i, image)
     mean = (residual[0] / residual[1]).cpu()
-    return Made(len(missing), seconds, mean, iterations.cpu() / max(1, len(missing)))
+    return Made(len(missing), seconds, mean, torch.cat(iterations, dim=1))
 
 
 # telling
@@ -362,6 +366,7 @@ def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
     if m.kind == "fpdm":
         solver = f"{'at most ' if sampler.tol else ''}{solver}, {c.allocation}, reuse {c.reuse}"
         solver += f", tolerance {c.tol:g}" if sampler.tol else ""
+        solver += f", {c.solver}" if sampler.solver is not None else ""
     else:
         solver = "no fixed point"
     stranded = f" ({plan.stranded} stranded)" if plan.stranded else ""
@@ -455,14 +460,19 @@ def main(argv: Sequence[str]) -> None:
     if made.images:
         if sampler.tol:
             ks = made.iterations
-            print(f"iterations mean {ks.mean():.3g} of {sampler.plan.mean():.3g} per timestep")
+            print(
+                f"iterations mean {ks.float().mean():.3g} of {sampler.plan.mean():.3g} per timestep"
+            )
         print("\n".join(residual_table(sampler.plan.steps, made.residual)))
         print(f"operators  {told}")
         if sampler.graphs is not None:
             g = sampler.graphs
             print(f"graphs     {g.captures} captured, {g.replays} replays beside these calls")
+        timesteps = [t for t, _ in sampler.plan.steps]
+        if args.report:
+            path, ran = out / "report.png", made.iterations.unsqueeze(1)
+            figures.plot_report(made.residual.unsqueeze(2), ran, timesteps, path)
         if args.residuals:
-            timesteps = [t for t, _ in sampler.plan.steps]
             figures.plot_residuals(made.residual, timesteps, out / "residuals.png")
     if assemble(store, request.labels, request.seeds, request.columns):
         what = "latents: a VAE turns them into images" if store.latent else "images"

@@ -245,14 +245,14 @@ class Broyden:
                 setattr(self, name, getattr(self, name)[rows])
 
 
-def make(name: str, window: int, damping: float, ridge: float, restart: float) -> Solver:
+def make(name: str, window: int, damping: float) -> Solver:
     """The solver called picard, anderson or broyden. Raises ValueError for another name."""
     if name == "picard":
         return Picard(damping)
     if name == "anderson":
-        return Anderson(window, damping, ridge, restart)
+        return Anderson(window, damping)
     if name == "broyden":
-        return Broyden(window, damping, restart)
+        return Broyden(window, damping)
     raise ValueError(f"solver: got {name!r}, expected picard, anderson or broyden")
 
 

@@ -421,6 +421,7 @@ class Trainer:
 
         with self.optimizer.swapped():
             self.stop.interruptible(draw)
+        self.sampler.release()
         if drawn:
             # of latents the first three channels are shown as they are
             x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]

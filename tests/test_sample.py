@@ -17,7 +17,7 @@ import torch
 from conftest import random_model
 from PIL import Image
 
-from fpdm import checkpoint, gallery, interop, sample
+from fpdm import checkpoint, figures, gallery, interop, sample
 from fpdm.cli import run_main
 from fpdm.config import (
     Config,
@@ -446,3 +446,15 @@ def test_settings_hold_the_weights(source: Path, tmp_path: Path) -> None:
     assert "batch" not in settings["sample"]
     with pytest.raises(ConfigError, match="weights: got 'both'"):
         load_source(source, "both")
+
+
+def test_solver_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--count", "4", "--steps", "3", "--iters", "6", "--tol", "1e-3", "--report"]
+    main([*words, "--solver", "anderson", "--out", str(tmp_path / "a")])
+    told = capsys.readouterr().out
+    assert ", tolerance 0.001, anderson, guidance" in told
+    assert (tmp_path / "a" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
+    main([*words, "--out", str(tmp_path / "b")])
+    assert ", anderson" not in capsys.readouterr().out
+    ours, plain = (np.load(tmp_path / x / "samples.npz")["arr_0"] for x in "ab")
+    assert ours.shape == plain.shape

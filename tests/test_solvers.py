@@ -178,7 +178,7 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="evaluations: got 0"):
         solvers.solve(lambda x: x, torch.zeros(1, 2), solvers.Picard(), 0)
     with pytest.raises(ValueError, match="got 'newton', expected picard, anderson or broyden"):
-        solvers.make("newton", 3, 1.0, 1e-6, 2.0)
+        solvers.make("newton", 3, 1.0)
 
 
 TIMESTEPS = (999, 900, 800, 700, 600, 500, 400, 300, 200, 50)
