@@ -14,9 +14,7 @@ of ``PreparedWeights`` are each one pass.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,15 +234,15 @@ class AdamWEMA:
 
 def _one_pass_on(device: torch.device) -> Callable[..., None]:
     """The one-pass kernel for ``device``; ConfigError when there is none."""
-    name = "adamw" if device.type == "cuda" or "TRITON_INTERPRET" in os.environ else "cpu"
     try:
-        module = importlib.import_module(f"fpdm.kernels.{name}")
-        reason = module.unavailable(device)
+        from fpdm.kernels import adamw
+
+        reason = adamw.unavailable(device)
     except ImportError as error:
-        reason = str(error)
+        reason = f"triton cannot be imported ({error})"
     if reason is not None:
         raise ConfigError(f"optim.impl: got onepass, which cannot run on {device}: {reason}")
-    return module.adamw_
+    return adamw.adamw_
 
 
 def _choose(impl: str, device: torch.device) -> str:

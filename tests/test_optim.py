@@ -256,6 +256,11 @@ def test_gradients_outside_the_buffer_would_be_seen(change, expected, monkeypatc
     assert norms != wanted or not same
 
 
+def test_one_pass_needs_its_kernel():
+    with pytest.raises(ConfigError, match="got onepass, which cannot run on cpu: "):
+        AdamWEMA(random_model(TINY), OptimConfig(impl="onepass"))
+
+
 def test_half_precision_parameters_are_refused():
     with pytest.raises(ConfigError, match=r"got torch\.bfloat16, expected torch\.float32"):
         AdamWEMA(random_model(TINY).bfloat16(), FULL)
