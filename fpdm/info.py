@@ -1,8 +1,8 @@
 """What this machine has and what fpdm can use of it: ``python -m fpdm.info [--json]``.
 
 Versions, devices, processor, the implementations of the operators on every device with the reason
-why the others cannot run, and the optional packages. It imports none of the optional packages and
-does not fail: what cannot be found out is told as a line.
+why the others cannot run, what was compiled, and the optional packages. It imports no optional
+package but the implementations' own, and does not fail: what cannot be found out is told as a line.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 PACKAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("triton", ("triton", "triton-windows"), "the triton operators on sm_80 and newer"),
     ("cupy", ("cupy", "cupy-cuda12x", "cupy-cuda13x"), "the cuda operators (extra cuda12, cuda13)"),
-    ("flash_attn", ("flash-attn",), "nothing that scaled_dot_product_attention lacks"),
-    ("apex", ("apex",), "NVIDIA's fused optimisers; fpdm has its own"),
-    ("diffusers", ("diffusers",), "decoding latents to images (extra diffusers)"),
+    ("flash_attn", ("flash-attn",), "one more attention route on sm_80 and newer"),
+    ("apex", ("apex",), "nothing: optim.impl=onepass does more in one pass"),
+    ("diffusers", ("diffusers",), "peers in the tests; decoding latents (extra diffusers)"),
     ("matplotlib", ("matplotlib",), "loss and residual curves (extra eval)"),
     ("PIL", ("pillow",), "reading image folders (extra eval)"),
     ("tensorboard", ("tensorboard",), "train.tensorboard=true (extra dev)"),
@@ -164,6 +164,39 @@ def implementations(device: str) -> dict[str, str]:
     return told
 
 
+@_guarded
+def native() -> dict[str, Any]:
+    """What was compiled when the package was installed: pip hides the build's own words."""
+    kernels = Path(__file__).parent / "kernels"
+    try:
+        record = json.loads((kernels / "_build.json").read_text())
+    except OSError:
+        record = {}
+    cpu = record.get("cpu", {"missing": "this installation was never built"})
+    told: dict[str, Any] = {"csrc/cpu": f"not built: {cpu['missing']}"}
+    if "missing" not in cpu:
+        variants = " ".join(cpu.get("variants", ()))
+        told["csrc/cpu"] = f"{cpu.get('compiler', 'compiler unknown')}: {variants}"
+    cuda = record.get("cuda", {"missing": "this installation was never built"})
+    told["csrc/cuda"] = f"no cubins: {cuda['missing']}" if "missing" in cuda else "cubins"
+    if "missing" not in cuda:
+        from fpdm.kernels import cuda_compile
+
+        told |= {name: f"sha256 {digest}" for name, digest in cuda_compile.manifest().items()}
+    return told
+
+
+@_guarded
+def attention(device: str) -> str:
+    """The route of a (T, K) = (256, 72) bfloat16 attention on ``device``, and why."""
+    import torch
+
+    from fpdm.kernels.attention_routes import route
+
+    name, why = route(256, 72, torch.bfloat16, torch.device(device), False)
+    return f"{name}: {why}"
+
+
 def collect() -> dict[str, Any]:
     """Everything, ready for JSON."""
     found = devices()
@@ -173,6 +206,8 @@ def collect() -> dict[str, Any]:
         "processor": processor(),
         "devices": found,
         "implementations": {name: implementations(name) for name in names},
+        "native": native(),
+        "attention": {name: attention(name) for name in names if name != "cpu"},
         "packages": packages(),
     }
 

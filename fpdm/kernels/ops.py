@@ -195,7 +195,7 @@ def linear(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor
 ) -> Tensor:
     """x (...,I) -> (...,O) in weight_c's dtype; weight (O,I), bias (O,) are the parameters."""
-    return ops.linear(x.to(weight_c.dtype), weight_c, bias_c)
+    return ops.linear(x.to(weight_c.dtype).contiguous(), weight_c, bias_c)
 
 
 @_define(
@@ -212,9 +212,9 @@ def linear_backward(
     dinput = ops.linear_dgrad(dy, weight_c).to(x.dtype) if dx else x.new_empty(0)
     if not dw:
         return dinput, weight.new_empty(0), weight.new_empty(0)
-    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-    ops.linear_wgrad(dy, x.to(weight_c.dtype), dweight, dbias)
-    return dinput, dweight, dbias
+    dweight, dbias = _zeros(weight, weight.shape), _zeros(weight, weight.shape[:1])
+    ops.linear_wgrad(dy, x.to(weight_c.dtype).contiguous(), dweight, dbias)
+    return dinput, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 @_define(
@@ -223,7 +223,7 @@ def linear_backward(
 def linear_add_gelu(ops: Any, x: Tensor, weight: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
     """(gelu(pre), pre), pre = x W^T + u.   x (B,T,I), weight (O,I), addend (O,) or (B,T,O)."""
     pre = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return ops.linear_add_gelu(x, weight, addend, pre=pre), pre
+    return ops.linear_add_gelu(x.contiguous(), weight, addend.contiguous(), pre=pre), pre
 
 
 @_define(
@@ -238,7 +238,7 @@ def linear_add_gelu_backward(
     dpre = ops.gelu_backward(dy.contiguous(), pre)
     dweight = _zeros(weight, weight.shape)
     dbias = _zeros(weight, (weight.shape[0],)) if bias else None
-    ops.linear_wgrad(dpre, x, dweight, dbias)
+    ops.linear_wgrad(dpre, x.contiguous(), dweight, dbias)
     du = dpre if dbias is None else dbias.to(dpre.dtype)
     return ops.linear_dgrad(dpre, weight), dweight.to(weight.dtype), du
 
@@ -246,7 +246,7 @@ def linear_add_gelu_backward(
 @_define("adaln", "(Tensor z, Tensor shift, Tensor scale, str impl) -> Tensor", compute_at=2)
 def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(z)(1 + scale) + shift.   z (B,T,D), shift, scale (B,D)."""
-    return ops.adaln(z, shift, scale)
+    return ops.adaln(z.contiguous(), shift, scale)
 
 
 @_define(
@@ -256,27 +256,31 @@ def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 )
 def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dshift, dscale)."""
-    dz, dshift, dscale = torch.zeros_like(z), _zeros(scale, scale.shape), _zeros(scale, scale.shape)
-    ops.adaln_backward(dy.contiguous(), z, scale, dz, dshift, dscale)
+    dz, dshift, dscale = (
+        z.new_zeros(z.shape),
+        _zeros(scale, scale.shape),
+        _zeros(scale, scale.shape),
+    )
+    ops.adaln_backward(dy.contiguous(), z.contiguous(), scale, dz, dshift, dscale)
     return dz, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
 @_define("attention", "(Tensor qkv, int heads, str impl) -> Tensor")
 def attention(ops: Any, qkv: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt K) v.   qkv (B,T,3D) packed as (3,H,K) -> (B,T,D)."""
-    return ops.attention(qkv, heads)
+    return ops.attention(qkv.contiguous(), heads)
 
 
 @_define("attention_backward", "(Tensor dy, Tensor qkv, Tensor y, int heads, str impl) -> Tensor")
 def attention_backward(ops: Any, dy: Tensor, qkv: Tensor, y: Tensor, heads: int) -> Tensor:
     """dqkv (B,T,3D)."""
-    return ops.attention_backward(dy.contiguous(), qkv, y, heads)
+    return ops.attention_backward(dy.contiguous(), qkv.contiguous(), y.contiguous(), heads)
 
 
 @_define("gate_residual", "(Tensor z, Tensor y, Tensor gate, str impl) -> Tensor", compute_at=2)
 def gate_residual(ops: Any, z: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """z + g y.   z, y (B,T,D), gate (B,D)."""
-    return ops.gate_residual(z.contiguous(), y, gate)
+    return ops.gate_residual(z.contiguous(), y.contiguous(), gate)
 
 
 @_define(
@@ -289,7 +293,8 @@ def gate_residual_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dy, dgate); dz is dout."""
     dgate = _zeros(gate, gate.shape)
-    return ops.gate_residual_backward(dout.contiguous(), y, gate, dgate), dgate.to(gate.dtype)
+    dy = ops.gate_residual_backward(dout.contiguous(), y.contiguous(), gate, dgate)
+    return dy, dgate.to(gate.dtype)
 
 
 @_define(
@@ -301,7 +306,7 @@ def gate_residual_adaln(
     ops: Any, z: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(z', LN(z')(1 + scale) + shift), z' = z + g y."""
-    return ops.gate_residual_adaln(z.contiguous(), y, gate, shift, scale)
+    return ops.gate_residual_adaln(z.contiguous(), y.contiguous(), gate, shift, scale)
 
 
 @linear.register_fake
