@@ -172,12 +172,14 @@ def native() -> dict[str, Any]:
         record = json.loads((kernels / "_build.json").read_text())
     except OSError:
         record = {}
-    cpu = record.get("cpu", {"missing": "this installation was never built"})
-    told: dict[str, Any] = {"csrc/cpu": f"not built: {cpu['missing']}"}
-    if "missing" not in cpu:
+    never = {"missing": "this installation was never built"}
+    cpu, cuda = record.get("cpu", never), record.get("cuda", never)
+    told: dict[str, Any] = {}
+    if "missing" in cpu:
+        told["csrc/cpu"] = f"not built: {cpu['missing']}"
+    else:
         variants = " ".join(cpu.get("variants", ()))
         told["csrc/cpu"] = f"{cpu.get('compiler', 'compiler unknown')}: {variants}"
-    cuda = record.get("cuda", {"missing": "this installation was never built"})
     told["csrc/cuda"] = f"no cubins: {cuda['missing']}" if "missing" in cuda else "cubins"
     if "missing" not in cuda:
         from fpdm.kernels import cuda_compile
