@@ -1,21 +1,23 @@
 # make train    trains on the built-in digits, then evaluates; minutes on two cores
 # make test     ruff, mypy and the tests
+# make bench    times everything against its baselines, into bench/results/
 #
 # Each sets up a virtual environment from pinned requirements first, when it is missing or old.
 # Variables: PYTHON (the interpreter it is made with), VENV (where), PIP_ARGS (for pip install),
-# TRAIN_ARGS (--section.key value ...), PYTEST_ARGS.
+# TRAIN_ARGS (--section.key value ...), PYTEST_ARGS, BENCH_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 RUN := runs/digits
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: train test clean
+.PHONY: train test bench clean
 
 train: $(VENV)/.run
 	$(PY) -m fpdm.train digits --train.out $(dir $(RUN)) --train.name $(notdir $(RUN)) $(TRAIN_ARGS)
@@ -28,13 +30,17 @@ test: $(VENV)/.dev
 	$(PY) -m mypy -p fpdm
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+bench: $(VENV)/.dev
+	$(PY) -m bench $(BENCH_ARGS)
+	$(PY) -m bench --render
+
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else f"got Python {v[0]}.{v[1]}, expected 3.10 to 3.13: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # --no-build-isolation: setuptools and wheel are pinned there too
-$(VENV)/.run: requirements/run.txt pyproject.toml setup.py | $(VENV)/.python
+$(VENV)/.run: requirements/run.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*) | $(VENV)/.python
 	$(PIP) -r requirements/run.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

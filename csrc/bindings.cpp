@@ -1,0 +1,146 @@
+// Integers in: addresses, distances and sizes in elements, dtype codes (0 float32, 1 bfloat16). The
+// caller has checked them (fpdm/kernels/launch.py); an address may be 0 where kernels.h says so.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using fpdm::Block;
+using fpdm::i64;
+using fpdm::Linear;
+using fpdm::Rows;
+using fpdm::Shape;
+using fpdm::Sum;
+using fpdm::Vector;
+
+namespace {
+
+const fpdm::Variant* active;
+
+void* at(i64 address) { return reinterpret_cast<void*>(address); }
+float* floats(i64 address) { return reinterpret_cast<float*>(address); }
+
+void adaln(i64 b, i64 t, i64 d, int zt, int type, i64 z, i64 shift, i64 shift_stride, i64 scale,
+           i64 scale_stride, i64 out) {
+    active->adaln({b, t, d, zt, type}, at(z), {at(shift), shift_stride}, {at(scale), scale_stride},
+                  at(out));
+}
+
+void adaln_backward(i64 b, i64 t, i64 d, int zt, int type, i64 dy, i64 z, i64 scale,
+                    i64 scale_stride, i64 dz, i64 dshift, i64 dshift_stride, i64 dscale,
+                    i64 dscale_stride) {
+    active->adaln_backward({b, t, d, zt, type}, at(dy), at(z), {at(scale), scale_stride}, at(dz),
+                           {floats(dshift), dshift_stride}, {floats(dscale), dscale_stride});
+}
+
+void gate_residual(i64 b, i64 t, i64 d, int zt, int type, i64 z, i64 y, i64 gate, i64 gate_stride,
+                   i64 out, i64 prev, i64 norms) {
+    active->gate_residual({b, t, d, zt, type}, at(z), at(y), {at(gate), gate_stride}, at(out),
+                          at(prev), floats(norms));
+}
+
+void gate_residual_adaln(i64 b, i64 t, i64 d, int zt, int type, i64 z, i64 y, i64 gate,
+                         i64 gate_stride, i64 shift, i64 shift_stride, i64 scale, i64 scale_stride,
+                         i64 z_out, i64 out) {
+    active->gate_residual_adaln({b, t, d, zt, type}, at(z), at(y), {at(gate), gate_stride},
+                                {at(shift), shift_stride}, {at(scale), scale_stride}, at(z_out),
+                                at(out));
+}
+
+void gate_residual_backward(i64 b, i64 t, i64 d, int zt, int type, i64 dout, i64 y, i64 gate,
+                            i64 gate_stride, i64 dgate, i64 dgate_stride, i64 out) {
+    active->gate_residual_backward({b, t, d, zt, type}, at(dout), at(y), {at(gate), gate_stride},
+                                   {floats(dgate), dgate_stride}, at(out));
+}
+
+void gelu(int type, i64 n, i64 x, i64 out) { active->gelu(type, n, at(x), at(out)); }
+
+void gelu_backward(int type, i64 n, i64 dy, i64 x, i64 out) {
+    active->gelu_backward(type, n, at(dy), at(x), at(out));
+}
+
+void linear(int type, int out_type, bool transposed, i64 rows, i64 cols, i64 depth, i64 x,
+            i64 weight, i64 weight_stride, i64 bias, i64 out) {
+    active->linear({rows, cols, depth, type, out_type, transposed, false, at(x), at(weight),
+                    weight_stride, at(bias), nullptr, nullptr, at(out)});
+}
+
+void linear_add_gelu(int type, i64 rows, i64 cols, i64 depth, i64 x, i64 weight, i64 weight_stride,
+                     i64 bias, i64 addend, i64 pre, i64 out) {
+    active->linear({rows, cols, depth, type, type, true, true, at(x), at(weight), weight_stride,
+                    at(bias), at(addend), at(pre), at(out)});
+}
+
+void adaln_linear(i64 b, i64 t, i64 d, int zt, int type, i64 z, i64 shift, i64 shift_stride,
+                  i64 scale, i64 scale_stride, i64 cols, i64 weight, i64 weight_stride, i64 bias,
+                  i64 y, i64 out) {
+    Block block{};
+    block.rows = {b, t, d, zt, type};
+    block.z = at(z);
+    block.shift = {at(shift), shift_stride};
+    block.scale = {at(scale), scale_stride};
+    block.y = at(y);
+    active->adaln_linear({b * t, cols, d, type, type, true, false, at(y), at(weight), weight_stride,
+                          at(bias), nullptr, nullptr, at(out)},
+                         block);
+}
+
+void linear_gate(i64 b, i64 t, i64 d, int zt, int type, i64 depth, i64 x, i64 weight,
+                 i64 weight_stride, i64 bias, i64 z, i64 gate, i64 gate_stride, i64 p, i64 z_out,
+                 i64 prev, i64 norms, i64 shift, i64 shift_stride, i64 scale, i64 scale_stride,
+                 i64 y) {
+    Block block{{b, t, d, zt, type},
+                at(z),
+                at(prev),
+                {at(gate), gate_stride},
+                {at(shift), shift_stride},
+                {at(scale), scale_stride},
+                at(z_out),
+                at(y),
+                floats(norms)};
+    active->linear_gate({b * t, d, depth, type, type, true, false, at(x), at(weight), weight_stride,
+                         at(bias), nullptr, nullptr, at(p)},
+                        block);
+}
+
+void wgrad(int type, i64 rows, i64 outs, i64 ins, i64 dy, i64 x, i64 dweight, i64 stride,
+           i64 dbias) {
+    active->wgrad(type, rows, outs, ins, at(dy), at(x), floats(dweight), stride, floats(dbias));
+}
+
+void attention(int type, i64 b, i64 t, i64 heads, i64 width, i64 qkv, i64 out) {
+    active->attention({b, t, heads, width, type}, at(qkv), at(out));
+}
+
+void attention_backward(int type, i64 b, i64 t, i64 heads, i64 width, i64 dy, i64 qkv, i64 out) {
+    active->attention_backward({b, t, heads, width, type}, at(dy), at(qkv), at(out));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    const char* wanted = std::getenv("FPDM_CPU_ISA");
+    active = fpdm::choose(wanted);
+    if (!active)
+        throw py::import_error("FPDM_CPU_ISA: got " + std::string(wanted) +
+                               ", expected one of those built that this processor can run");
+    m.attr("isa") = active->name;
+    auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def("adaln", adaln, nogil);
+    m.def("adaln_backward", adaln_backward, nogil);
+    m.def("gate_residual", gate_residual, nogil);
+    m.def("gate_residual_adaln", gate_residual_adaln, nogil);
+    m.def("gate_residual_backward", gate_residual_backward, nogil);
+    m.def("gelu", gelu, nogil);
+    m.def("gelu_backward", gelu_backward, nogil);
+    m.def("linear", linear, nogil);
+    m.def("linear_add_gelu", linear_add_gelu, nogil);
+    m.def("adaln_linear", adaln_linear, nogil);
+    m.def("linear_gate", linear_gate, nogil);
+    m.def("wgrad", wgrad, nogil);
+    m.def("attention", attention, nogil);
+    m.def("attention_backward", attention_backward, nogil);
+}

@@ -1,0 +1,61 @@
+// Teams of the OpenMP runtime that torch has already loaded: the module is linked without one, and
+// the loader finds the functions in torch's. A team is whole or absent: libgomp ends the threads
+// that a smaller team leaves out.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdlib>
+
+#include "vec.h"
+
+namespace fpdm {
+namespace FPDM_ISA {
+
+struct Team {
+    i64 index, size;
+
+    void barrier() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+    // this thread's part of n units in runs of `grain`
+    template <class F>
+    void each(i64 n, F body, i64 grain = 1) const {
+        i64 runs = ceil_div(n, grain);
+        i64 end = min2(n, (index + 1) * runs / size * grain);
+        for (i64 i = index * runs / size * grain; i < end; i++) body(i);
+    }
+};
+
+// body(team); `work` in elementary operations decides whether a team is worth waking
+template <class F>
+inline void parallel(i64 work, F body) {
+    if (work < 32768 || omp_get_max_threads() == 1 || omp_in_parallel()) return body(Team{0, 1});
+#pragma omp parallel
+    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+}
+
+inline int most_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// memory that the calling thread keeps between calls: fresh pages would cost more than the kernels
+struct Scratch {
+    char* p = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(p); }
+};
+
+template <int slot = 0>
+inline char* scratch(size_t bytes) {
+    static thread_local Scratch s;
+    if (bytes > s.size) {
+        free(s.p);
+        s.size = (bytes + 4095) / 4096 * 4096;
+        s.p = static_cast<char*>(aligned_alloc(4096, s.size));
+    }
+    return s.p;
+}
+
+}  // namespace FPDM_ISA
+}  // namespace fpdm
