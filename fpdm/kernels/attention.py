@@ -57,10 +57,10 @@ def _part(
 ):  # fmt: skip
     o_col = FIRST + tl.arange(0, WIDTH)
     p = p_x + o_row[:, None] + o_col[None, :]
-    if FIRST + WIDTH <= K:
-        return tl.load(p) if EVEN else tl.load(p, mask=m_row[:, None], other=0.0)
-    m_col = (o_col < K)[None, :]
-    return tl.load(p, mask=m_col if EVEN else m_col & m_row[:, None], other=0.0)
+    m = (o_col < K)[None, :]
+    if not EVEN:
+        m = m & m_row[:, None]
+    return tl.load(p) if EVEN and FIRST + WIDTH <= K else tl.load(p, mask=m, other=0.0)
 
 
 @triton.jit
@@ -90,9 +90,12 @@ def _outer(b_a, b_b):
 def _inner(b_p, b_x, b_acc):
     """acc + p x, for each part."""
     b_main = tl.dot(b_p, b_x[0], b_acc[0], input_precision="ieee")
-    if len(b_x) == 1:
-        return (b_main,)
-    return b_main, tl.dot(b_p, b_x[1], b_acc[1], input_precision="ieee")
+    return (b_main,) if len(b_x) == 1 else (b_main, _tail(b_p, b_x, b_acc))
+
+
+@triton.jit
+def _tail(b_p, b_x, b_acc):
+    return tl.dot(b_p, b_x[1], b_acc[1], input_precision="ieee")
 
 
 @triton.jit
@@ -208,7 +211,6 @@ def _backward_q(
         m_k = o_k < T
         b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         _, _, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
-    b_m = tl.where(b_m == float("-inf"), 0.0, b_m)
     b_acc = _zeros(M, MAIN, TAIL)
     for i in tl.range(0, T, N, num_stages=STAGES):
         o_k = i + tl.arange(0, N)
@@ -251,8 +253,9 @@ def _backward_kv(
         b_q = _load(p_q, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN)
         b_dy = _load(p_dy, o_q * D, m_q, K, MAIN, TAIL, EVEN)
         b_m, b_minus, b_delta = _row_numbers(p_rows, o_q, m_q, M, EVEN)
-        # the maximum was summed in another kernel: huge scores may pass it by rounding
-        b_s = tl.minimum(_outer(b_k, b_q), b_m[None, :], tl.PropagateNan.ALL)
+        # the maximum was summed in another kernel: huge scores may pass it by rounding. A NaN that
+        # is lost here is in l
+        b_s = tl.minimum(_outer(b_k, b_q), b_m[None, :])
         b_p = tl.exp2((b_s - b_m[None, :]) * (LOG2E * K**-0.5) + b_minus[None, :])
         if not EVEN:
             # 0 times an infinite key is no probability

@@ -9,12 +9,14 @@ summed in float32. y, pre and p are rounded to the compute dtype whether or not 
 the arithmetic of the element-wise kernels: what a backward rebuilds from them is what the forward
 had, bit for bit. The norms are sums of squares per row and block of columns, added in one order.
 
-Bytes of activations moved beside x, W and the result, in U = B T D, against the library and glue:
+Bytes of activations beside x, W and the result, in U = B T D, N U the width of pre:
 
-                           fused                          library + glue
-    adaln_linear           2 (z for the statistics, z)    4 (z, y written and read; statistics)
-    linear_add_gelu        0, +1 per width of pre kept    2 per width of pre
-    linear_gate_residual   1 (z), +1 if p is kept         3 (p written and read, z)
+                           fused                           library + glue
+    adaln_linear           2 (z, and z for the statistics) 3 (z, y written and read)
+    linear_add_gelu        0, N with a tensor addend       2 N, 3 N with a tensor addend
+    linear_gate_residual   1 (z)                           3 (z, p written and read)
+
+and what is kept is written on top (y 1, pre N, p 1), where the library has written it already.
 
 ``fused``: None asks the committed table (fpdm.kernels.gemm_table), True runs these kernels, False
 the library and glue.
@@ -41,7 +43,7 @@ from fpdm.kernels.reference import LN_EPS, linear
 GROUP = 8
 
 
-def _architecture(device: torch.device) -> int:
+def _architecture() -> int:
     """What Triton compiles for: 80, 90 ...; the interpreter takes every path of the newest."""
     if triton.knobs.runtime.interpret:
         return 90
@@ -62,7 +64,7 @@ def _plan(
     """Grid, the two operands as the kernel takes them, and its constants; x (M,K), weight (N,K)."""
     (m, k), n = x.shape, weight.shape[0]
     if tile is None:
-        tile = tiles(op, m, n, k, weight.dtype, _architecture(x.device))[0]
+        tile = tiles(op, m, n, weight.dtype, _architecture())[0]
     blocks = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     operands: tuple[Any, Any] = (x, weight)
     tma = tile.tma and aligned((x, weight), 16)
@@ -79,7 +81,7 @@ def _plan(
     return grid, *operands, constants
 
 
-def _fused(
+def _route(
     op: str, x: Tensor, weight: Tensor, keep: bool, fused: bool | None
 ) -> tuple[str, Tile | None]:
     """The route and the tile (None: the first candidate)."""
@@ -105,7 +107,7 @@ def adaln_linear(
 
     z (B,T,D), weight (O,D) -> (B,T,O). Raises LaunchError.
     """
-    route, tile = _fused("adaln_linear", z, weight, keep and y is not None, fused)
+    route, tile = _route("adaln_linear", z, weight, keep and y is not None, fused)
     if route == "library":
         return linear(adaln(z, shift, scale, out=y), weight, bias, out=out)
     return fused_adaln_linear(z, shift, scale, weight, bias, y if keep else None, out, tile)
@@ -169,7 +171,7 @@ def linear_add_gelu(
     if pre is not None and out is not None and pre.data_ptr() == out.data_ptr():
         kept = None
     op = "linear_bias_gelu" if addend.dim() == 1 else "linear_add_gelu"
-    route, tile = _fused(op, x, weight, kept is not None, fused)
+    route, tile = _route(op, x, weight, kept is not None, fused)
     if route == "library":
         return mlp.linear_add_gelu(x, weight, addend, pre=pre, out=out)
     if route == "cublaslt":
@@ -234,7 +236,7 @@ def linear_gate_residual(
     fused: bool | None = None,
 ) -> Tensor:
     """z + g (x W^T + b): see ``reference.linear_gate_residual``. Raises LaunchError."""
-    route, tile = _fused("linear_gate_residual", x, weight, keep and p is not None, fused)
+    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
     if route == "library":
         p = linear(x, weight, bias, out=p)
         return gate_residual(z, p, gate, out=out, prev=prev, norms=norms)
@@ -260,7 +262,7 @@ def linear_gate_residual_adaln(
 
     Fused: the GEMM with its epilogue, then the adaLN kernel. Raises LaunchError.
     """
-    route, tile = _fused("linear_gate_residual", x, weight, keep and p is not None, fused)
+    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
     if route == "library":
         p = linear(x, weight, bias, out=p)
         return gate_residual_adaln(z, p, gate, shift, scale, z_out=z_out, out=out)

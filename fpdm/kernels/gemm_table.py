@@ -59,13 +59,13 @@ class Choice(NamedTuple):
     tile: Tile | None = None
 
 
+# up to 64 sums a thread: every epilogue fits the registers beside them
 _LARGE = {
-    80: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3)),
+    80: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
     90: (
         Tile(128, 128, 64, 8, 3, tma=True, persistent=True),
-        Tile(128, 256, 64, 8, 3, tma=True, persistent=True),
-        Tile(128, 128, 64, 4, 3, tma=True),
-        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(64, 128, 64, 4, 3, tma=True),
     ),
 }
 _SMALL = {
@@ -76,19 +76,30 @@ _SMALL = {
         Tile(64, 64, 64, 4, 4),
     ),
 }
+# 128 sums a thread: more products per byte loaded, where prologue and epilogue are light enough
+_HEAVY = {
+    ("linear_add_gelu", 80): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3)),
+    ("linear_add_gelu", 90): (
+        Tile(128, 256, 64, 8, 3, tma=True),
+        Tile(128, 128, 64, 4, 3, tma=True),
+    ),
+    ("adaln_linear", 90): (Tile(128, 256, 64, 8, 3),),
+}
 # float32 has no tensor cores to feed here: its products are exact float32
 _WIDE = (Tile(64, 64, 32, 4, 2),)
 
 
-def tiles(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> tuple[Tile, ...]:
-    """The tiles worth timing for m x n results of k products, likeliest first; at most 8."""
+def tiles(op: str, m: int, n: int, dtype: torch.dtype, arch: int) -> tuple[Tile, ...]:
+    """The tiles worth timing for m x n results, likeliest first; at most 8. All of
+    them pass the compile gate (bench.compile_gate)."""
     if dtype == torch.float32:
         return _WIDE
-    known = 90 if arch >= 90 else 80
-    found = (_SMALL if m * n < 2**22 else _LARGE)[known]
-    if op == "adaln_linear":
-        # its operand passes through registers, where 256 columns leave no room for the flat loop
-        found = tuple(t._replace(persistent=False) for t in found)
+    # later ones of the consumer line have the shared memory of sm_86
+    known = 90 if 90 <= arch < 120 else 80
+    if m * n < 2**22:
+        found = _SMALL[known]
+    else:
+        found = _LARGE[known] + _HEAVY.get((op.replace("_bias_", "_add_"), known), ())
     return tuple(sorted(found, key=lambda t: _waves(t, m, n, PROCESSORS[known])))
 
 
@@ -144,6 +155,8 @@ def validate(entry: dict[str, Any]) -> None:
     for name, known in (("op", OPERATORS), ("route", ROUTES)):
         if entry[name] not in known:
             raise TableError(f"gemm_table: {name}: got {entry[name]!r}, expected one of {known}")
+    if entry["route"] == "cublaslt" and (entry["op"] != "linear_bias_gelu" or entry["keep"]):
+        raise TableError("gemm_table: cublaslt: got it elsewhere, expected a bias and nothing kept")
     ms = entry["ms"]
     if entry["route"] not in ms or "library" not in ms:
         raise TableError(f"gemm_table: ms: got {sorted(ms)}, expected library and the route's")

@@ -1,0 +1,330 @@
+"""Compile gate without a GPU: what every Triton kernel takes of a device at XL/2 shapes.
+
+    python -m bench.compile_gate            prints the table, and what breaks a limit
+    python -m bench.compile_gate --write    ... and writes bench/tables/triton_resources.json
+
+The launchers themselves run, on CPU tensors that nobody reads, against a driver that names an
+architecture and has no device: what is compiled is what they would launch, specialisation of
+addresses and strides included. The machine code is then read back with the disassembler that comes
+with Triton.
+
+Limits: no stack and no local memory, no atomics, tensor-core instructions in half precision where
+there is a dot, shared memory of one block within the device, at least 8 resident warps per
+multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import fpdm.kernels
+from fpdm.kernels import adaln, adamw, attention, gate_residual, gemm, gemm_table, mlp
+
+TABLE = Path(__file__).parent / "tables" / "triton_resources.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.float16, torch.bfloat16)
+D, T, HEADS = 1152, 256, 16
+# samples of a training or sampling batch, and of one image with guidance
+LARGE, SMALL = 64, 2
+MIN_WARPS = 8
+# per multiprocessor: shared memory, of which a block costs 1 KB more than it asks for; per block
+SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024)}
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+TENSOR_CORES = {80: ("HMMA",), 90: ("HMMA", "HGMMA")}
+
+
+class Resources(NamedTuple):
+    """One compiled kernel: what identifies it, and what was measured."""
+
+    kernel: str
+    arch: int
+    types: str
+    constants: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    resident: int
+    instructions: dict[str, int]
+    dot: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything but the measurements."""
+        return self[:6]
+
+
+class _Driver(SimpleNamespace):
+    """Names an architecture; a device number of its own keeps Triton's caches apart."""
+
+    def __init__(self, arch: int) -> None:
+        super().__init__(
+            get_current_device=lambda: arch,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        )
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[dict[str, tuple[JITFunction, Any]]]:
+    """Launches compile for ``arch`` and launch nothing; yields hash -> (function, kernel)."""
+    found: dict[str, tuple[JITFunction, Any]] = {}
+    original, before = JITFunction.run, driver._active
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=True, **options)
+        found[kernel.hash] = self, kernel
+        return kernel
+
+    # the attention launcher asks torch, which has no device here
+    capability = mock.patch.object(attention, "_capability", return_value=divmod(arch, 10))
+    with mock.patch.object(JITFunction, "run", run), capability:
+        driver.set_active(_Driver(arch))
+        try:
+            yield found
+        finally:
+            driver._active = before
+
+
+def _rows(batch: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(batch, T, width, dtype=dtype)
+
+
+def elementwise(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+    """Launches the element-wise kernels, forward and backward."""
+    z, y, dz = _rows(SMALL, D, residual), _rows(SMALL, D, dtype), _rows(SMALL, D, residual)
+    vectors = torch.empty(SMALL, 6 * D, dtype=dtype).chunk(6, -1)
+    sums = torch.empty(SMALL, 6 * D).chunk(6, -1)
+    adaln.adaln(z, *vectors[:2])
+    adaln.adaln_backward(y, z, vectors[1], dz, *sums[:2])
+    gate_residual.gate_residual(z, y, vectors[2])
+    gate_residual.gate_residual(z, y, vectors[2], prev=dz, norms=torch.empty(2, SMALL))
+    gate_residual.gate_residual_adaln(z, y, vectors[2], *vectors[3:5])
+    gate_residual.gate_residual_backward(dz, y, vectors[2], sums[2])
+    mlp.gelu(y)
+    mlp.gelu_backward(y, y)
+    # the library's GEMM runs: a short one
+    x, w, wide = _rows(SMALL, 16, dtype).zero_(), torch.zeros(2 * D, 16, dtype=dtype), 2 * D
+    mlp.linear_add_gelu(x, w, _rows(SMALL, wide, dtype))
+    mlp.linear_add_gelu(x, w, _rows(SMALL, wide, dtype), pre=_rows(SMALL, wide, dtype))
+    if residual == dtype:
+        flat = [torch.empty(2**20) for _ in range(5)]
+        for copy in (None, torch.empty(2**20, dtype=dtype)):
+            adamw.adamw_(*flat, copy, [0.5] * 10)  # type: ignore[arg-type]
+
+
+def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+    """Launches attention, forward and backward; it has no residual stream."""
+    if residual == dtype:
+        qkv, y = _rows(SMALL, 3 * D, dtype), _rows(SMALL, D, dtype)
+        attention.attention(qkv, HEADS)
+        attention.attention_backward(y, qkv, y, HEADS)
+
+
+def gemms(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+    """Launches the fused GEMMs: as the engine asks for them, and in their heaviest form (all that
+    a training step keeps, norms, a float32 residual stream) with every tile that may be chosen."""
+    for batch in (LARGE, SMALL) if residual != dtype else (LARGE,):
+        x, z, wide = _rows(batch, D, dtype), _rows(batch, D, residual), _rows(batch, 4 * D, dtype)
+        g, s, a = torch.empty(batch, 6 * D, dtype=dtype).chunk(6, -1)[:3]
+        u, bias = _rows(batch, 2 * D, dtype), torch.empty(4 * D, dtype=dtype)
+        weight = {n: torch.empty(n, D, dtype=dtype) for n in (D, 2 * D, 3 * D, 4 * D)}
+        deep, norms = torch.empty(D, 4 * D, dtype=dtype), torch.empty(2, batch)
+        if residual == dtype:
+            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D])
+            gemm.fused_linear_add_gelu(x, weight[2 * D], u)
+            gemm.fused_linear_add_gelu(x, weight[4 * D], bias)
+            gemm.fused_linear_gate_residual(x, weight[D], bias[:D], z, g)
+            gemm.fused_linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms)
+            continue
+        y, pre, prev = torch.empty_like(x), torch.empty_like(u), torch.empty_like(z)
+        for tile in gemm_table.tiles("adaln_linear", batch * T, 3 * D, dtype, arch):
+            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, tile=tile)
+        for tile in gemm_table.tiles("linear_add_gelu", batch * T, 2 * D, dtype, arch):
+            gemm.fused_linear_add_gelu(x, weight[2 * D], u, pre, tile=tile)
+        for tile in gemm_table.tiles("linear_gate_residual", batch * T, D, dtype, arch):
+            gemm.fused_linear_gate_residual(
+                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, tile=tile
+            )
+
+
+PLAN: tuple[Callable[[int, torch.dtype, torch.dtype], None], ...] = (
+    elementwise,
+    attentions,
+    gemms,
+)
+
+
+def compiled(arch: int, plan: Iterable[Callable[..., None]] = PLAN) -> list[Resources]:
+    """Resources of everything that ``plan`` launches, in the order of their names."""
+    with recording(arch) as found:
+        for launches in plan:
+            for dtype in DTYPES:
+                for residual in (dtype, torch.float32):
+                    launches(arch, dtype, residual)
+    return sorted(resources(*pair, arch) for pair in found.values())
+
+
+def resources(function: JITFunction, kernel: Any, arch: int) -> Resources:
+    """Reads a compiled kernel."""
+    meta, source = kernel.metadata, kernel.src
+    names = function.arg_names
+    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc"))]
+    constants = {names[i]: v for (i, *_), v in source.constants.items()}
+    registers, stack, found = _disassembled(kernel.asm["cubin"])
+    return Resources(
+        kernel=f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}",
+        arch=arch,
+        types=" ".join(types),
+        constants=" ".join(f"{n}={v}" for n, v in sorted(constants.items())),
+        warps=meta.num_warps,
+        stages=meta.num_stages,
+        registers=registers,
+        stack=stack,
+        shared=meta.shared,
+        resident=resident_warps(registers, meta.shared, meta.num_warps, arch),
+        instructions=found,
+        dot="tt.dot" in kernel.asm["ttir"],
+    )
+
+
+def _disassembled(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers, bytes of stack, and how often each instruction occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        # without data flow: labels of branch targets are not needed
+        code = _tool("nvdisasm", "-c", "-ndf", file.name)
+    sizes = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if sizes is None:
+        raise RuntimeError(f"cuobjdump: got {usage!r}, expected REG and STACK")
+    heads = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", code, re.M)
+    return int(sizes[1]), int(sizes[2]), {name: heads.count(name) for name in sorted(set(heads))}
+
+
+def _tool(name: str, *options: str) -> str:
+    command = [str(TOOLS / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resident_warps(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Warps of one multiprocessor that blocks of ``warps`` fill. Registers are given out 256 at a
+    time to each warp, from four banks that each serve a quarter of the warps."""
+    each = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // 4 // each * 4 // warps
+    by_shared = SHARED[arch][0] // (shared + 1024)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps
+
+
+def violations(r: Resources) -> list[str]:
+    """Every limit that a kernel breaks, one line each."""
+    count = r.instructions.get
+    local = count("LDL", 0) + count("STL", 0)
+    atomics = sum(count(n, 0) for n in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"))
+    half = "fp16" in r.types or "bf16" in r.types
+    cores = sum(count(n, 0) for n in TENSOR_CORES[r.arch])
+    broken = {
+        f"{r.stack} bytes of stack, expected none": r.stack,
+        f"{local} accesses to local memory, expected none": local,
+        f"{atomics} atomics, expected none": atomics,
+        "no tensor-core instruction, expected some": r.dot and half and not cores,
+        f"{r.shared} bytes of shared memory, expected at most {SHARED[r.arch][1]}": (
+            r.shared > SHARED[r.arch][1]
+        ),
+        f"{r.resident} resident warps, expected at least {MIN_WARPS}": r.resident < MIN_WARPS,
+    }
+    where = f"{r.kernel} sm_{r.arch} {r.types} {r.constants} warps={r.warps} stages={r.stages}"
+    return [f"{where}: {what}" for what, bad in broken.items() if bad]
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of fpdm.kernels that imports here."""
+    found = []
+    for module in pkgutil.iter_modules(fpdm.kernels.__path__, "fpdm.kernels."):
+        # an optional package that is missing hides no Triton kernel
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(module.name))
+    return found
+
+
+def unlaunched(modules: Iterable[ModuleType], rows: Iterable[Resources]) -> set[str]:
+    """Triton functions that no other one calls and that no row names."""
+    functions = {
+        f"{module.__name__.rpartition('.')[2]}.{name}": value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
+    }
+    called: set[str] = set()
+    for function in functions.values():
+        for node in ast.walk(function.parse()):
+            if isinstance(node, ast.Call):
+                callee = node.func
+                called.add(callee.attr if isinstance(callee, ast.Attribute) else
+                           callee.id if isinstance(callee, ast.Name) else "")  # fmt: skip
+    launched = {r.kernel for r in rows}
+    return {n for n in functions if n not in launched and n.rpartition(".")[2] not in called}
+
+
+def table(rows: Iterable[Resources]) -> str:
+    """The committed form: one line for each kernel."""
+    lines = [json.dumps(_committed(r)) for r in rows]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def _committed(r: Resources) -> dict[str, Any]:
+    row = r._asdict()
+    dots = {n: c for n, c in row.pop("instructions").items() if n in ("HMMA", "HGMMA")}
+    return row | {"tensor": sum(dots.values())}
+
+
+def committed() -> set[tuple[Any, ...]]:
+    """Keys of the kernels in the committed table."""
+    return {tuple(row[f] for f in Resources._fields[:6]) for row in json.loads(TABLE.read_text())}
+
+
+def main() -> int:
+    """Entry point; 1 when a limit is broken."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_gate")
+    parser.add_argument("--write", action="store_true", help="write the table")
+    options = parser.parse_args()
+    rows = [r for arch in ARCHITECTURES for r in compiled(arch)]
+    for r in rows:
+        print(
+            f"{r.kernel:32} sm_{r.arch} {r.registers:3} registers {r.shared:6} shared "
+            f"{r.resident:2} warps  {r.types} {r.constants} w{r.warps} s{r.stages}"
+        )
+    broken = [line for r in rows for line in violations(r)]
+    broken += [f"{name}: never launched" for name in sorted(unlaunched(kernel_modules(), rows))]
+    print("\n".join(broken) or f"{len(rows)} kernels within all limits")
+    if options.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(table(rows))
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

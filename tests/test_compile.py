@@ -1,0 +1,120 @@
+"""Compile gate of the Triton kernels, without a GPU: limits, committed table, planted faults."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import planted_kernels as planted  # noqa: E402
+
+from bench import compile_gate as gate  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=gate.ARCHITECTURES)
+def rows(request: pytest.FixtureRequest) -> list[gate.Resources]:
+    return gate.compiled(request.param)
+
+
+def test_every_kernel_is_within_the_limits(rows: list[gate.Resources]) -> None:
+    assert [line for r in rows for line in gate.violations(r)] == []
+
+
+def test_every_kernel_is_in_the_table(rows: list[gate.Resources]) -> None:
+    """Registers may change with Triton; a kernel that comes or goes is a change to look at."""
+    arch = rows[0].arch
+    known = {key for key in gate.committed() if key[1] == arch}
+    found = {r.key for r in rows}
+    advice = "python -m bench.compile_gate --write"
+    assert sorted(found - known) == [], f"not in {gate.TABLE.name}: {advice}"
+    assert sorted(known - found) == [], f"only in {gate.TABLE.name}: {advice}"
+
+
+def test_every_kernel_is_launched(rows: list[gate.Resources]) -> None:
+    assert gate.unlaunched(gate.kernel_modules(), rows) == set()
+
+
+def test_dots_run_on_tensor_cores(rows: list[gate.Resources]) -> None:
+    """And the gate knows a dot when it sees one."""
+    with_dot = {r.kernel for r in rows if r.dot}
+    assert with_dot == {
+        "attention._forward", "attention._backward_q", "attention._backward_kv",
+        "gemm_kernels.adaln_linear", "gemm_kernels.linear_add_gelu",
+        "gemm_kernels.linear_gate_residual",
+    }  # fmt: skip
+    wgmma = {r.kernel for r in rows if r.instructions.get("HGMMA")}
+    assert wgmma == (with_dot if rows[0].arch == 90 else set())
+
+
+def planted_violations(name: str, arch: int) -> list[str]:
+    found = gate.compiled(arch, [getattr(planted, f"launch_{name}")])
+    assert {r.kernel for r in found} == {f"planted_kernels.{name}"}
+    return [line for r in found for line in gate.violations(r)]
+
+
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_a_spill_is_caught(arch: int) -> None:
+    lines = planted_violations("spilling", arch)
+    assert any("bytes of stack" in line for line in lines)
+    assert any("accesses to local memory" in line for line in lines)
+
+
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_an_atomic_is_caught(arch: int) -> None:
+    assert any("atomics" in line for line in planted_violations("atomic", arch))
+
+
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_too_much_shared_memory_is_caught(arch: int) -> None:
+    assert any("bytes of shared memory" in line for line in planted_violations("greedy", arch))
+
+
+def test_a_dot_without_tensor_cores_and_idle_processors_are_caught() -> None:
+    good = gate.Resources("m.k", 90, "*fp16", "", 4, 3, 128, 0, 1024, 16, {"HGMMA": 4}, True)
+    assert gate.violations(good) == []
+    assert "tensor-core" in gate.violations(good._replace(instructions={"FFMA": 9}))[0]
+    assert gate.violations(good._replace(types="*fp32", instructions={"FFMA": 9})) == []
+    assert "resident warps" in gate.violations(good._replace(resident=4))[0]
+
+
+def test_a_forgotten_kernel_is_caught() -> None:
+    """``helper`` is called by another kernel, so it is none that a launcher must launch."""
+    found = gate.compiled(90, [planted.launch_atomic])
+    expected = {f"planted_kernels.{n}" for n in ("spilling", "greedy", "forgotten")}
+    assert gate.unlaunched([planted], found) == expected
+    assert gate.unlaunched([ModuleType("empty")], found) == set()
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "arch", "expected"),
+    [
+        (32, 0, 4, 90, 64),  # the limit of the multiprocessor
+        (128, 0, 4, 90, 16),  # 65536 registers / (128 x 32)
+        (129, 0, 4, 90, 12),  # given out 256 at a time: 136
+        (168, 0, 8, 80, 8),  # 12 by registers, of which a second block of 8 does not fit
+        (255, 0, 8, 80, 8),
+        (64, 100 * 1024, 4, 90, 8),  # two blocks of 101 KB in 228
+        (64, 100 * 1024, 4, 80, 4),  # one in 164
+    ],
+)
+def test_resident_warps(registers: int, shared: int, warps: int, arch: int, expected: int) -> None:
+    assert gate.resident_warps(registers, shared, warps, arch) == expected
+
+
+def test_the_table_is_what_the_command_writes() -> None:
+    text = gate.TABLE.read_text()
+    fields = [*gate.Resources._fields[:-2], "dot", "tensor"]
+    assert all(list(row) == fields for row in json.loads(text))
+    assert text.count("\n") == len(json.loads(text)) + 2
+
+
+def test_nothing_of_the_pretended_device_remains() -> None:
+    before = triton.runtime.driver._active
+    with gate.recording(90):
+        assert triton.runtime.driver.active.get_current_target().arch == 90
+    assert triton.runtime.driver._active is before
