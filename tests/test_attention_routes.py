@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from fpdm.kernels.ops import ImplError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF = torch.bfloat16
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +290,14 @@ class TestLauncher:
             assert forward["N"] == 256
             assert forward["EVEN"]
             assert not self.attention.tiles(257, 72, dtype, (9, 0))["forward"][1]["WHOLE"]
+
+    @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+    @pytest.mark.parametrize("size", [12, 24, 64, 80])
+    def test_every_kind_of_head_compiles(self, size: int) -> None:
+        """One part or two, masked columns or none; the gate compiles K = 72 and T = 256 only."""
+        gate = pytest.importorskip("bench.compile_gate")
+        qkv, y = torch.empty(1, 17, 6 * size, dtype=HALF), torch.empty(1, 17, 2 * size, dtype=HALF)
+        with gate.recording(90) as found:
+            self.attention.attention(qkv, 2)
+            self.attention.attention_backward(y, qkv, y, 2)
+        assert len(found) == 3

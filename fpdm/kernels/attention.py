@@ -90,12 +90,11 @@ def _outer(b_a, b_b):
 def _inner(b_p, b_x, b_acc):
     """acc + p x, for each part."""
     b_main = tl.dot(b_p, b_x[0], b_acc[0], input_precision="ieee")
-    return (b_main,) if len(b_x) == 1 else (b_main, _tail(b_p, b_x, b_acc))
-
-
-@triton.jit
-def _tail(b_p, b_x, b_acc):
-    return tl.dot(b_p, b_x[1], b_acc[1], input_precision="ieee")
+    return (
+        (b_main,)
+        if len(b_x) == 1
+        else (b_main, tl.dot(b_p, b_x[1], b_acc[1], input_precision="ieee"))
+    )
 
 
 @triton.jit
