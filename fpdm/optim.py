@@ -167,7 +167,13 @@ class AdamWEMA:
             lr / (1 - c.beta1**t), math.sqrt(1 - c.beta2**t), 1 - decay,
         ]  # fmt: skip
         adamw_, p = _one_pass_on(flat["w"].device), self.prepared
-        inside = isinstance(p, PreparedWeights) and p.flat is not None
+        # a layout that was made before a parameter was frozen is another one
+        inside = (
+            isinstance(p, PreparedWeights)
+            and p.flat is not None
+            and p.layout.offsets == self.layout.offsets
+            and p.layout.shapes == self.layout.shapes
+        )
         copy = p.flat[: self.layout.trained] if inside else None  # type: ignore[union-attr,index]
         adamw_(flat["w"], self.gradients, flat["a"], flat["v"], flat["e"], copy, scalars)
         if inside:

@@ -300,3 +300,22 @@ def test_the_scale_neither_dies_nor_grows_without_end():
     for _ in range(2000):
         s.update(False)
     assert s.scale == 2.0**40
+
+
+def test_one_pass_knows_another_layout(monkeypatch):
+    """A parameter frozen after the weights were prepared: every copy stays its own."""
+    from fpdm import optim
+
+    def pass_(w, g, a, v, e, copy, scalars):
+        if copy is not None:
+            copy.copy_(w)
+
+    monkeypatch.setattr(optim, "_one_pass_on", lambda device: pass_)
+    model = random_model(TINY)
+    prepared = PreparedWeights(model, torch.bfloat16)
+    model.x_embedder.proj.weight.requires_grad_(False)
+    optimizer = AdamWEMA(model, OptimConfig(impl="onepass"), prepared)
+    gradients(optimizer, 1)
+    optimizer.step(1e-2)
+    for name, p in model.named_parameters():
+        assert torch.equal(prepared.get(name), p.detach().bfloat16()), name

@@ -11,6 +11,8 @@ move 54.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +55,9 @@ def adamw_(
     """The module's equations, in place; ``scalars``: c, b1, 1-b1, b2, 1-b2, eps, 1 - lr wd,
     lr / (1-b1^t), sqrt(1-b2^t), 1-d."""
     grid = (triton.cdiv(w.numel(), BLOCK),)
-    adamw_kernel[grid](
-        w, g, a, v, e, w if copy is None else copy, w.numel(), *scalars,
-        HAS_COPY=copy is not None, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+    # a launch goes to the current device
+    with torch.cuda.device(w.device) if w.is_cuda else contextlib.nullcontext():
+        adamw_kernel[grid](
+            w, g, a, v, e, w if copy is None else copy, w.numel(), *scalars,
+            HAS_COPY=copy is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip

@@ -211,16 +211,18 @@ def _backward_q(
         b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         _, _, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
     b_acc = _zeros(M, MAIN, TAIL)
+    b_inverse = (1.0 / b_l)[:, None]
     for i in tl.range(0, T, N, num_stages=STAGES):
         o_k = i + tl.arange(0, N)
         m_k = o_k < T
         b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         b_v = _load(p_q + 2 * D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
-        b_e = _exp(_scores(b_q, b_k, m_k, EVEN), b_m[:, None], K)
-        b_ds = b_e * (_outer(b_dy, b_v) - b_delta[:, None])
+        # normalised before it is rounded: e alone is up to T times p
+        b_p = _exp(_scores(b_q, b_k, m_k, EVEN), b_m[:, None], K) * b_inverse
+        b_ds = b_p * (_outer(b_dy, b_v) - b_delta[:, None])
         b_acc = _inner(b_ds.to(b_k[0].dtype), b_k, b_acc)
     p_dq = p_dqkv + i_b * T * (3 * D) + i_h * K
-    b_acc = _scaled(b_acc, (K**-0.5 / b_l)[:, None])
+    b_acc = _scaled(b_acc, K**-0.5)
     _store(p_dq, o_q * (3 * D), m_q, b_acc, K, MAIN, EVEN)
     p_rows += ((i_b * H + i_h) * T + o_q) * 4
     tl.store(p_rows, b_m, mask=m_q)

@@ -224,4 +224,4 @@ def linear_gate_residual(
             m_row = i_row + o_row < M
             p_row = p_sums + i_row.to(tl.int64) * n_cols + (o_row * n_cols + i_col // BLOCK_N)
             tl.store(p_row, b_moved + b_more, mask=m_row)
-            tl.store(p_row + M.to(tl.int64) * n_cols, b_size + b_larger, mask=m_row)
+            tl.store(p_row + tl.cast(M, tl.int64) * n_cols, b_size + b_larger, mask=m_row)

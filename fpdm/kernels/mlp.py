@@ -69,7 +69,8 @@ def _backward(p_dy, p_x, p_dx, n, BLOCK: tl.constexpr):
     b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
     b_s, b_slope = _sigmoid(b_x)
     # 2 a' = 1.5957691 + 0.21406445 x^2
-    b_slope *= b_x * tl.fma(0.21406445 * b_x, b_x, 1.5957691)
+    # from the left: the slope is 0 before the square overflows
+    b_slope = b_slope * b_x * tl.fma(0.21406445 * b_x, b_x, 1.5957691)
     tl.store(p_dx + o, (b_dy * (b_s + b_slope)).to(p_dx.dtype.element_ty), mask=m)
 
 

@@ -15,11 +15,12 @@ tests. An explicit request is never replaced silently.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -157,9 +158,13 @@ def resolve(impl: str, device: torch.device | str, dtype: torch.dtype | None = N
     return _operator_set(_chosen(impl, device, dtype))
 
 
-def no_autocast(device: torch.device) -> torch.amp.autocast:
-    """The operators choose their dtypes themselves; autocast must not choose again inside."""
-    return torch.autocast(device.type, enabled=False)
+@contextlib.contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """The operators choose their dtypes themselves: autocast must not choose again inside. Triton
+    launches on the current device, so it is made the operands'."""
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with here, torch.autocast(device.type, enabled=False):
+        yield
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
