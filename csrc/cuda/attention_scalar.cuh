@@ -24,7 +24,8 @@ struct ScalarAttentionTraits {
     static FPDM_CONSTEXPR i32 bytes(i32 edge) {
         return (Operands * edge * stride + edge * (edge + 4)) * i32(sizeof(float));
     }
-    static FPDM_CONSTEXPR i32 smem_bytes() { return bytes(bytes(64) <= SMEM_LIMIT ? 64 : 32); }
+    // within the 64 KB of sm_75 too
+    static FPDM_CONSTEXPR i32 smem_bytes() { return bytes(bytes(64) <= 64 * 1024 ? 64 : 32); }
     static constexpr i32 threads = SIDE * SIDE;
     static constexpr i32 blocks_per_sm = 1;
     static constexpr i32 slices = ceil_div(K, SIDE);

@@ -67,7 +67,10 @@ FPDM_KERNEL void FPDM_BOUNDS(GateResidualTraits::threads, GateResidualTraits::bl
         for (i32 r = 0; r < rows; ++r) {
             const i32 m = t + r < at.end ? n : 0;
             FPDM_UNROLL
-            for (i32 i = 0; i < 8; ++i) x[r][i] = round_to<R>(fma(gate[i], y[r][i], x[r][i]));
+            for (i32 i = 0; i < 8; ++i) {
+                // a row beyond the run counts as zeros, whatever the gate
+                x[r][i] = m > 0 ? round_to<R>(fma(gate[i], y[r][i], x[r][i])) : 0.0f;
+            }
             store8<Aligned>(static_cast<R*>(p.out) + offset + i64(r) * p.D, m, x[r]);
             if constexpr (Norms) {
                 float old[8];
