@@ -115,6 +115,9 @@ class Native(build_ext):
         in_place = self.inplace or self.editable_mode
         package = ROOT / "fpdm" if in_place else target.parent.parent
         work = Path(self.build_temp) / "fpdm"
+        (package / "kernels").mkdir(parents=True, exist_ok=True)
+        # an old one would go on running where this build fails
+        (package / "kernels" / target.name).unlink(missing_ok=True)
         record: dict[str, Any] = {}
         steps = {
             "cpu": lambda: build_cpu(target, work),

@@ -278,15 +278,19 @@ def unlaunched(modules: Iterable[ModuleType], rows: Iterable[Resources]) -> set[
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
     }
-    called: set[str] = set()
-    for function in functions.values():
-        for node in ast.walk(function.parse()):
-            if isinstance(node, ast.Call):
-                callee = node.func
-                called.add(callee.attr if isinstance(callee, ast.Attribute) else
-                           callee.id if isinstance(callee, ast.Name) else "")  # fmt: skip
+    called = {id(callee) for function in functions.values() for callee in _callees(function)}
     launched = {r.kernel for r in rows}
-    return {n for n in functions if n not in launched and n.rpartition(".")[2] not in called}
+    return {n for n, f in functions.items() if n not in launched and id(f) not in called}
+
+
+def _callees(function: JITFunction) -> Iterator[Any]:
+    known = function.fn.__globals__
+    for node in ast.walk(function.parse()):
+        callee = node.func if isinstance(node, ast.Call) else None
+        if isinstance(callee, ast.Name):
+            yield known.get(callee.id)
+        elif isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name):
+            yield getattr(known.get(callee.value.id), callee.attr, None)
 
 
 def table(rows: Iterable[Resources]) -> str:

@@ -50,7 +50,7 @@ DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
 }
 BITS = {2: torch.int16, 4: torch.int32}
-# a NaN that no arithmetic makes
+# NaNs that no arithmetic makes, one for every zone: the last 16 below
 CANARY = {torch.int16: 0x7FD5, torch.int32: 0x7FD57FD5}
 ZONE = 2048
 # inputs that follow from others
@@ -148,9 +148,9 @@ class Zone:
     before: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def of(cls, dtype: torch.dtype, elements: int) -> Zone:
+    def of(cls, dtype: torch.dtype, elements: int, index: int = 0) -> Zone:
         kind = BITS[dtype.itemsize]
-        bits = torch.full((elements + 2 * ZONE,), CANARY[kind], dtype=kind)
+        bits = torch.full((elements + 2 * ZONE,), CANARY[kind] - index, dtype=kind)
         inside, writable = (torch.zeros(len(bits), dtype=torch.bool) for _ in range(2))
         return cls(bits.view(dtype), inside, writable)
 
@@ -159,7 +159,12 @@ class Zone:
             mask.as_strided(size, stride, ZONE + start).fill_(True)
         return self.flat.as_strided(size, stride, ZONE + start)
 
+    def seal(self) -> None:
+        """From here on, damage is counted."""
+        self.before = self.flat.view(BITS[self.flat.itemsize]).clone()
+
     def damage(self) -> str:
+        """What changed where it may not: the first element and how many."""
         changed = self.flat.view(self.before.dtype) != self.before
         for what, where in (("wrote outside", ~self.inside), ("changed", ~self.writable)):
             if (hit := (changed & where).nonzero()).numel():
@@ -195,12 +200,12 @@ class Arena:
 
     def _zone(self, key: str, dtype: torch.dtype, elements: int) -> Zone:
         if key not in self.zones:
-            self.zones[key] = Zone.of(dtype, elements)
+            self.zones[key] = Zone.of(dtype, elements, len(self.zones))
         return self.zones[key]
 
     def seal(self) -> None:
         for zone in self.zones.values():
-            zone.before = zone.flat.view(BITS[zone.flat.itemsize]).clone()
+            zone.seal()
 
     def damage(self) -> list[str]:
         return [f"{key}: {line}" for key, zone in self.zones.items() if (line := zone.damage())]
@@ -370,9 +375,9 @@ def execute(ops: Any, case: Case, values: Values) -> tuple[Values, list[str]]:
     for n in [n for n in SCRATCH if n == alias or "not kept" in case.form]:
         found.pop(n, None)
     for n in set(found) & set(given) - {alias}:
-        kind = BITS[v[n].itemsize]
-        if left := int((v[n].view(kind) == CANARY[kind]).sum()):
-            lines.append(f"{n}: {left} elements not written")
+        below = CANARY[kind := BITS[v[n].itemsize]] - v[n].view(kind)
+        if left := int(((below >= 0) & (below < 16)).sum()):
+            lines.append(f"{n}: {left} elements not written, or from a red zone")
     return {n: x.clone() for n, x in found.items()}, lines
 
 
@@ -465,6 +470,9 @@ def _compare(
     # plain PyTorch's own half-precision intermediates may overflow where nothing else does
     for plain in (low, wide):
         line = violation(found, plain, oracle, found.dtype if exact else case.dtype, growth)
+        if line and line.startswith("rms") and case.extreme == "65504":
+            # one rounding decides the RMS of what one value dominates: the maximum stands for it
+            line = None
         # a backward's formula may come to inf - inf where another has inf
         forward = not case.op.endswith("backward")
         if line is None and forward and not torch.equal(found.isnan(), plain.isnan()):

@@ -9,11 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def spilling(p_x, p_y, SIZE: tl.constexpr):
-    """A row of each product is live until the end, in 32 registers."""
+    """All values wait for the maximum of their row."""
     o = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    b_x = tl.load(p_x + o)
-    b_y = tl.dot(b_x, b_x)
-    tl.store(p_y + o, tl.dot(b_y.to(b_x.dtype), b_x) + b_y)
+    b_x = tl.load(p_x + o).to(tl.float32)
+    tl.store(p_y + o, b_x - tl.max(b_x, 1)[:, None])
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def forgotten(p_x):
 
 
 def launch_spilling(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
-    """128 x 128 sums of 4 warps in 64 registers."""
+    """128 values of each thread, 64 registers."""
     x, y = torch.empty(128, 128, dtype=dtype), torch.empty(128, 128)
     spilling[(1,)](x, y, SIZE=128, num_warps=4, maxnreg=64)
 

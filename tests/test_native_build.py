@@ -135,7 +135,8 @@ AGREE = """if True:
         raise SystemExit("cannot run: " + cpu.unavailable(torch.device("cpu"), None))
     print(cpu.native.isa)
     kinds = (torch.float32, torch.bfloat16)
-    for case in oc.generate(COUNT, kinds, oc.CAP, seed=5):
+    cpu.LIBRARY_PRODUCTS = frozenset(kinds[:{library}])
+    for case in oc.generate({count}, kinds, oc.CAP, seed=5):
         for line in oc.run_case(cpu, case):
             print(line)
 """
@@ -145,15 +146,24 @@ AGREE = """if True:
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets(isa: str) -> None:
     """Each keeps the contract, so they agree within it."""
-    done = python(AGREE.replace("COUNT", "160"), FPDM_CPU_ISA=isa)
+    done = python(AGREE.format(count=160, library=0), FPDM_CPU_ISA=isa)
     if "that this processor can run" in done.stderr and isa != "portable":
         pytest.skip(f"this processor has no {isa}")
     assert done.stdout.split() == [isa], done.stdout + done.stderr
 
 
 @needs_native
+def test_products_of_the_library() -> None:
+    """Where csrc/cpu leaves them to it: without wide vectors, and bfloat16 with AMX tiles."""
+    done = python(AGREE.format(count=160, library=2))
+    assert len(done.stdout.split()) == 1, done.stdout + done.stderr
+    code = "from fpdm.kernels import cpu; print(len(cpu.LIBRARY_PRODUCTS))"
+    assert python(code, FPDM_CPU_ISA="portable").stdout == "2\n"
+
+
+@needs_native
 def test_unknown_instruction_set() -> None:
-    done = python(AGREE.replace("COUNT", "1"), FPDM_CPU_ISA="mmx")
+    done = python(AGREE.format(count=1, library=0), FPDM_CPU_ISA="mmx")
     assert "FPDM_CPU_ISA: got mmx" in done.stderr
 
 
@@ -274,7 +284,8 @@ SANITIZED = """if True:
     torch.set_num_threads(2)
     FAULT
     kinds = (torch.float32, torch.bfloat16)
-    cases = [*oc.generate(160, kinds, oc.CAP, seed=6)]
+    cpu.LIBRARY_PRODUCTS = frozenset()
+    cases = oc.generate(64, kinds, oc.CAP, seed=6)
     print("failed:", [line for case in cases for line in oc.run_case(cpu, case)])
 """
 

@@ -17,20 +17,27 @@ struct Split {
     vf n, r;
 };
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FPDM_FMA 1
+inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
-inline vf fma(vf a, vf b, vf c) {
     return bits<vf>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
-}
 #elif defined(__AVX2__)
-inline vf fma(vf a, vf b, vf c) {
     return bits<vf>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#else
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
 }
+#else
+#define FPDM_FMA 0
+using vd = double __attribute__((vector_size(8 * LANES)));
 #endif
 
 inline Split exponent(vf x) {
     Split s;
     x = at_most(at_least(x, -12.f), 12.f);
-#if defined(__AVX2__)
+#if FPDM_FMA
     // the leading coefficient has bits to spare, so that a - p is exact
     constexpr float a = -2.3017578125f, a_low = float(Y1 - double(a));
     constexpr float b = float(Y3), b_low = float(Y3 - double(b));
@@ -43,7 +50,6 @@ inline Split exponent(vf x) {
     s.n = nearest(y);
     s.r = (y - s.n) + y_low;
 #else
-    using vd = double __attribute__((vector_size(8 * LANES)));
     vd w = __builtin_convertvector(x, vd);
     vd y = w * (Y1 + Y3 * w * w);
     y = y < -127. ? -127. + vd{} : y;
@@ -107,7 +113,7 @@ constexpr double H1 = 1.5957691216057308, H3 = 0.21406444881780076;
 
 // 1 + h t
 inline vf one_plus(vf x, vf t) {
-#if defined(__AVX2__)
+#if FPDM_FMA
     constexpr float a = 1.595703125f, a_low = float(H1 - double(a));
     constexpr float b = float(H3), b_low = float(H3 - double(b));
     vf xx = x * x, xx_low = fma(x, x, -xx);
@@ -117,7 +123,6 @@ inline vf one_plus(vf x, vf t) {
     vf h = x * w, h_low = fma(x, w_low, fma(x, w, -h));
     return fma(h, t, fma(h_low, t, splat(1.f)));
 #else
-    using vd = double __attribute__((vector_size(8 * LANES)));
     vd w = __builtin_convertvector(x, vd);
     return __builtin_convertvector(1. + w * (H1 + H3 * w * w) * __builtin_convertvector(t, vd), vf);
 #endif

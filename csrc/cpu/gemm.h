@@ -22,35 +22,34 @@ struct Store {
     const Linear& l;
 
     void operator()(i64 first, i64 rows, i64 col, i64 cols, const float* c) const {
-        const T* bias = static_cast<const T*>(l.bias);
         const i64 width = l.cols;
+        const T* bias = l.bias ? static_cast<const T*>(l.bias) + col : nullptr;
         O* out = static_cast<O*>(l.out) + first * width + col;
-        for (i64 r = 0; r < rows; r++, c += COLS, out += width)
-            columns(cols, [=](i64 j, i64 n) {
-                vf v = load(c + j);
-                put(out + j, bias ? v + get(bias + col + j, n) : v, n);
-            });
+        columns(cols, [=](i64 j, i64 n) {
+            const vf u = bias ? get(bias + j, n) : vf{};
+            for (i64 r = 0; r < rows; r++) put(out + r * width + j, load(c + r * COLS + j) + u, n);
+        });
     }
 };
 
-template <class T>
+template <class T, bool is_bias, bool keeps>
 struct StoreGelu {
     const Linear& l;
 
     void operator()(i64 first, i64 rows, i64 col, i64 cols, const float* c) const {
         const i64 width = l.cols, at = first * width + col;
         const T* u =
-            l.bias ? static_cast<const T*>(l.bias) + col : static_cast<const T*>(l.addend) + at;
-        const i64 step = l.bias ? 0 : width;
-        T *out = static_cast<T*>(l.out) + at, *pre = l.pre ? static_cast<T*>(l.pre) + at : nullptr;
-        for (i64 r = 0; r < rows; r++, c += COLS, out += width, u += step) {
-            columns(cols, [=](i64 j, i64 n) {
-                vf v = rounded<T>(load(c + j) + get(u + j, n));
-                if (pre) put(pre + j, v, n);
-                put(out + j, gelu<T>(v), n);
-            });
-            if (pre) pre += width;
-        }
+            is_bias ? static_cast<const T*>(l.bias) + col : static_cast<const T*>(l.addend) + at;
+        T *out = static_cast<T*>(l.out) + at, *pre = keeps ? static_cast<T*>(l.pre) + at : nullptr;
+        columns(cols, [=](i64 j, i64 n) {
+            vf term = get(u + j, n);
+            for (i64 r = 0; r < rows; r++) {
+                if (!is_bias) term = get(u + r * width + j, n);
+                vf v = rounded<T>(load(c + r * COLS + j) + term);
+                if (keeps) put(pre + r * width + j, v, n);
+                put(out + r * width + j, gelu<T>(v), n);
+            }
+        });
     }
 };
 
@@ -65,15 +64,17 @@ struct StoreGate {
         const Z* z = static_cast<const Z*>(b.z) + at;
         Z* out = static_cast<Z*>(b.z_out) + at;
         T* product = l.out ? static_cast<T*>(l.out) + at : nullptr;
-        for (i64 r = 0; r < rows; r++, c += COLS, out += width, z += width) {
-            const T* gate = row<T>(b.gate, (first + r) / tokens) + col;
-            columns(cols, [=](i64 j, i64 n) {
-                vf p = rounded<T>(load(c + j) + get(bias + j, n));
-                if (product) put(product + j, p, n);
-                put(out + j, get(z + j, n) + get(gate + j, n) * p, n);
-            });
-            if (product) product += width;
-        }
+        const T* gates[ROWS];
+        for (i64 r = 0; r < rows; r++) gates[r] = row<T>(b.gate, (first + r) / tokens) + col;
+        columns(cols, [&](i64 j, i64 n) {
+            const vf u = get(bias + j, n);
+            for (i64 r = 0; r < rows; r++) {
+                vf p = rounded<T>(load(c + r * COLS + j) + u);
+                if (product) put(product + r * width + j, p, n);
+                vf g = get(gates[r] + j, n);
+                put(out + r * width + j, get(z + r * width + j, n) + g * p, n);
+            }
+        });
     }
 };
 
@@ -146,7 +147,11 @@ inline void nothing(Team) {}
 
 template <class T>
 void linear(const Linear& l) {
-    if (l.gelu) return linear_with<T>(l, StoreGelu<T>{l}, nothing, nothing);
+    if (l.gelu && l.bias && l.pre)
+        return linear_with<T>(l, StoreGelu<T, true, true>{l}, nothing, nothing);
+    if (l.gelu && l.bias) return linear_with<T>(l, StoreGelu<T, true, false>{l}, nothing, nothing);
+    if (l.gelu && l.pre) return linear_with<T>(l, StoreGelu<T, false, true>{l}, nothing, nothing);
+    if (l.gelu) return linear_with<T>(l, StoreGelu<T, false, false>{l}, nothing, nothing);
     if (l.out_type == 0) return linear_with<T>(l, Store<T, float>{l}, nothing, nothing);
     linear_with<T>(l, Store<T, bf16>{l}, nothing, nothing);
 }
@@ -218,10 +223,10 @@ void wgrad(i64 rows, i64 outs, i64 ins, const T* dy, const T* x, float* dweight,
             i64 n = min2(DEPTH, rows - first), k = words<T>(n);
             team.each(blocks.count + panels, [&](i64 i) {
                 if (i < panels)
-                    return pack_rows(x + first * ins + i * COLS, ins, n,
-                                     min2<i64>(COLS, ins - i * COLS), b + i * right, COLS);
+                    return pack_rows(x + first * ins + i * COLS, ins, n, ins - i * COLS,
+                                     b + i * right, COLS);
                 i64 o = blocks.first(i - panels), count = blocks.first(i - panels + 1) - o;
-                pack_rows(dy + first * outs + o, outs, n, count, memory + (i - panels) * left,
+                pack_rows(dy + first * outs + o, outs, n, outs - o, memory + (i - panels) * left,
                           ROWS);
                 if (dbias) add_bias(dy + first * outs + o, outs, n, count, dbias + o);
             });

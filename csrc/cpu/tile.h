@@ -100,8 +100,8 @@ inline vu row_word(const T* p, i64 stride, bool pair, i64 n, uint32_t*) {
     return pair ? low | bits<vu>(get(p + stride, n)) : low;
 }
 
-// dst (words, width) from rows along the sum: the source is (depth, stride), n <= width columns
-// wanted
+// dst (words, width) from rows along the sum: the source is (depth, stride), where n columns may be
+// read; zeros stand for the rest of the width
 template <class T>
 inline void pack_rows(const T* src, i64 stride, i64 depth, i64 n, Word<T>* dst, i64 width) {
     for (i64 k = 0; k < depth; k += PER_WORD<T>, dst += width, src += PER_WORD<T> * stride) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpdm.kernels import reference
 from fpdm.kernels.launch import Operand, check, row_stride
 
 try:
@@ -25,6 +26,18 @@ DEVICE = torch.device("cpu")
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(CODES)
 FLOAT = (torch.float32,)
+
+
+def _library_products() -> frozenset[torch.dtype]:
+    """Dtypes whose products are left to the library: all without wide vectors, and bfloat16 where
+    the processor has AMX tiles, which csrc/cpu does not use."""
+    if native is None or native.isa == "portable":
+        return frozenset(CODES)
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return frozenset({torch.bfloat16} if tiles else ())
+
+
+LIBRARY_PRODUCTS = _library_products()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -62,6 +75,8 @@ def _vectors(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """y = x W^T + b."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        return reference.linear(x, weight, bias, out)
     x, dtype = x.contiguous(), weight.dtype
     o, i = weight.shape
     shape = (*x.shape[:-1], o)
@@ -81,6 +96,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
 
 def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """dx = dy W."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        return reference.linear_dgrad(dy, weight, out)
     dy, dtype = dy.contiguous(), weight.dtype
     o, i = weight.shape
     shape = (*dy.shape[:-1], i)
@@ -132,10 +149,21 @@ def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def _pre_activation(x: Tensor, weight: Tensor, addend: Tensor, pre: Tensor | None) -> Tensor:
+    if addend.dim() == 1:
+        return reference.linear(x, weight, addend, pre)
+    pre = torch.empty_like(addend) if pre is None else pre
+    u, x, flat = (t.view(-1, t.shape[-1]) for t in (addend, x, pre))
+    torch.addmm(u, x, weight.t(), out=flat)
+    return pre
+
+
 def linear_add_gelu(
     x: Tensor, weight: Tensor, addend: Tensor, pre: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """gelu(x W^T + u)."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        return gelu(_pre_activation(x, weight, addend, pre), out)
     dtype, (o, i) = weight.dtype, weight.shape
     shape = (*x.shape[:-1], o)
     out = x.new_empty(shape) if out is None else out
@@ -285,6 +313,8 @@ def adaln_linear(
     keep: bool = True,
 ) -> Tensor:
     """y W^T + b, y = adaln(z)."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        return reference.linear(adaln(z, shift, scale, y), weight, bias, out)
     dtype, (o, d) = weight.dtype, weight.shape
     shape = (*z.shape[:-1], o)
     y = torch.empty_like(z, dtype=dtype) if y is None else y
@@ -361,6 +391,8 @@ def linear_gate_residual(
     keep: bool = True,
 ) -> Tensor:
     """z + g p, p = x W^T + b, with norms as in ``gate_residual``."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        return gate_residual(z, reference.linear(x, weight, bias, p), gate, out, prev, norms)
     out = torch.empty_like(z) if out is None else out
     if prev is None or norms is None:
         prev = norms = None
@@ -383,6 +415,9 @@ def linear_gate_residual_adaln(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """z' = z + g p, p = x W^T + b;  LN(z') (1 + scale) + shift."""
+    if weight.dtype in LIBRARY_PRODUCTS:
+        p = reference.linear(x, weight, bias, p)
+        return gate_residual_adaln(z, p, gate, shift, scale, z_out, out)
     z_out = torch.empty_like(z) if z_out is None else z_out
     out = torch.empty_like(z, dtype=scale.dtype) if out is None else out
     p = p if keep else None

@@ -43,7 +43,7 @@ from fpdm.kernels.reference import LN_EPS, linear
 GROUP = 8
 
 
-def _architecture() -> int:
+def architecture() -> int:
     """What Triton compiles for: 80, 90 ...; the interpreter takes every path of the newest."""
     if triton.knobs.runtime.interpret:
         return 90
@@ -64,7 +64,7 @@ def _plan(
     """Grid, the two operands as the kernel takes them, and its constants; x (M,K), weight (N,K)."""
     (m, k), n = x.shape, weight.shape[0]
     if tile is None:
-        tile = tiles(op, m, n, weight.dtype, _architecture())[0]
+        tile = tiles(op, m, n, weight.dtype, architecture())[0]
     blocks = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     operands: tuple[Any, Any] = (x, weight)
     tma = tile.tma and aligned((x, weight), 16)

@@ -116,11 +116,12 @@ def choice(
 ) -> Choice:
     """What the committed table says for x (m,k) W^T (k,n) on ``device``, and why."""
     name = str(dtype).removeprefix("torch.")
-    return _choice(op, m, n, k, name, keep, *_names(torch.device(device)))
+    return _choice(op, m, n, k, name, keep, *names(torch.device(device)))
 
 
 @functools.cache
-def _names(device: torch.device) -> tuple[str, ...]:
+def names(device: torch.device) -> tuple[str, ...]:
+    """What an entry may call ``device``, in the order in which they count."""
     if device.type != "cuda":
         return (device.type,)
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,0 +1,165 @@
+"""Times the fused GEMMs against the library with our glue, and writes the table that chooses.
+
+    python -m bench.gemm --out FILE          XL/2, fp16 and bf16, batches of 2, 16 and 64
+    python -m bench.gemm --out FILE --write  ... and enters what was found into gemm_table.json
+
+For each operator, batch and form (anything kept for a backward, or nothing): the library, every
+tile of fpdm.kernels.gemm_table.tiles and, for a bias with nothing kept, cuBLASLt's epilogue; in
+one process, interleaved, medians. A result that is not the library's to rounding is not timed. An
+arm must gain 2 % to replace the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.timing import interleave
+from fpdm.cli import run_main
+from fpdm.kernels import gemm, gemm_table
+from fpdm.kernels.gemm_table import Tile
+from fpdm.settings import UserError
+
+D, T = 1152, 256
+# samples timed -> rows M that the result stands for
+BATCHES = {2: (T, 4 * T), 16: (4 * T + 1, 32 * T - 1), 64: (32 * T, 256 * T)}
+GAIN = 0.98
+
+
+class Shape(NamedTuple):
+    """One GEMM: (B,T,K) to (B,T,N); ``keep``: what a backward wants is written too."""
+
+    op: str
+    b: int
+    t: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    keep: bool
+
+
+def shapes(batch: int, dtype: torch.dtype) -> list[Shape]:
+    """Every fused GEMM of one iteration at XL/2."""
+    cuts = (
+        ("adaln_linear", 3 * D, D), ("linear_add_gelu", 2 * D, D), ("linear_bias_gelu", 4 * D, D),
+        ("linear_gate_residual", D, D), ("linear_gate_residual", D, 4 * D),
+    )  # fmt: skip
+    return [Shape(op, batch, T, n, k, dtype, keep) for op, n, k in cuts for keep in (False, True)]
+
+
+def arms(s: Shape, device: torch.device) -> dict[str, tuple[Tile | None, Callable[[], Tensor]]]:
+    """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt``."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=g) * scale).to(device, s.dtype)
+
+    x, out = normal(s.b, s.t, s.k), normal(s.b, s.t, s.n)
+    weight, bias, extra = normal(s.n, s.k, scale=s.k**-0.5), normal(s.n), torch.empty_like(out)
+    shift, scale, gate, *_ = normal(s.b, 6 * max(s.n, s.k), scale=0.5).chunk(6, -1)
+    kept = extra if s.keep else None
+    arch = gemm.architecture()
+    found: dict[str, tuple[Tile | None, Callable[[], Tensor]]] = {}
+    if s.op == "adaln_linear":
+        y = torch.empty_like(x)
+        shift, scale = shift[:, : s.k], scale[:, : s.k]
+        library = partial(
+            gemm.adaln_linear, x, shift, scale, weight, bias, y=y, out=out, fused=False
+        )
+        fused = partial(
+            gemm.fused_adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
+        )
+    elif s.op == "linear_gate_residual":
+        z, gate = normal(s.b, s.t, s.n), gate[:, : s.n]
+        library = partial(
+            gemm.linear_gate_residual, x, weight, bias, z, gate, p=extra, out=out, fused=False
+        )
+        fused = partial(gemm.fused_linear_gate_residual, x, weight, bias, z, gate, kept, out)
+    else:
+        u = bias if s.op == "linear_bias_gelu" else normal(s.b, s.t, s.n)
+        pre = out if kept is None else kept
+        library = partial(gemm.linear_add_gelu, x, weight, u, pre=pre, out=out, fused=False)
+        fused = partial(gemm.fused_linear_add_gelu, x, weight, u, kept, out)
+    found["library"] = None, library
+    tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
+    found |= {f"fused {i}": (tile, partial(fused, tile=tile)) for i, tile in enumerate(tiles)}
+    if s.op == "linear_bias_gelu" and not s.keep and device.type == "cuda":
+        found["cublaslt"] = None, partial(gemm.cublaslt_bias_gelu, x, weight, bias, out)
+    return found
+
+
+def agreeing(
+    found: dict[str, tuple[Tile | None, Callable[[], Tensor]]],
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Arms whose result is the library's to rounding; why the others are left out."""
+    expected, good, refused = found["library"][1]().double(), {}, {}
+    for name, (_, fn) in found.items():
+        try:
+            result = fn()
+            error = ((result.double() - expected).norm() / expected.norm()).item()
+            if not error <= 4 * torch.finfo(result.dtype).eps:
+                refused[name] = f"relative error {error:.1e}"
+                continue
+        except Exception as reason:
+            refused[name] = f"{type(reason).__name__}: {str(reason)[:200]}"
+            continue
+        good[name] = fn
+    return good, refused
+
+
+def entry(
+    s: Shape, rows: tuple[int, int], device: torch.device, source: str, rounds: int
+) -> dict[str, Any]:
+    """What the table should say for ``s``, with every time behind it."""
+    found = arms(s, device)
+    good, refused = agreeing(found)
+    times = {name: t.median * 1e3 for name, t in interleave(good, rounds).items()}
+    fused = [name for name in times if name.startswith("fused")]
+    best = {name: name for name in ("library", "cublaslt") if name in times}
+    if fused:
+        best["fused"] = min(fused, key=times.__getitem__)
+    ms = {route: times[name] for route, name in best.items()}
+    route = min(ms, key=ms.__getitem__)
+    if ms[route] > GAIN * ms["library"]:
+        route = "library"
+    tile = found[best["fused"]][0] if "fused" in best else None
+    return {
+        "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
+        "dtype": str(s.dtype).removeprefix("torch."), "device": gemm_table.names(device)[0],
+        "route": route, "tile": tile and list(tile), "ms": ms, "source": source,
+        "all_ms": times, "refused": refused,
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gemm", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of every time")
+    parser.add_argument("--write", action="store_true", help="enter the routes into the table")
+    parser.add_argument("--rounds", type=int, default=31)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError("device: got no CUDA device, expected one")
+    device, found = torch.device("cuda"), []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for batch, rows in BATCHES.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            for s in shapes(batch, dtype):
+                found.append(entry(s, rows, device, options.out.name, options.rounds))
+                options.out.write_text(json.dumps(found, indent=1))
+                print(json.dumps(found[-1]), flush=True)
+    if options.write:
+        details = ("all_ms", "refused")
+        gemm_table.write([{k: v for k, v in e.items() if k not in details} for e in found])
+    return 0
+
+
+if __name__ == "__main__":
+    run_main("bench.gemm", main)
