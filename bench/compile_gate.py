@@ -130,9 +130,9 @@ def elementwise(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
     mlp.linear_add_gelu(x, w, _rows(SMALL, wide, dtype))
     mlp.linear_add_gelu(x, w, _rows(SMALL, wide, dtype), pre=_rows(SMALL, wide, dtype))
     if residual == dtype:
-        flat = [torch.empty(2**20) for _ in range(5)]
+        w, g, m, v, e = (torch.empty(2**20) for _ in range(5))
         for copy in (None, torch.empty(2**20, dtype=dtype)):
-            adamw.adamw_(*flat, copy, [0.5] * 10)  # type: ignore[arg-type]
+            adamw.adamw_(w, g, m, v, e, copy, [0.5] * 10)
 
 
 def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:

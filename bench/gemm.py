@@ -120,9 +120,9 @@ def entry(
     """What the table should say for ``s``, with every time behind it."""
     found = arms(s, device)
     good, refused = agreeing(found)
-    times = {name: t.median * 1e3 for name, t in interleave(good, rounds).items()}
+    times = {name: t.median * 1e3 for name, t in interleave({**good}, rounds).items()}
     fused = [name for name in times if name.startswith("fused")]
-    best = {name: name for name in ("library", "cublaslt") if name in times}
+    best: dict[str, str] = {n: n for n in ("library", "cublaslt") if n in times}
     if fused:
         best["fused"] = min(fused, key=times.__getitem__)
     ms = {route: times[name] for route, name in best.items()}

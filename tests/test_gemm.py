@@ -7,9 +7,6 @@ kernel is defined; ``TRITON_INTERPRET=1 pytest tests/test_gemm.py`` runs them in
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 from contract import violation
+from interpreter import inside, outside, run_inside
 from torch import Tensor
 
 from fpdm.kernels import reference
 from fpdm.kernels.gemm_table import Choice, Tile
 
 pytest.importorskip("triton")
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INSIDE, reason="needs TRITON_INTERPRET=1; run by test_interpreter")
 # pointers and descriptors, one block a program and several, blocks within and across samples
 TILES = [
     Tile(16, 16, 16, 4, 2),
@@ -37,15 +33,9 @@ SHAPES = [(2, 32, 64, 96), (3, 17, 40, 72), (1, 1, 24, 17), (0, 4, 48, 16), (2, 
 ODD = (3, 11, 24, 40)
 
 
-@pytest.mark.skipif(INSIDE, reason="this is the other process")
+@outside
 def test_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_inside(__file__)
 
 
 def kernels() -> Any:
