@@ -25,11 +25,7 @@ def rows(request: pytest.FixtureRequest) -> list[gate.Resources]:
 
 def test_every_kernel_is_within_the_limits(rows: list[gate.Resources]) -> None:
     found = [line for r in rows for line in gate.violations(r)]
-    # known on sm_80: 8 bytes of stack in gate_residual with norms of a float32 stream
-    known = "8 bytes of stack"
-    spared = [x for x in found if x.startswith("gate_residual._forward sm_80") and known in x]
-    assert len(spared) <= 2
-    assert [line for line in found if line not in spared] == []
+    assert found == []
 
 
 def test_every_kernel_is_in_the_table(rows: list[gate.Resources]) -> None:

@@ -113,11 +113,13 @@ def _backward(
     tl.store(p_part + o_part, tl.sum(b_dgate, 0), mask=m_col)
 
 
-def _blocks(t: int, d: int) -> tuple[dict[str, int], int, int]:
+def _blocks(t: int, d: int, norms: bool = False) -> tuple[dict[str, int], int, int]:
     """Tile of the kernels that need no whole row, rows a divisor of CHUNK; programs per sample over
-    tokens and columns."""
+    tokens and columns. Norms hold four operands: half the tile, or sm_80 spills a float32
+    stream."""
     cols = rows.tile(d)["COLS"]
-    tile = {"D": d, "ROWS": min(max(2048 // cols, 1), 16), "COLS": cols}
+    most = 8 if norms else 16
+    tile = {"D": d, "ROWS": min(max(128 * most // cols, 1), most), "COLS": cols}
     return tile, triton.cdiv(t, tile["ROWS"]), triton.cdiv(d, cols)
 
 
@@ -146,7 +148,7 @@ def gate_residual(
         (("out", out, (b, t, d), (z.dtype,)), ("norms", norms, (2, b), (torch.float32,))),
         may_alias=(("out", "z"),),
     )
-    tile, blocks, pieces = _blocks(t, d)
+    tile, blocks, pieces = _blocks(t, d, wants_norms)
     part = z.new_empty(2, b, blocks * pieces, dtype=torch.float32) if wants_norms else z
     if z.numel():
         _forward[(b * blocks * pieces,)](
@@ -225,7 +227,7 @@ def gate_residual_backward(
 
 def variants(width: int, dtype: torch.dtype, residual: torch.dtype) -> list[Variant]:
     """Everything the launchers compile for rows of ``width`` (for the compile gate)."""
-    wide, (tile, _, _) = torch.float32, _blocks(1, width)
+    wide, (tile, _, _), (less, _, _) = torch.float32, _blocks(1, width), _blocks(1, width, True)
     plain = {"p_z": residual, "p_y": dtype, "p_gate": dtype, "p_out": residual}
     normed = plain | {"p_prev": residual, "p_part": wide}
     modulated = dict.fromkeys(("p_y", "p_gate", "p_shift", "p_scale", "p_out"), dtype)
@@ -233,7 +235,7 @@ def variants(width: int, dtype: torch.dtype, residual: torch.dtype) -> list[Vari
     backward = {"p_dout": residual, "p_y": dtype, "p_gate": dtype, "p_dy": dtype, "p_part": wide}
     return [
         rows.variant(_forward, plain | {"p_prev": residual, "p_part": residual}, **tile, NORMS=0),
-        rows.variant(_forward, normed, **tile, NORMS=1),
+        rows.variant(_forward, normed, **less, NORMS=1),
         rows.variant(_norms, {"p_part": wide, "p_norms": wide}, BLOCK=1024),
         rows.variant(_forward_adaln, modulated, **rows.tile(width), EPS=LN_EPS),
         rows.variant(_backward, backward, **tile, CHUNK=rows.CHUNK),
