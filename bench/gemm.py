@@ -6,7 +6,8 @@
 For each operator, batch and form (anything kept for a backward, or nothing): the library, every
 tile of fpdm.kernels.gemm_table.tiles and, for a bias with nothing kept, cuBLASLt's epilogue; in
 one process, interleaved, medians. A result that is not the library's to rounding is not timed. An
-arm must gain 2 % to replace the library.
+arm must gain 2 % to replace the library. --jobs compiles in so many processes first: Triton keeps
+what they made on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,7 @@ D, T = 1152, 256
 # samples timed -> rows M that the result stands for
 BATCHES = {2: (T, 4 * T), 16: (4 * T + 1, 32 * T - 1), 64: (32 * T, 256 * T)}
 GAIN = 0.98
+DTYPES = ("bfloat16", "float16")
 
 
 class Shape(NamedTuple):
@@ -138,23 +142,42 @@ def entry(
     }  # fmt: skip
 
 
+def compile_only(s: Shape, part: int, parts: int) -> None:
+    """Every ``parts``-th arm once, so that its kernels are in Triton's cache."""
+    found = arms(s, torch.device("cuda"))
+    agreeing({n: found[n] for n in ("library", *list(found)[1 + part :: parts])})
+
+
+def compile_all(wanted: list[Shape], jobs: int) -> None:
+    """Compiles for all shapes in ``jobs`` processes."""
+    # the kernels are the same for every batch of one kind: see gemm_table.tiles
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(compile_only, *zip(*((s, i, 3) for s in wanted for i in range(3)))))
+
+
 def main(argv: list[str]) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m bench.gemm", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of every time")
     parser.add_argument("--write", action="store_true", help="enter the routes into the table")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), choices=BATCHES)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile first")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("device: got no CUDA device, expected one")
     device, found = torch.device("cuda"), []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for batch, rows in BATCHES.items():
-        for dtype in (torch.bfloat16, torch.float16):
-            for s in shapes(batch, dtype):
-                found.append(entry(s, rows, device, options.out.name, options.rounds))
-                options.out.write_text(json.dumps(found, indent=1))
-                print(json.dumps(found[-1]), flush=True)
+    wanted = [
+        s for b in options.batches for d in options.dtypes for s in shapes(b, getattr(torch, d))
+    ]
+    if options.jobs:
+        compile_all(wanted, options.jobs)
+    for s in wanted:
+        found.append(entry(s, BATCHES[s.b], device, options.out.name, options.rounds))
+        options.out.write_text(json.dumps(found, indent=1))
+        print(json.dumps(found[-1]), flush=True)
     if options.write:
         details = ("all_ms", "refused")
         gemm_table.write([{k: v for k, v in e.items() if k not in details} for e in found])

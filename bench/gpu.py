@@ -1,35 +1,40 @@
-"""XL/2 on one GPU: ours against the published architecture, in one run, interleaved.
+"""What only a GPU can tell and no row of ``python -m bench`` holds.
 
-    python -m bench.gpu sample --out DIR      one timestep of a B=64 batch at k = 8, bf16
-    python -m bench.gpu train --out DIR       a training step at (n, m) = (5, 6), peak memory at n =
-    m = 12 python -m bench.gpu smoke                 one small step, for compute-sanitizer
+    python -m bench.gpu profile --out DIR   device time by kernel: a loop of 8, a training step
+    python -m bench.gpu memory --out DIR    peak memory of a training step with its optimiser state
+    python -m bench.gpu digits --out DIR    300 steps of the digits in fp32, fp16 and bf16
+    python -m bench.gpu syncs --out DIR     host synchronisations and launches of a sampler step
+    python -m bench.gpu smoke               one small step, for compute-sanitizer
 
-Medians over interleaved repeats, timed by CUDA events. Every row is written as soon as it is known;
-a row that fails records its error and the next one runs. Compiled baselines come last.
+Each writes one JSON file and goes on past an arm that fails, recording why.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import published
-from fpdm.config import ExecutionConfig, ModelConfig
-from fpdm.model import FPDM
+from bench import suites
+from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
+from fpdm.diffusion import Diffusion, DiffusionConfig
+from fpdm.model import FPDM, DiT, build_model
+from fpdm.optim import AdamWEMA
+from fpdm.recipes import MODEL_PRESETS, RECIPES
 from fpdm.weights import PreparedWeights
 
-XL = ModelConfig()
+XL = MODEL_PRESETS["fpdm-xl-2"]
+BATCH = 64
+LINES = 28
 
 
 class Report:
@@ -45,166 +50,210 @@ class Report:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
-            "command": " ".join(sys.argv),
+            "command": "python -m bench.gpu " + " ".join(sys.argv[1:2]),
             "rows": [],
         }
 
     def add(self, **row: Any) -> None:
         """Append a row and write the file."""
         self.data["rows"].append(row)
-        self.path.write_text(json.dumps(self.data, indent=1))
-        print(json.dumps(row), flush=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        shown = {k: v for k, v in row.items() if k != "losses"}
+        print(json.dumps(shown), flush=True)
 
-
-def milliseconds(fn: Callable[[], Any]) -> float:
-    """One call, by CUDA events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    fn()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def interleaved(
-    report: Report, arms: dict[str, Callable[[], Any]], repeats: int, **facts: Any
-) -> None:
-    """Times every arm in turn; an arm that fails is reported and left out."""
-    alive: dict[str, Callable[[], Any]] = {}
-    for name, fn in arms.items():
+    @contextlib.contextmanager
+    def row(self, **facts: Any) -> Any:
+        """A row that is filled inside, or says what went wrong there."""
+        found: dict[str, Any] = {}
         try:
-            began = time.perf_counter()
-            for _ in range(3):
-                fn()
-            torch.cuda.synchronize()
-            alive[name] = fn
-            print(f"{name}: warm after {time.perf_counter() - began:.1f} s", flush=True)
+            yield found
         except Exception as error:
-            report.add(arm=name, error=f"{type(error).__name__}: {str(error)[:300]}", **facts)
-    times: dict[str, list[float]] = {name: [] for name in alive}
-    for _ in range(repeats):
-        for name, fn in alive.items():
-            times[name].append(milliseconds(fn))
-    for name, values in times.items():
-        report.add(
-            arm=name,
-            median_ms=statistics.median(values),
-            min_ms=min(values),
-            max_ms=max(values),
-            repeats=repeats,
-            **facts,
-        )
+            found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        self.add(**facts, **found)
+        torch.cuda.empty_cache()
 
 
-def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timesteps and labels on the GPU."""
-    x = torch.randn(batch, XL.in_channels, XL.input_size, XL.input_size, device="cuda")
-    t = torch.randint(0, 1000, (batch,), device="cuda")
-    return x, t, torch.randint(0, XL.num_classes, (batch,), device="cuda")
+def by_kernel(fn: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
+    """Device microseconds per call of ``fn`` by kernel, largest first; launches; in all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        fn()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+        for _ in range(calls):
+            fn()
+        torch.cuda.synchronize()
+    events = [e for e in prof.key_averages() if e.self_device_time_total > 0]
+    events = [e for e in events if str(e.device_type).endswith("CUDA")]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    kernels = [
+        {"kernel": e.key[:90], "us": e.self_device_time_total / calls, "count": e.count / calls}
+        for e in events
+    ]
+    total, count = (sum(k[name] for k in kernels) for name in ("us", "count"))  # type: ignore[misc]
+    return {"total_us": total, "launches": count, "kernels": kernels[:LINES]}
 
 
-def xl(execution: ExecutionConfig | None = None) -> FPDM:
-    """XL/2 with every parameter random (adaLN-Zero would skip work in no kernel, but hide
-    errors)."""
-    model = FPDM(XL, execution).cuda()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(std=0.02)
-    return model
+def profile_parts(out: Path) -> None:
+    """Ours: the loop at k = 8 and a training step at (5, 6)."""
+    report, device = Report(out / "profile.json"), torch.device("cuda")
+    x, t, y = suites.inputs(XL, BATCH, device)
+    for name, fold in (("loop", True), ("training", False)):
+        with report.row(arm=name, batch=BATCH) as found:
+            model = suites.randomised(XL, device)
+            weights = PreparedWeights(model, torch.bfloat16, fold=fold)
+
+            def loop(model: FPDM = model, weights: Any = weights) -> None:
+                with torch.no_grad():
+                    model(x, t, y, 8, weights=weights)
+
+            def step(model: FPDM = model, weights: Any = weights) -> None:
+                model.zero_grad(set_to_none=False)
+                model(x, t, y, 6, 5, weights=weights).float().square().mean().backward()
+
+            found |= by_kernel(loop if fold else step)
 
 
-def plain_state(model: FPDM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same weights for the published architecture."""
-    return {k: v.detach().to(dtype) for k, v in model.state_dict().items()}
-
-
-def sample(out: Path) -> None:
-    """One timestep of the network at k = 8, batch 64, and at batch 1 with guidance (2 rows)."""
-    report, model = Report(out / "sample.json"), xl()
-    prepared = PreparedWeights(model, torch.bfloat16, fold=True)
-    state = plain_state(model, torch.bfloat16)
-    compiled = torch.compile(published.forward, mode="max-autotune-no-cudagraphs")
-    last: dict[str, Callable[[], Any]] = {}
-    for batch in (64, 2):
-        x, t, y = inputs(batch)
-
-        def ours(x: Tensor = x, t: Tensor = t, y: Tensor = y) -> Tensor:
-            with torch.no_grad():
-                return model(x, t, y, 8, weights=prepared)
-
-        def plain(
-            f: Any = published.forward, x: Tensor = x, t: Tensor = t, y: Tensor = y
-        ) -> Tensor:
-            with torch.no_grad():
-                return f(state, XL, x.bfloat16(), t, y, 8)[0]
-
-        arms: dict[str, Callable[[], Any]] = {"fpdm bf16": ours, "published bf16 eager": plain}
-        interleaved(report, arms, 20, batch=batch, iters=8)
-        if batch == 64:
-            last = {**arms, "published bf16 compiled": partial(plain, compiled)}
-    # compiling takes minutes: everything else is on disk by now
-    interleaved(report, last, 20, batch=64, iters=8)
-
-
-def train(out: Path) -> None:
-    """A training step at (5, 6), and peak memory at n = m = 12 in every recompute mode."""
-    report, batch = Report(out / "train.json"), 64
-    x, t, y = inputs(batch)
-    model = xl()
-    state = {k: v.requires_grad_() for k, v in plain_state(model, torch.float32).items()}
-
-    def ours(model: FPDM, prepared: PreparedWeights, n: int, m: int) -> None:
-        model.zero_grad()
-        model(x, t, y, m, n, weights=prepared).float().square().mean().backward()
-
-    def plain(n: int = 5, m: int = 6) -> None:
-        for value in state.values():
-            value.grad = None
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            found, _ = published.forward(state, XL, x, t, y, m, n)
-        found.float().square().mean().backward()
-
-    arms: dict[str, Callable[[], Any]] = {}
-    for mode in ("none", "elementwise", "full"):
-        variant = FPDM(XL, ExecutionConfig(recompute=mode)).cuda()  # type: ignore[arg-type]
-        variant.load_state_dict(model.state_dict())
-        prepared = PreparedWeights(variant, torch.bfloat16)
-        arms[f"fpdm bf16 recompute={mode}"] = partial(ours, variant, prepared, 5, 6)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        ours(variant, prepared, 12, 12)
-        report.add(
-            arm=f"fpdm bf16 recompute={mode}", n=12, m=12, batch=batch,
-            peak_above_state_bytes=torch.cuda.max_memory_allocated() - before,
-        )  # fmt: skip
-        variant.zero_grad(set_to_none=True)
-    arms["published bf16 eager"] = plain
+def peak_of_step(
+    config: ModelConfig, n: int, m: int, dtype: torch.dtype, **execution: Any
+) -> dict[str, Any]:
+    """Peak of a whole step, all state included, by the allocator and beyond its start."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    try:
-        plain(12, 12)
-        peak = torch.cuda.max_memory_allocated() - before
-        report.add(arm="published bf16 eager", n=12, m=12, batch=batch, peak_above_state_bytes=peak)
-    except torch.cuda.OutOfMemoryError as error:
-        report.add(arm="published bf16 eager", n=12, m=12, batch=batch, error=str(error)[:200])
-    interleaved(report, arms, 10, batch=batch, n=5, m=6)
+    model = build_model(config, ExecutionConfig(**execution)).cuda()
+    weights = PreparedWeights(model, dtype)
+    optimizer = AdamWEMA(model, OptimConfig(), weights)
+    x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))
+    state = torch.cuda.memory_allocated() - before
+    for _ in range(2):
+        optimizer.zero_grad()
+        how = (m, n) if isinstance(model, FPDM) else ()
+        model(x, t, y, *how, weights=weights).float().square().mean().backward()
+        optimizer.step(1e-4)
+    torch.cuda.synchronize()
+    assert isinstance(model, (FPDM, DiT))
+    return {
+        "peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9,
+        "state_gb": state / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+    }
+
+
+def memory(out: Path) -> None:
+    """XL/2 at B = 64, n = m = 12, bf16: FPDM in every recompute mode, DiT, the published one."""
+    report = Report(out / "memory.json")
+    for name in ("fpdm-xl-2", "dit-xl-2"):
+        for mode in ("full", "elementwise", "none"):
+            for chunks in (4, 1):
+                facts = {"model": name, "recompute": mode, "chunks": chunks, "batch": BATCH}
+                with report.row(arm="fpdm", n=12, m=12, **facts) as found:
+                    found |= peak_of_step(
+                        MODEL_PRESETS[name], 12, 12, torch.bfloat16, recompute=mode,
+                        backward_chunks=chunks,
+                    )  # fmt: skip
+    with report.row(arm="published bf16 eager", model="fpdm-xl-2", n=12, m=12, batch=BATCH) as f:
+        f |= published_peak()
+
+
+def published_peak() -> dict[str, Any]:
+    """The same of the published architecture with torch's fused AdamW, in eager autocast."""
+    torch.cuda.reset_peak_memory_stats()
+    before, device = torch.cuda.memory_allocated(), torch.device("cuda")
+    plain = suites.Plain(suites.randomised(XL, device), torch.float32)
+    optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
+    average = [p.detach().clone() for p in plain.parameters()]
+    x, t, y = suites.inputs(XL, BATCH, device)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = plain(x, t, y, 12, 12)
+        out.float().square().mean().backward()
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert average
+    return {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
+
+
+def digits(out: Path) -> None:
+    """The digits recipe for 300 steps in each precision: losses of the same steps."""
+    from fpdm.train import Trainer
+
+    report, recipe = Report(out / "digits.json"), RECIPES["digits"]
+    for precision in ("fp32", "bf16", "fp16"):
+        with report.row(arm=precision) as found, tempfile.TemporaryDirectory() as folder:
+            train = replace(
+                recipe.train, out=folder, name=precision, steps=300, log_every=10, save_every=0,
+                grid_every=0, device="cuda", precision=precision,
+            )  # fmt: skip
+            trainer = Trainer(replace(recipe, train=train))
+            trainer.run()
+            lines = trainer.directory.metrics.read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            found["losses"] = [row["loss"] for row in rows]
+            found |= {"last": rows[-1]["loss"], "skipped": rows[-1]["skipped"]}
+            found["mean_of_last_100"] = sum(row["loss"] for row in rows[-10:]) / 10
+            found["scale"] = rows[-1]["scale"]
+
+
+def syncs(out: Path) -> None:
+    """A sampler's run under the profiler: every call that waits for the device, by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from fpdm.engine import Sampler
+
+    report = Report(out / "syncs.json")
+    model = suites.randomised(XL, torch.device("cuda"))
+    for graphs in ("off", "on"):
+        with report.row(arm=f"graphs {graphs}", batch=1, guidance=4.0, steps=28, k=8) as found:
+            config = SamplerConfig(
+                steps=28,
+                iters=8,
+                guidance=4.0,
+                batch=1,
+                graphs=graphs,
+                dtype="bfloat16",  # type: ignore[arg-type]
+            )
+            sampler = Sampler(model, Diffusion(DiffusionConfig(), "cuda"), config)
+            for _ in range(4):
+                sampler.sample([1], [1], stats=False)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+                sampler.sample([1], [1], stats=False)
+            events = {e.key: e.count for e in prof.key_averages()}
+            found["waits"] = {k: n for k, n in events.items() if "ynchronize" in k}
+            found["launches"] = {k: n for k, n in events.items() if "aunch" in k}
 
 
 def smoke() -> None:
-    """One small forward and backward."""
+    """One small forward and backward in every implementation that runs, both halves."""
+    from fpdm.kernels import ops
+
     config = ModelConfig(input_size=8, hidden_size=144, num_heads=2, num_classes=10)
-    model = FPDM(config).cuda()
     x = torch.randn(2, 4, 8, 8, device="cuda")
     t, y = torch.tensor([5, 900], device="cuda"), torch.tensor([1, 10], device="cuda")
-    model(x, t, y, 2, 1, weights=PreparedWeights(model, torch.float16)).float().mean().backward()
-    torch.cuda.synchronize()
-    print("smoke: done")
+    for impl in ("triton", "triton-fused", "cuda"):
+        dtype = torch.float16
+        if reason := ops.unavailable(impl, "cuda", dtype):
+            print(f"smoke: {impl}: {reason}")
+            continue
+        model = FPDM(config, ExecutionConfig(impl=impl)).cuda()  # type: ignore[arg-type]
+        weights = PreparedWeights(model, dtype)
+        model(x, t, y, 2, 1, weights=weights).float().mean().backward()
+        torch.cuda.synchronize()
+        print(f"smoke: {impl}: done")
+
+
+PARTS = {
+    "profile": profile_parts, "memory": memory, "digits": digits, "syncs": syncs,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     """Command line; exit status 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="bench.gpu")
-    parser.add_argument("part", choices=("sample", "train", "smoke"))
+    parser.add_argument("part", choices=(*PARTS, "smoke"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -214,7 +263,7 @@ def main(argv: list[str]) -> int:
     if args.part == "smoke":
         smoke()
     else:
-        (sample if args.part == "sample" else train)(args.out)
+        PARTS[args.part](args.out)
     return 0
 
 

@@ -1,35 +1,77 @@
 #!/usr/bin/env bash
 # Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | sample | train
-# Each part is one call under 8 minutes on a machine with torch and triton only; results are written as
-# JSON while it goes, under $OUT (default bench/results/<part>), and it goes on past a failing piece.
+#
+#   tests    every gpu test, compute-sanitizer on one small step of each implementation
+#   sample   tables of the fused GEMMs and of attention's routes, device time by kernel, waits of the
+#            sampler, then python -m bench on operators, network and sampler
+#   train    memory, 300 steps of the digits in three precisions, python -m bench on training
+#
+# Each part is one call under 8 minutes on a machine with torch, triton, cupy and pytest. Results are
+# written as JSON while it goes, under $OUT (default bench/results/gpu); compiled baselines come
+# last. A piece that fails is named at the end and the rest goes on. Variables: PYTHON; JOBS
+# (processes, default the cores); FPDM_PTX (csrc/cuda as PTX for sm_70, see tests/test_cuda_gpu.py).
 set -u
 part="${1:-}"
 here="$(cd "$(dirname "$0")/.." && pwd)"
-out="${OUT:-$here/bench/results}/$part"
+out="${OUT:-$here/bench/results/gpu}"
 python="${PYTHON:-python3}"
+jobs="${JOBS:-$(nproc)}"
 cd "$here" || exit 1
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+rm -f "$out/failed"
+
+# piece NAME SECONDS COMMAND...: runs it with a limit, keeps its words, remembers a failure
+piece() {
+  local name="$1" limit="$2" began=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  echo "== $name: exit $status after $((SECONDS - began)) s"
+  tail -n 4 "$out/$name.log" | cut -c1-300
+  # a file: pieces may run in the background
+  [ "$status" = 0 ] || echo "$name" >>"$out/failed"
+}
+
+sanitize() {
+  command -v compute-sanitizer >/dev/null 2>&1 || { echo "compute-sanitizer: not here"; return 0; }
+  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m bench.gpu smoke
+}
+
 case "$part" in
   tests)
-    mkdir -p "$out"
-    "$python" -m pytest -q -m gpu --continue-on-collection-errors tests \
-      --junitxml "$out/gpu_tests.xml" 2>&1 | tee "$out/gpu_tests.txt"
-    status=${PIPESTATUS[0]}
-    if command -v compute-sanitizer >/dev/null 2>&1; then
-      compute-sanitizer --tool memcheck "$python" -m bench.gpu smoke >"$out/memcheck.txt" 2>&1 \
-        || echo "memcheck failed, see $out/memcheck.txt"
-      tail -n 2 "$out/memcheck.txt"
-    else
-      echo "compute-sanitizer: not on this machine, not run"
-    fi
-    exit "$status"
+    parallel=()
+    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
+    # what measures or fills the device's memory runs alone
+    alone="captures_give or graphs_give or releases_its_pool or memory_pressure or never_waits"
+    piece memcheck 200 sanitize memcheck &
+    piece racecheck 200 sanitize racecheck &
+    piece gpu_tests 280 "$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors \
+      "${parallel[@]}" -k "not ($alone)" --junitxml "$out/gpu_tests.xml" tests
+    wait
+    piece gpu_tests_alone 120 "$python" -m pytest -q -m "gpu and not slow" \
+      --continue-on-collection-errors -k "$alone" tests
     ;;
-  sample | train)
-    mkdir -p "$out"
-    exec "$python" -m bench.gpu "$part" --out "$out"
+  sample)
+    piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs"
+    piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
+    piece profile 60 "$python" -m bench.gpu profile --out "$out"
+    piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
+    piece bench_sample 300 "$python" -m bench --suite operators network sampler \
+      --out "$out/bench_sample.json"
+    ;;
+  train)
+    piece memory 60 "$python" -m bench.gpu memory --out "$out"
+    piece digits 90 "$python" -m bench.gpu digits --out "$out"
+    piece bench_train 300 "$python" -m bench --suite training optimizer --out "$out/bench_train.json"
     ;;
   *)
     echo "gpu_check.sh: error: got '$part', expected tests, sample or train" >&2
     exit 2
     ;;
 esac
+if [ -s "$out/failed" ]; then
+  echo "failed: $(tr '\n' ' ' <"$out/failed")"
+  exit 1
+fi
+echo "all pieces of $part passed"

@@ -239,7 +239,7 @@ def frozen(module: nn.Module, *args: Any) -> Arm:
     return run
 
 
-def network(s: Setting, iters: int = 8) -> Row:
+def network(s: Setting, iters: int = 8, compile_too: bool = True) -> Row:
     """The whole network once, without gradient."""
 
     def build() -> Arms:
@@ -251,8 +251,9 @@ def network(s: Setting, iters: int = 8) -> Row:
             OURS: _no_grad(lambda: model(x, t, y, iters, weights=weights)),
             "gemm + attention": gemms(s, iters),
             "published eager": _no_grad(lambda: plain(*args)),
-            "published compiled": _no_grad(_compiled(plain, args)),
         }
+        if compile_too:
+            arms["published compiled"] = _no_grad(_compiled(plain, args))
         if s.device.type == "cpu":
             arms["published frozen"] = frozen(Plain(model, s.dtype), *args)
         parts = [p for _ in range(iters) for p in cost.iteration(s.config, s.batch)]
@@ -406,14 +407,10 @@ def cpu_rows() -> list[Row]:
 
 
 def gpu_rows() -> list[Row]:
-    """XL/2 on one GPU, compiled baselines last."""
-    device = torch.device("cuda")
-    kinds = settings(device)
-    rows = [row for s in kinds[2:] for row in operators(s)]
-    rows += [sampling(Setting("XL/2", XL, b, torch.bfloat16, device), g, 28, 8)
-             for b, g in ((1, 4.0), (8, 1.0), (64, 1.0))]  # fmt: skip
-    rows += [training(kinds[2], 5, 6, mode, False) for mode in ("none", "elementwise", "full")]
-    return [*rows, optimizer("XL/2", XL, device), network(kinds[2]), training(kinds[2], 5, 6)]
+    """XL/2 on one GPU, compiled baselines last: bench.gpu_rows."""
+    from bench import gpu_rows as module
+
+    return module.rows()
 
 
 __all__ = ["OURS", "Arms", "Row", "cpu_rows", "gpu_rows"]

@@ -1,0 +1,253 @@
+"""The rows of ``python -m bench`` on a GPU: XL/2, compiled baselines last.
+
+Published baselines: eager in half precision, float32 as shipped (TF32 off, as its sampler), and
+torch.compile with max-autotune. In the samplers the whole network is compiled for its k, with CUDA
+graphs; in training the pre, post and fixed-point maps are compiled, each once, and serve every (n,
+m), which a compilation of the whole step would not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import cost, published
+from bench.suites import (
+    OURS,
+    Arms,
+    Plain,
+    Row,
+    Setting,
+    gemms,
+    inputs,
+    network,
+    operators,
+    optimizer,
+    randomised,
+)
+from bench.timing import Arm
+from fpdm import engine, noise
+from fpdm.batches import draw_iterations
+from fpdm.config import DiffusionConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.recipes import MODEL_PRESETS, RECIPES
+from fpdm.weights import PreparedWeights
+
+XL = MODEL_PRESETS["fpdm-xl-2"]
+DRAWS = 8
+
+
+def setting(batch: int, dtype: torch.dtype = torch.bfloat16) -> Setting:
+    """XL/2 on the current GPU."""
+    return Setting("XL/2", XL, batch, dtype, torch.device("cuda"))
+
+
+def published_sampler(
+    module: nn.Module, sampler: engine.Sampler, s: Setting, guidance: float, iters: int
+) -> Arm:
+    """The published loop: DDIM from the same noise, both branches of the guidance in one batch."""
+    seeds = list(range(s.batch))
+    keys = noise.as_keys(seeds).to(s.device)
+    shape = (s.config.in_channels, s.config.input_size, s.config.input_size)
+    y = torch.zeros(s.batch, dtype=torch.int64, device=s.device)
+    null = torch.full_like(y, s.config.num_classes)
+    dtype = next(module.parameters()).dtype
+
+    @torch.no_grad()
+    def run() -> None:
+        x = noise.normals(keys, 0, 0, noise.SAMPLE_INIT, shape)
+        for index, (t, _) in enumerate(sampler.plan.steps):
+            times = torch.full_like(y, t)
+            if guidance == 1.0:
+                out = module(x.to(dtype), times, y, iters).float()
+            else:
+                double = torch.cat([x, x]).to(dtype)
+                both = module(double, times.repeat(2), torch.cat([y, null]), iters).float()
+                out = engine.steps.guide(*both.chunk(2), guidance, None)
+            x = engine.steps.step(x, out, sampler.rows[index], None)
+
+    return run
+
+
+def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters: int = 8) -> Row:
+    """Images from noise. ``compiled``: against torch.compile, else against eager PyTorch, and the
+    time of our own launches without graphs."""
+
+    def build() -> Arms:
+        model = randomised(s.config, s.device)
+        diffusion = Diffusion(DiffusionConfig(), device=str(s.device))
+        labels, seeds = [0] * s.batch, list(range(s.batch))
+
+        def ours(graphs: str) -> tuple[engine.Sampler, Arm]:
+            config = SamplerConfig(
+                steps=steps, iters=iters, guidance=guidance, batch=s.batch, graphs=graphs,  # type: ignore[arg-type]
+                dtype=str(s.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            )  # fmt: skip
+            sampler = engine.Sampler(model, diffusion, config)
+            run = partial(sampler.sample, labels, seeds, stats=False)
+            for _ in range(4):  # graphs are tried, timed and settled
+                run()
+            return sampler, run
+
+        sampler, run = ours("auto")
+        plain = Plain(model, s.dtype).to(s.device)
+        arms: dict[str, Arm | str] = {OURS: run}
+        branches = 1 if guidance == 1.0 else 2
+        wide = Setting(s.label, s.config, s.batch * branches, s.dtype, s.device)
+        one = gemms(wide, iters)
+
+        def floor() -> None:
+            for _ in range(steps):
+                one()
+
+        arms["gemm + attention"] = floor
+        if compiled:
+            how = "max-autotune" if s.batch == 1 else "max-autotune-no-cudagraphs"
+            theirs = torch.compile(plain, mode=how, dynamic=False)
+            arms["published compiled"] = published_sampler(theirs, sampler, s, guidance, iters)
+        else:
+            arms["fpdm without graphs"] = ours("off")[1]
+            arms["published eager"] = published_sampler(plain, sampler, s, guidance, iters)
+            shipped = Plain(model, torch.float32)
+            arms["published eager float32"] = published_sampler(
+                shipped, sampler, s, guidance, iters
+            )
+        macs = sum(p.flops for p in cost.iteration(s.config, s.batch * branches)) * iters * steps
+        facts = {"steps": steps, "k": iters, "guidance": guidance}
+        return Arms(arms, macs, 0, s.batch, facts)
+
+    name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
+    return Row("sampler", name + (" compiled" if compiled else ""), build, 5)
+
+
+class Regions:
+    """``published`` with its block, fixed-point map and final layer compiled."""
+
+    def __init__(self) -> None:
+        how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+        names = ("block", "fixed_point_map", "_final")
+        self.compiled = {n: torch.compile(getattr(published, n), **how) for n in names}
+
+    def __call__(self, fn: Arm) -> None:
+        """``fn`` with them in place of the plain ones."""
+        before = {name: getattr(published, name) for name in self.compiled}
+        for name, compiled in self.compiled.items():
+            setattr(published, name, compiled)
+        try:
+            fn()
+        finally:
+            for name, plain in before.items():
+                setattr(published, name, plain)
+
+
+def floor_of_training(s: Setting, n: int, m: int) -> Arm:
+    """The library's GEMMs and attention of a training step, and nothing between them: n + m
+    forwards, then for m of them, and for the pre and post blocks, both products of every weight and
+    the backward of attention."""
+    b, t, d, h = s.batch, s.config.tokens, s.config.hidden_size, s.config.num_heads
+    like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
+    block = ((1, 3), (1, 1), (1, 4), (4, 1))
+    injected = ((1, 2), (2, 1), *block)
+    x = {i: torch.randn(b * t, i * d, **like) for i in (1, 2, 3, 4)}
+    w = {(i, o): torch.randn(o * d, i * d, **like) for i, o in injected}
+    dw = {(i, o): torch.empty(o * d, i * d, **like) for i, o in injected}
+    out = {i: torch.empty(b * t, i * d, **like) for i in (1, 2, 3, 4)}
+    q, k, v = (torch.randn(b, h, t, d // h, **like).requires_grad_() for _ in range(3))
+    dy = torch.randn(b, h, t, d // h, **like)
+    attend = nn.functional.scaled_dot_product_attention
+    kept = attend(q, k, v)
+
+    def forward(shapes: tuple[tuple[int, int], ...]) -> None:
+        for i, o in shapes:
+            torch.mm(x[i], w[i, o].t(), out=out[o])
+        with torch.no_grad():
+            attend(q, k, v)
+
+    def backward(shapes: tuple[tuple[int, int], ...]) -> None:
+        for i, o in shapes:
+            torch.mm(x[o], w[i, o], out=out[i])
+            torch.mm(x[o].t(), x[i], out=dw[i, o])
+        torch.autograd.grad(kept, (q, k, v), dy, retain_graph=True)
+
+    def run() -> None:
+        ends = s.config.pre_depth + s.config.post_depth
+        for shapes, free, kept_ones in ((injected, n, m), (block, 0, ends)):
+            for _ in range(free + kept_ones):
+                forward(shapes)
+            for _ in range(kept_ones):
+                backward(shapes)
+
+    return run
+
+
+def training(
+    s: Setting, draws: list[tuple[int, int]], recompute: str, compiled: bool, eager: bool
+) -> Row:
+    """Forward and backward of the steps ``draws`` of (n, m), one after the other."""
+
+    def build() -> Arms:
+        chunks = 1 if recompute == "none" else 4
+        model = randomised(s.config, s.device, recompute=recompute, backward_chunks=chunks)
+        weights = PreparedWeights(model, s.dtype)
+        x, t, y = inputs(s.config, s.batch, s.device)
+        plain = Plain(model, torch.float32)
+
+        def ours() -> None:
+            for n, m in draws:
+                model.zero_grad(set_to_none=False)
+                model(x, t, y, m, n, weights=weights).float().square().mean().backward()
+
+        def theirs() -> None:
+            for n, m in draws:
+                plain.zero_grad(set_to_none=False)
+                with torch.autocast(s.device.type, dtype=s.dtype):
+                    out = plain(x, t, y, m, n)
+                out.float().square().mean().backward()
+
+        floors = [floor_of_training(s, n, m) for n, m in draws]
+
+        def floor() -> None:
+            for part in floors:
+                part()
+
+        arms: dict[str, Arm | str] = {OURS: ours, "gemm + attention": floor}
+        if eager:
+            arms["published eager"] = theirs
+        if compiled:
+            arms["published compiled"] = partial(Regions(), theirs)
+        parts = []
+        for n, m in draws:
+            parts += [p for _ in range(n + m) for p in cost.iteration(s.config, s.batch)]
+            parts += [p for _ in range(m) for p in cost.iteration_backward(s.config, s.batch)]
+        facts = {"recompute": recompute, "draws": draws, "chunks": chunks}
+        return Arms(arms, cost.flops(parts), 0, s.batch * len(draws), facts)
+
+    n, m = (statistics.mean(pair[i] for pair in draws) for i in range(2))
+    what = f"n={n:g} m={m:g}" + (f" over {len(draws)} draws" if len(draws) > 1 else "")
+    name = f"{s.name} {what} {recompute}"
+    return Row("training", name + (" compiled" if compiled else ""), build, 7)
+
+
+def drawn() -> list[tuple[int, int]]:
+    """The (n, m) of the first steps of the paper's recipe."""
+    config = RECIPES["imagenet256"].fixed_point
+    return [draw_iterations(0, step, 0, config, 0) for step in range(DRAWS)]
+
+
+def rows() -> list[Row]:
+    """Everything, cheap rows first and compiled baselines last."""
+    large, one = setting(64), setting(1)
+    found = list(operators(large))
+    found += [network(large, compile_too=False)]
+    found += [sampling(large, 1.0, False), sampling(setting(8), 4.0, False)]
+    found += [sampling(one, 4.0, False)]
+    found += [training(large, [(5, 6)], mode, False, mode == "none")
+              for mode in ("none", "elementwise", "full")]  # fmt: skip
+    found += [training(large, drawn(), "none", False, True)]
+    found += [optimizer("XL/2", XL, large.device)]
+    found += [sampling(large, 1.0, True), sampling(one, 4.0, True)]
+    return [*found, training(large, [(5, 6), (6, 6)], "none", True, False)]
