@@ -46,7 +46,8 @@ def test_dots_run_on_tensor_cores(rows: list[gate.Resources]) -> None:
     """And the gate knows a dot when it sees one."""
     with_dot = {r.kernel for r in rows if r.dot}
     assert with_dot == {
-        "attention._forward", "attention._backward_q", "attention._backward_kv",
+        "attention._attention_forward", "attention._attention_backward_q",
+        "attention._attention_backward_kv",
         "gemm_kernels.adaln_linear", "gemm_kernels.linear_add_gelu",
         "gemm_kernels.linear_gate_residual",
     }  # fmt: skip

@@ -70,22 +70,22 @@ PLANTED = {
     "half-precision intermediate": (
         "rows", "load", "b_piece.to(tl.float32)", "b_piece.to(tl.float16).to(tl.float32)", "adaln"),
     "mask one key short": (
-        "attention", "_forward", "m_k = o_k < T\n", "m_k = o_k < T - 1\n", "attention"),
+        "attention", "_attention_forward", "m_k = o_k < T\n", "m_k = o_k < T - 1\n", "attention"),
     "mask one key too long": (
-        "attention", "_forward", "m_k = o_k < T\n", "m_k = o_k <= T\n", "attention"),
+        "attention", "_attention_forward", "m_k = o_k < T\n", "m_k = o_k <= T\n", "attention"),
     "mask one query short": (
-        "attention", "_backward_kv", "m_q = o_q < T\n", "m_q = o_q < T - 1\n",
+        "attention", "_attention_backward_kv", "m_q = o_q < T\n", "m_q = o_q < T - 1\n",
         "attention_backward"),
     "store left out": (
-        "gate_residual", "_forward", "tl.store(p_out + o, b_out, mask=m)",
+        "gate_residual", "_gate_residual_forward", "tl.store(p_out + o, b_out, mask=m)",
         "tl.store(p_out + o, b_out, mask=m & (o_col < D - 1)[None, :])", "gate_residual"),
     "store past the end": (
-        "mlp", "_forward", "m = o < n\n", "m = o <= n\n", "gelu"),
+        "mlp", "_gelu_forward", "m = o < n\n", "m = o <= n\n", "gelu"),
     "accumulator overwritten": (
         "rows", "_accumulate", "b_sum += tl.load(p_out + o_col, mask=m_col, other=0.0)", "pass",
         "adaln_backward"),
     "vector of the first sample": (
-        "adaln", "_forward", "p_scale + i_b * s_scale", "p_scale", "adaln"),
+        "adaln", "_adaln_forward", "p_scale + i_b * s_scale", "p_scale", "adaln"),
 }  # fmt: skip
 
 

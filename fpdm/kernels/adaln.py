@@ -22,7 +22,6 @@ from torch import Tensor
 from fpdm.kernels import rows
 from fpdm.kernels.launch import FLOATS, check, row_stride
 from fpdm.kernels.reference import LN_EPS
-from fpdm.kernels.rows import Variant
 
 
 @triton.jit
@@ -42,7 +41,7 @@ def modulate(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward(
+def _adaln_forward(
     p_z, p_shift, p_scale, p_out, s_shift, s_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +92,7 @@ def _row_gradient(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward(
+def _adaln_backward(
     p_dy, p_z, p_scale, p_dz, p_part, s_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
     EPS: tl.constexpr,
@@ -134,7 +133,7 @@ def adaln(z: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) ->
     )
     if z.numel():
         tile = rows.tile(d)
-        _forward[(b * triton.cdiv(t, tile["ROWS"]),)](
+        _adaln_forward[(b * triton.cdiv(t, tile["ROWS"]),)](
             z, shift, scale, out, row_stride(shift), row_stride(scale), t,
             **tile, EPS=LN_EPS, num_warps=rows.WARPS,
         )  # fmt: skip
@@ -164,20 +163,8 @@ def adaln_backward(
     if not z.numel():
         return
     part = rows.workspace(z, 2)
-    _backward[(b * rows.chunks(t),)](
+    _adaln_backward[(b * rows.chunks(t),)](
         dy, z, scale, dz, part, row_stride(scale), t,
         **rows.tile(d), CHUNK=rows.CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
     )  # fmt: skip
     rows.accumulate(part, dshift, dscale)
-
-
-def variants(width: int, dtype: torch.dtype, residual: torch.dtype) -> list[Variant]:
-    """Everything the launchers compile for rows of ``width`` (for the compile gate)."""
-    tile, wide = rows.tile(width), torch.float32
-    forward = {"p_z": residual, "p_shift": dtype, "p_scale": dtype, "p_out": dtype}
-    backward = {"p_dy": dtype, "p_z": residual, "p_scale": dtype, "p_dz": residual, "p_part": wide}
-    return [
-        rows.variant(_forward, forward, **tile, EPS=LN_EPS),
-        rows.variant(_backward, backward, **tile, CHUNK=rows.CHUNK, EPS=LN_EPS),
-        *rows.accumulate_variants(width, 2),
-    ]

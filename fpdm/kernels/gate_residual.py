@@ -24,11 +24,10 @@ from fpdm.kernels import rows
 from fpdm.kernels.adaln import modulate
 from fpdm.kernels.launch import FLOATS, check, row_stride
 from fpdm.kernels.reference import LN_EPS
-from fpdm.kernels.rows import Variant
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward(
+def _gate_residual_forward(
     p_z, p_y, p_gate, p_out, p_prev, p_part, s_gate, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +65,7 @@ def _norms(p_part, p_norms, s_norms, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward_adaln(
+def _gate_residual_adaln_forward(
     p_z, p_y, p_gate, p_shift, p_scale, p_z_out, p_out, s_gate, s_shift, s_scale, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +88,7 @@ def _forward_adaln(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward(
+def _gate_residual_backward(
     p_dout, p_y, p_gate, p_dy, p_part, s_gate, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +150,7 @@ def gate_residual(
     tile, blocks, pieces = _blocks(t, d, wants_norms)
     part = z.new_empty(2, b, blocks * pieces, dtype=torch.float32) if wants_norms else z
     if z.numel():
-        _forward[(b * blocks * pieces,)](
+        _gate_residual_forward[(b * blocks * pieces,)](
             z, y, gate, out, prev if wants_norms else z, part, row_stride(gate), t,
             **tile, NORMS=wants_norms, num_warps=rows.WARPS,
         )  # fmt: skip
@@ -189,7 +188,7 @@ def gate_residual_adaln(
     )
     if z.numel():
         tile = rows.tile(d)
-        _forward_adaln[(b * triton.cdiv(t, tile["ROWS"]),)](
+        _gate_residual_adaln_forward[(b * triton.cdiv(t, tile["ROWS"]),)](
             z, y, gate, shift, scale, z_out, out,
             row_stride(gate), row_stride(shift), row_stride(scale), t,
             **tile, EPS=LN_EPS, num_warps=rows.WARPS,
@@ -217,27 +216,9 @@ def gate_residual_backward(
     if y.numel():
         part = rows.workspace(y, 1)
         tile, _, pieces = _blocks(t, d)
-        _backward[(b * rows.chunks(t) * pieces,)](
+        _gate_residual_backward[(b * rows.chunks(t) * pieces,)](
             dout, y, gate, out, part, row_stride(gate), t,
             **tile, CHUNK=rows.CHUNK, num_warps=rows.WARPS,
         )  # fmt: skip
         rows.accumulate(part, dgate)
     return out
-
-
-def variants(width: int, dtype: torch.dtype, residual: torch.dtype) -> list[Variant]:
-    """Everything the launchers compile for rows of ``width`` (for the compile gate)."""
-    wide, (tile, _, _), (less, _, _) = torch.float32, _blocks(1, width), _blocks(1, width, True)
-    plain = {"p_z": residual, "p_y": dtype, "p_gate": dtype, "p_out": residual}
-    normed = plain | {"p_prev": residual, "p_part": wide}
-    modulated = dict.fromkeys(("p_y", "p_gate", "p_shift", "p_scale", "p_out"), dtype)
-    modulated |= {"p_z": residual, "p_z_out": residual}
-    backward = {"p_dout": residual, "p_y": dtype, "p_gate": dtype, "p_dy": dtype, "p_part": wide}
-    return [
-        rows.variant(_forward, plain | {"p_prev": residual, "p_part": residual}, **tile, NORMS=0),
-        rows.variant(_forward, normed, **less, NORMS=1),
-        rows.variant(_norms, {"p_part": wide, "p_norms": wide}, BLOCK=1024),
-        rows.variant(_forward_adaln, modulated, **rows.tile(width), EPS=LN_EPS),
-        rows.variant(_backward, backward, **tile, CHUNK=rows.CHUNK),
-        *rows.accumulate_variants(width, 1),
-    ]

@@ -25,7 +25,6 @@ from torch import Tensor
 from fpdm.kernels import rows
 from fpdm.kernels.launch import FLOATS, check
 from fpdm.kernels.reference import linear
-from fpdm.kernels.rows import Variant
 
 BLOCK = 1024
 
@@ -41,7 +40,7 @@ def _sigmoid(b_x):
 
 
 @triton.jit
-def _forward(p_x, p_out, n, BLOCK: tl.constexpr):
+def _gelu_forward(p_x, p_out, n, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
@@ -50,7 +49,7 @@ def _forward(p_x, p_out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_forward(p_x, p_u, p_pre, p_out, n, BLOCK: tl.constexpr, KEEP: tl.constexpr):
+def _add_gelu_forward(p_x, p_u, p_pre, p_out, n, BLOCK: tl.constexpr, KEEP: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
@@ -62,7 +61,7 @@ def _add_forward(p_x, p_u, p_pre, p_out, n, BLOCK: tl.constexpr, KEEP: tl.conste
 
 
 @triton.jit
-def _backward(p_dy, p_x, p_dx, n, BLOCK: tl.constexpr):
+def _gelu_backward(p_dy, p_x, p_dx, n, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
@@ -85,7 +84,7 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
         may_alias=(("out", "x"),),
     )
     if n := x.numel():
-        _forward[(triton.cdiv(n, BLOCK),)](x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
+        _gelu_forward[(triton.cdiv(n, BLOCK),)](x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
     return out
 
 
@@ -109,7 +108,7 @@ def linear_add_gelu(
     if bias:
         return gelu(product, out=out)
     if n := product.numel():
-        _add_forward[(triton.cdiv(n, BLOCK),)](
+        _add_gelu_forward[(triton.cdiv(n, BLOCK),)](
             product, addend, product, out, n, BLOCK=BLOCK, KEEP=keep, num_warps=rows.WARPS
         )
     return out
@@ -127,17 +126,5 @@ def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         may_alias=(("out", "dy"),),
     )
     if n := x.numel():
-        _backward[(triton.cdiv(n, BLOCK),)](dy, x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
+        _gelu_backward[(triton.cdiv(n, BLOCK),)](dy, x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
     return out
-
-
-def variants(width: int, dtype: torch.dtype, residual: torch.dtype) -> list[Variant]:
-    """Everything the launchers compile (for the compile gate); width and residual do not matter."""
-    one = {"p_x": dtype, "p_out": dtype}
-    added = one | {"p_u": dtype, "p_pre": dtype}
-    return [
-        rows.variant(_forward, one, BLOCK=BLOCK),
-        rows.variant(_add_forward, added, BLOCK=BLOCK, KEEP=False),
-        rows.variant(_add_forward, added, BLOCK=BLOCK, KEEP=True),
-        rows.variant(_backward, {"p_dy": dtype, "p_x": dtype, "p_dx": dtype}, BLOCK=BLOCK),
-    ]

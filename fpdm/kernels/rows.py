@@ -4,7 +4,7 @@ A program takes ROWS tokens of one sample, walks their D columns in pieces of CO
 pieces in registers. With ROWS COLS = 512 and four warps a row of D >= 128 belongs to one warp: its
 sums are shuffles, without shared memory or barriers, and the published widths (384, 768, 1024,
 1152) waste no lane. Arithmetic is float32, whatever the dtype in memory. Tiles are a function of D
-alone, so nothing is tuned at run time and ``variants`` of each operator names every compilation.
+alone: nothing is tuned at run time.
 
 Sums over tokens are deterministic: a program sums CHUNK tokens and writes float32 partials (B,
 chunks, n, D), ``accumulate`` adds them in order. Workspace: 4 n / (CHUNK size) U, size the bytes of
@@ -15,8 +15,6 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointer, s_ stride, b_ block of values.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,29 +24,6 @@ from fpdm.kernels.launch import row_stride
 
 WARPS = 4
 CHUNK = 32
-
-
-class Variant(NamedTuple):
-    """One compilation of a kernel, as a launcher asks for it: what triton.compile needs."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int = WARPS
-
-    @property
-    def attrs(self) -> dict[tuple[int], list[list[Any]]]:
-        """Addresses and strides in multiples of 16, as with the published shapes."""
-        names = self.kernel.arg_names
-        known = [n for n in self.signature if n.startswith(("p_", "s_")) or n == "n"]
-        return {(names.index(n),): [["tt.divisibility", 16]] for n in known}
-
-
-def variant(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -> Variant:
-    """``dtypes`` names the pointers; the other arguments are integers or ``constexprs``."""
-    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constexprs, "constexpr")
-    return Variant(kernel, signature | {n: names[d] for n, d in dtypes.items()}, constexprs)
 
 
 def tile(width: int) -> dict[str, int]:
@@ -207,10 +182,3 @@ def accumulate(part: Tensor, *outs: Tensor) -> None:
 
 def _accumulate_tile(width: int) -> dict[str, int]:
     return {"D": width, "COLS": min(128, _power(width))}
-
-
-def accumulate_variants(width: int, sums: int) -> list[Variant]:
-    """What ``accumulate`` compiles for rows of ``width``."""
-    pointers = dict.fromkeys(("p_part", "p_first", "p_second"), torch.float32)
-    found = variant(_accumulate, pointers, **_accumulate_tile(width), SUMS=sums)
-    return [found._replace(num_warps=1)]
