@@ -75,12 +75,14 @@ def _fetch(
     if TMA:
         ROWS: tl.constexpr = o_row.shape[0]
         b_main = tl.reshape(x_main.load([i_slice, i_row, 0]), (ROWS, MAIN))
-        if TAIL:
-            return (b_main, tl.reshape(x_tail.load([i_slice, i_row, MAIN]), (ROWS, TAIL)))
-        else:
-            return (b_main,)
+        b_x = (
+            (b_main, tl.reshape(x_tail.load([i_slice, i_row, MAIN]), (ROWS, TAIL)))
+            if TAIL
+            else (b_main,)
+        )
     else:
-        return _load(p_x, o_row, m_row, K, MAIN, TAIL, EVEN)
+        b_x = _load(p_x, o_row, m_row, K, MAIN, TAIL, EVEN)
+    return b_x
 
 
 @triton.jit
