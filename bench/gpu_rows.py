@@ -1,9 +1,11 @@
 """The rows of ``python -m bench`` on a GPU: XL/2, compiled baselines last.
 
 Published baselines: eager in half precision, float32 as shipped (TF32 off, as its sampler), and
-torch.compile with max-autotune. In the samplers the whole network is compiled for its k, with CUDA
-graphs; in training the pre, post and fixed-point maps are compiled, each once, and serve every (n,
-m), which a compilation of the whole step would not.
+torch.compile with max-autotune. At batch 1 the whole network is compiled for its k, with CUDA
+graphs. At batch 64 the block, the fixed-point map and the final layer are compiled, each once, and
+serve every (n, m), which a compilation of the whole step would not; their GEMMs are chosen among
+the library's, since with Triton's templates among the candidates the search takes minutes and ends
+at the library for every GEMM of that size (bench/results/nvidia-h200/autotune.txt).
 """
 
 from __future__ import annotations
@@ -106,9 +108,13 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
 
         arms["gemm + attention"] = floor
         if compiled:
-            how = "max-autotune" if s.batch == 1 else "max-autotune-no-cudagraphs"
-            theirs = torch.compile(plain, mode=how, dynamic=False)
-            arms["published compiled"] = published_sampler(theirs, sampler, s, guidance, iters)
+            if s.batch == 1:
+                theirs = torch.compile(plain, mode="max-autotune", dynamic=False)
+                arms["published compiled"] = published_sampler(theirs, sampler, s, guidance, iters)
+            else:
+                arms["published compiled"] = partial(
+                    Regions(), published_sampler(plain, sampler, s, guidance, iters)
+                )
         else:
             arms["fpdm without graphs"] = ours("off")[1]
             arms["published eager"] = published_sampler(plain, sampler, s, guidance, iters)
@@ -128,7 +134,8 @@ class Regions:
     """``published`` with its block, fixed-point map and final layer compiled."""
 
     def __init__(self) -> None:
-        how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+        options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+        how: dict[str, Any] = {"options": options, "dynamic": False}
         names = ("block", "fixed_point_map", "_final")
         self.compiled = {n: torch.compile(getattr(published, n), **how) for n in names}
 

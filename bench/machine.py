@@ -1,7 +1,11 @@
-"""Where a number comes from: machine, versions, commit; and the ceilings it is held against."""
+"""Where a number comes from: machine, versions, commit; and the ceilings it is held against.
+
+FPDM_COMMIT names the commit where the files were copied without their history.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -45,7 +49,7 @@ def facts(command: str) -> dict[str, Any]:
         "processor": report["processor"],
         "devices": report["devices"],
         "versions": report["versions"],
-        "commit": git("rev-parse", "--short=12", "HEAD") + changed,
+        "commit": os.environ.get("FPDM_COMMIT") or git("rev-parse", "--short=12", "HEAD") + changed,
         "command": command,
         "gpu": gpu,
     }

@@ -105,7 +105,7 @@ def _shape_only() -> SimpleNamespace:
         linear_dgrad=lambda dy, weight, out=None: empty(dy, weight.shape[1], out),
         linear_wgrad=nothing,
         gelu=lambda x, out=None: empty(x, x.shape[-1], out),
-        gelu_backward=lambda dy, x, out=None: empty(dy, x.shape[-1], out),
+        gelu_backward=lambda dy, x, out=None, total=None: empty(dy, x.shape[-1], out),
         adaln=lambda z, shift, scale, out=None: scale.new_empty(z.shape) if out is None else out,
         adaln_backward=nothing,
         gate_residual=lambda z, y, gate, out=None, **_: empty(z, z.shape[-1], out),

@@ -319,8 +319,7 @@ def injection_backward(
         a = acts.a if acts.a is not None else ops.gelu(acts.pre, out=s.wide(2))
         ops.linear_wgrad(dz, a, grads.inj_w2, grads.inj_b2)
     da = ops.linear_dgrad(dz, w.inj_w2, out=s.wide(2))
-    dpre = ops.gelu_backward(da, acts.pre, out=da)
-    du.add_(dpre)
+    dpre = ops.gelu_backward(da, acts.pre, out=da, total=du)
     if grads is not None and grads.inj_w1 is not None:
         xc = x if x.dtype == dtype else s.d1.copy_(x)
         ops.linear_wgrad(dpre, xc, grads.inj_w1[:, : x.shape[-1]], None)

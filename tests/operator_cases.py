@@ -112,6 +112,8 @@ class Case:
         found = shapes(listed)
         if "norms" not in self.form:
             found = {n: s for n, s in found.items() if n not in ("prev", "norms")}
+        if "total" not in self.form:
+            found.pop("total", None)
         if "no bias" in self.form:
             found = {n: s for n, s in found.items() if n not in ("bias", "dbias")}
         if "addend" in found and "bias" in self.form:

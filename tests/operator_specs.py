@@ -90,7 +90,8 @@ def _wgrad(v: Values, _: int) -> Values:
 
 
 def _gelu_backward(v: Values, _: int) -> Values:
-    return {"out": gradients(smooth, v["dy"], v["x"])[0]}
+    dx = gradients(smooth, v["dy"], v["x"])[0]
+    return {"out": dx, **({"total": v["total"] + dx} if "total" in v else {})}
 
 
 def _add_gelu(v: Values, _: int) -> Values:
@@ -163,7 +164,10 @@ SPECS: dict[str, Spec] = {
         forms=("", "no bias"), exact=("dweight", "dbias"),
     ),
     "gelu": Spec(lambda v, _: {"out": smooth(v["x"])}, "x:BTD", "out:BTD", aliases=(("out", "x"),)),
-    "gelu_backward": Spec(_gelu_backward, "dy:BTD x:BTD", "out:BTD", aliases=(("out", "dy"),)),
+    "gelu_backward": Spec(
+        _gelu_backward, "dy:BTD x:BTD", "out:BTD", "total:BTD", forms=("", "total"),
+        aliases=(("out", "dy"),),
+    ),
     "linear_add_gelu": Spec(
         _add_gelu, "x:BTF weight:DF addend:BTD", "pre:BTD out:BTD",
         forms=("", "bias", "without pre", "bias without pre"), aliases=(("pre", "out"),),

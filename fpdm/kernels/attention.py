@@ -14,11 +14,15 @@ passes of exp), then dq per block of queries and dk, dv per block of keys, in a 
 atomics. Workspace: 16 bytes per row and head, 0.11 U at K = 72 in half precision (U = B T D
 elements).
 
-Model, not a measurement: B = 64, H = 16, T = 256, K = 72, half precision, U = 37.7 MB, at 790
-TFLOP/s and 4.3 TB/s (H200) or 3.0 TB/s (H100):
+On sm_90 the rows that stream by come through tensor descriptors of a (3H, B T, K) view, whose
+columns beyond K read as zero; elsewhere, and where a block would reach into the next sample, by
+pointers and masks.
 
-    forward    2 products, 21 GFLOP, 27 us    reads 3 U, writes 1 U: 35 us (H200), 50 us (H100)
-    backward   8 products, 86 GFLOP, 109 us   reads 9 U, writes 3 U: 105 us, 151 us
+Floor at B = 64, H = 16, T = 256, K = 72, half precision, U = 37.7 MB, at 790 TFLOP/s and 4.3 TB/s
+(H200); measured times are in bench/NOTES.md:
+
+    forward    2 products, 21 GFLOP, 27 us    reads 3 U, writes 1 U: 35 us
+    backward   8 products, 86 GFLOP, 109 us   reads 9 U, writes 3 U: 105 us
 
 float32 keeps its precision (input_precision="ieee"): the products are FMAs on the CUDA cores, at
 most 1/15 of that rate.
@@ -178,8 +182,8 @@ def _online(b_s, b_m, b_l, K: tl.constexpr):
 def _attention_forward(
     p_qkv, x_main, x_tail, p_out, T,
     H: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = H * K
     i_b, i_h, o_q = _place(T, M, H)
@@ -189,36 +193,21 @@ def _attention_forward(
     i_first = (i_b * T).to(tl.int32)
     b_q = _load(p_q, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN)
     b_acc = _zeros(M, MAIN, TAIL)
-    if WHOLE:
-        o_k = tl.arange(0, N)
+    b_m = tl.full((M,), float("-inf"), tl.float32)
+    b_l = tl.zeros((M,), tl.float32)
+    for i in tl.range(0, T, N, num_stages=STAGES):
+        o_k = i + tl.arange(0, N)
         m_k = o_k < T
         b_k = _fetch(
-            p_q + D, x_main, x_tail, H + i_h, i_first, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN, TMA
-        )
-        b_v = _fetch(
-            p_q + 2 * D, x_main, x_tail, 2 * H + i_h, i_first, o_k * (3 * D), m_k,
+            p_q + D, x_main, x_tail, H + i_h, i_first + i, o_k * (3 * D), m_k,
             K, MAIN, TAIL, EVEN, TMA,
         )  # fmt: skip
-        b_s = _scores(b_q, b_k, m_k, EVEN)
-        b_e = _exp(b_s, tl.max(b_s, 1)[:, None], K)
-        b_l = tl.sum(b_e, 1)
-        b_acc = _inner(b_e.to(b_v[0].dtype), b_v, b_acc)
-    else:
-        b_m = tl.full((M,), float("-inf"), tl.float32)
-        b_l = tl.zeros((M,), tl.float32)
-        for i in tl.range(0, T, N, num_stages=STAGES):
-            o_k = i + tl.arange(0, N)
-            m_k = o_k < T
-            b_k = _fetch(
-                p_q + D, x_main, x_tail, H + i_h, i_first + i, o_k * (3 * D), m_k,
-                K, MAIN, TAIL, EVEN, TMA,
-            )  # fmt: skip
-            b_e, b_keep, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
-            b_v = _fetch(
-                p_q + 2 * D, x_main, x_tail, 2 * H + i_h, i_first + i, o_k * (3 * D), m_k,
-                K, MAIN, TAIL, EVEN, TMA,
-            )  # fmt: skip
-            b_acc = _inner(b_e.to(b_v[0].dtype), b_v, _scaled(b_acc, b_keep[:, None]))
+        b_e, b_keep, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
+        b_v = _fetch(
+            p_q + 2 * D, x_main, x_tail, 2 * H + i_h, i_first + i, o_k * (3 * D), m_k,
+            K, MAIN, TAIL, EVEN, TMA,
+        )  # fmt: skip
+        b_acc = _inner(b_e.to(b_v[0].dtype), b_v, _scaled(b_acc, b_keep[:, None]))
     p_out += i_b * T * D + i_h * K
     _store(p_out, o_q * D, m_q, _scaled(b_acc, (1.0 / b_l)[:, None]), K, MAIN, EVEN)
 
@@ -347,24 +336,25 @@ def parts(head_size: int) -> dict[str, int]:
 def tiles(
     tokens: int, head_size: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> dict[str, tuple[int, dict[str, Any]]]:
-    """Kernel -> (warps, M, N, ...): M queries by N keys at a time.
+    """Kernel -> (warps, M, N, ...): M queries by N keys at a time, STAGES of them in flight.
 
-    In half precision the forward takes all keys at once up to T = 256 on sm_90: the 64 x 256 scores
-    fit the registers there because wgmma reads k and v from shared memory; on sm_80 they spill.
+    Half precision on sm_90 as measured at B = 64, T = 256, K = 72 (bench/NOTES.md, 2026-11-26).
     float32 runs on the CUDA cores, whose operands pass through registers: smaller tiles.
     """
     half, hopper, narrow = dtype != torch.float32, capability == (9, 0), head_size <= 80
     size = min(64 if half else 32, _power(tokens))
-    whole = half and hopper and narrow and tokens <= 256
     one = {"M": size, "N": size, "STAGES": 2 if half else 1}
-    forward = one | {"N": _power(tokens) if whole else size, "WHOLE": whole}
-    # sm_80 holds the operands of dk and dv in registers too
-    columns = one if hopper else one | {"M": min(32, size)}
+    columns = dict(one)
+    if not hopper:
+        # it holds the operands of dk and dv in registers too
+        columns["M"] = min(32, size)
+    elif half and narrow:
+        columns["STAGES"] = 3
     warps = (4, 4, 4) if half and narrow else (8, 8, 8 if half else 4)
     names = ("forward", "backward_q", "backward_kv")
     return {
         name: (w, tile | {"EVEN": tokens % max(tile["M"], tile["N"]) == 0})
-        for name, w, tile in zip(names, warps, (forward, one, columns))
+        for name, w, tile in zip(names, warps, (one, one, columns))
     }
 
 

@@ -139,13 +139,17 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx = dy gelu'(x)."""
+def gelu_backward(
+    dy: Tensor, x: Tensor, out: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """dx = dy gelu'(x);  total += dx."""
     out = torch.empty_like(x) if out is None else out
     inputs: list[Operand] = [("dy", dy, x.shape, (x.dtype,)), ("x", x, x.shape, DTYPES)]
     outputs: list[Operand] = [("out", out, x.shape, (x.dtype,))]
     check("gelu_backward", DEVICE, inputs, outputs, {("out", "dy"), ("out", "x")})
     native.gelu_backward(CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr())
+    if total is not None:
+        total.add_(out)
     return out
 
 

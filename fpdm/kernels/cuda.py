@@ -292,8 +292,10 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx = dy gelu'(x): see ``reference.gelu_backward``. Raises LaunchError."""
+def gelu_backward(
+    dy: Tensor, x: Tensor, out: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """dx = dy gelu'(x), total += dx: see ``reference.gelu_backward``. Raises LaunchError."""
     out, dtype = torch.empty_like(dy) if out is None else out, (x.dtype,)
     check(
         "gelu_backward",
@@ -303,6 +305,8 @@ def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         may_alias=(("out", "dy"),),
     )
     _gelu("gelu_backward", x, out, other=dy)
+    if total is not None:
+        total.add_(out)
     return out
 
 

@@ -2,13 +2,14 @@
 
     a = sqrt(2/pi) (x + 0.044715 x^3),   s = 1/(1 + exp(-2a)) = (1 + tanh a)/2
     gelu       y = x s
-    backward   dx = dy (s + x s(1-s) 2a'),   a' = sqrt(2/pi) (1 + 3 0.044715 x^2)
+    backward   dx = dy (s + x s(1-s) 2a'),   a' = sqrt(2/pi) (1 + 3 0.044715 x^2);   total += dx
     add_gelu   pre = x W^T + u,   y = gelu(pre)
 
 With e = exp(-2|a|) <= 1 nothing overflows: s is 1/(1+e) or e/(1+e), and s(1-s) = e/(1+e)^2 without
 cancellation. x = -inf gives NaN, as plain PyTorch does.
 
-Bytes, in N = elements of x: gelu 2 N, backward 3 N. For ``linear_add_gelu`` behind the GEMM's own
+Bytes, in N = elements of x: gelu 2 N, backward 3 N (with a float32 total 7 N, where a sum of its
+own would take 5 N more). For ``linear_add_gelu`` behind the GEMM's own
 operands: a bias rides in the library's epilogue (GEMM writes N, gelu 2 N: 3 N). A tensor addend in
 addmm is copied into the output first and read again (3 N, and gelu 2 N, and the GEMM's write: 6 N);
 the product alone and one pass that adds and applies GELU is 4 N, 5 N where pre is kept. GELU is
@@ -61,7 +62,8 @@ def _add_gelu_forward(p_x, p_u, p_pre, p_out, n, BLOCK: tl.constexpr, KEEP: tl.c
 
 
 @triton.jit
-def _gelu_backward(p_dy, p_x, p_dx, n, BLOCK: tl.constexpr):
+def _gelu_backward(p_dy, p_x, p_dx, p_total, n, BLOCK: tl.constexpr):
+    """p_total None: no total."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
@@ -70,7 +72,11 @@ def _gelu_backward(p_dy, p_x, p_dx, n, BLOCK: tl.constexpr):
     # 2 a' = 1.5957691 + 0.21406445 x^2
     # from the left: the slope is 0 before the square overflows
     b_slope = b_slope * b_x * tl.fma(0.21406445 * b_x, b_x, 1.5957691)
-    tl.store(p_dx + o, (b_dy * (b_s + b_slope)).to(p_dx.dtype.element_ty), mask=m)
+    b_dx = (b_dy * (b_s + b_slope)).to(p_dx.dtype.element_ty)
+    tl.store(p_dx + o, b_dx, mask=m)
+    if p_total is not None:
+        b_total = tl.load(p_total + o, mask=m, other=0.0)
+        tl.store(p_total + o, b_total + b_dx.to(tl.float32), mask=m)
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -114,17 +120,21 @@ def linear_add_gelu(
     return out
 
 
-def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx = dy gelu'(x): see ``reference.gelu_backward``. Raises LaunchError."""
+def gelu_backward(
+    dy: Tensor, x: Tensor, out: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """dx = dy gelu'(x), total += dx: see ``reference.gelu_backward``. Raises LaunchError."""
     out = torch.empty_like(dy) if out is None else out
     dtype = (x.dtype,)
     check(
         "gelu_backward",
         x.device,
         (("dy", dy, x.shape, dtype), ("x", x, x.shape, FLOATS)),
-        (("out", out, x.shape, dtype),),
+        (("out", out, x.shape, dtype), ("total", total, x.shape, (torch.float32,))),
         may_alias=(("out", "dy"),),
     )
     if n := x.numel():
-        _gelu_backward[(triton.cdiv(n, BLOCK),)](dy, x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
+        _gelu_backward[(triton.cdiv(n, BLOCK),)](
+            dy, x, out, total, n, BLOCK=BLOCK, num_warps=rows.WARPS
+        )
     return out

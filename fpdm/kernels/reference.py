@@ -73,11 +73,18 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
 
-def gelu_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dx = dy gelu'(x). ``out`` may be dy."""
+def gelu_backward(
+    dy: Tensor, x: Tensor, out: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """dx = dy gelu'(x). ``out`` may be dy; ``total`` += dx, as it is stored, in the accumulators'
+    dtype."""
     if out is None:
-        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
-    return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
+        out = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    else:
+        torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
+    if total is not None:
+        total.add_(out)
+    return out
 
 
 def linear_add_gelu(

@@ -6,9 +6,10 @@ sums are shuffles, without shared memory or barriers, and the published widths (
 1152) waste no lane. Arithmetic is float32, whatever the dtype in memory. Tiles are a function of D
 alone: nothing is tuned at run time.
 
-Sums over tokens are deterministic: a program sums CHUNK tokens and writes float32 partials (B,
-chunks, n, D), ``accumulate`` adds them in order. Workspace: 4 n / (CHUNK size) U, size the bytes of
-an element: 0.0625 n U in half precision.
+Sums over tokens are deterministic: a program sums ``chunk`` tokens and writes float32 partials (B,
+chunks, n, D), ``accumulate`` adds them in order. Workspace: 4 n / (chunk size) U, size the bytes of
+an element: 0.0625 n U in half precision for 32 tokens. ``add_column_sums`` does the same over all
+rows of a matrix (the gradient of a bias).
 
 Names: i_ index, o_ offsets, m_ mask, p_ pointer, s_ stride, b_ block of values.
 """
@@ -158,15 +159,15 @@ def _accumulate(
     tl.store(p_out + o_col, b_sum, mask=m_col)
 
 
-def chunks(tokens: int) -> int:
-    """Programs per sample in a kernel that sums over tokens."""
-    return -(-tokens // CHUNK)
+def chunks(tokens: int, chunk: int = CHUNK) -> int:
+    """Programs per sample in a kernel that sums ``chunk`` tokens each."""
+    return -(-tokens // chunk)
 
 
-def workspace(like: Tensor, sums: int) -> Tensor:
+def workspace(like: Tensor, sums: int, chunk: int = CHUNK) -> Tensor:
     """Partials of ``sums`` sums over the tokens of ``like`` (B,T,D): (B, chunks, sums, D)."""
     b, t, d = like.shape
-    return like.new_empty(b, chunks(t), sums, d, dtype=torch.float32)
+    return like.new_empty(b, chunks(t, chunk), sums, d, dtype=torch.float32)
 
 
 def accumulate(part: Tensor, *outs: Tensor) -> None:
@@ -182,3 +183,49 @@ def accumulate(part: Tensor, *outs: Tensor) -> None:
 
 def _accumulate_tile(width: int) -> dict[str, int]:
     return {"D": width, "COLS": min(128, _power(width))}
+
+
+@triton.jit(do_not_specialize=["n"])
+def _column_sums(
+    p_x, p_part, n, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr
+):
+    i_chunk, o_col = piece(D, COLS)
+    i_first = i_chunk * CHUNK
+    m_col = o_col < D
+    b_sum = tl.zeros((ROWS, COLS), tl.float32)
+    for i in range(i_first, tl.minimum(i_first + CHUNK, n), ROWS):
+        o_row = i + tl.arange(0, ROWS)
+        m = (o_row < n)[:, None] & m_col[None, :]
+        p = p_x + o_row.to(tl.int64)[:, None] * D + o_col[None, :]
+        b_sum += tl.load(p, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_part + i_chunk.to(tl.int64) * D + o_col, tl.sum(b_sum, 0), mask=m_col)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _add_rows(p_part, p_out, n, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    o_col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    m_col = o_col < D
+    b_sum = tl.zeros((ROWS, COLS), tl.float32)
+    for i in range(0, n, ROWS):
+        o_row = i + tl.arange(0, ROWS)
+        m = (o_row < n)[:, None] & m_col[None, :]
+        b_sum += tl.load(p_part + o_row[:, None] * D + o_col[None, :], mask=m, other=0.0)
+    b_out = tl.load(p_out + o_col, mask=m_col, other=0.0)
+    tl.store(p_out + o_col, b_out + tl.sum(b_sum, 0), mask=m_col)
+
+
+def add_column_sums(x: Tensor, out: Tensor) -> None:
+    """out (D,) float32 += sum over the rows of x (N,D), contiguous. Bytes: N D of x, and partials
+    of 1/64 of that in half precision."""
+    n, d = x.shape
+    if not x.numel():
+        return
+    cols, chunk = min(128, _power(d)), 128
+    part = x.new_empty(-(-n // chunk), d, dtype=torch.float32)
+    _column_sums[(len(part) * triton.cdiv(d, cols),)](
+        x, part, n, D=d, ROWS=32, COLS=cols, CHUNK=chunk, num_warps=WARPS
+    )
+    narrow = min(32, cols)
+    _add_rows[(triton.cdiv(d, narrow),)](
+        part, out, len(part), D=d, ROWS=64, COLS=narrow, num_warps=WARPS
+    )
