@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -79,7 +80,9 @@ def run_row(row: suites.Row, rounds: int | None, ceilings: dict[str, float]) -> 
 def chosen(args: argparse.Namespace) -> list[suites.Row]:
     """The rows asked for. Raises ConfigError when there are none."""
     rows = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
-    found = [r for r in rows if r.suite in (args.suite or r.suite) and (args.row or "") in r.name]
+    found = [r for r in rows if r.suite in (args.suite or r.suite)]
+    found = [r for r in found if re.search(args.row or "", r.name)]
+    found = [r for r in found if not (args.skip and re.search(args.skip, r.name))]
     if not found:
         known = ", ".join(sorted({r.suite for r in rows}))
         raise ConfigError(f"rows: got none for {args.suite} {args.row!r}, expected one of {known}")
@@ -144,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser("bench", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--suite", nargs="+", help="operators network sampler training optimizer data")
-    p.add_argument("--row", help="rows whose name holds this")
+    p.add_argument("--row", help="rows whose name this regular expression is found in")
+    p.add_argument("--skip", help="without the rows whose name this one is found in")
     p.add_argument("--rounds", type=int, help="instead of each row's own")
     p.add_argument("--out", type=Path, help="JSON file (bench/results/<machine>/bench.json)")
     p.add_argument("--against", help="JSON file or commit")
