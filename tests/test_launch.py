@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -192,3 +193,29 @@ def test_row_stride() -> None:
     assert row_stride(chunks()[2]) == 6 * D
     assert row_stride(torch.zeros(1, D).expand(B, D)) == 0
     assert row_stride(torch.zeros(1, 6 * D)[:, D : 2 * D]) == 0
+
+
+def test_what_passed_is_remembered_with_all_that_it_depends_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same address with anything else about it is checked again, and refused."""
+    module, passed = importlib.import_module("fpdm.kernels.launch"), set[Any]()
+    monkeypatch.setattr(module, "_passed", passed)
+    flat = torch.zeros(4 * B * T * D)
+    x, other = flat[: B * T * D].view(B, T, D), torch.zeros(B, T, D)
+    for _ in range(3):
+        check("op", CPU, [z(tensor=x)], [z("out", tensor=other)])
+    assert len(passed) == 1
+    assert "float16" in told([z(tensor=x, dtypes=HALVES)], [z("out", tensor=other)])
+    assert f"expected {(B, D, T)}" in told([z(tensor=x, shape=(B, D, T))], [])
+    assert "strides" in told([z(tensor=flat[::2][: B * T * D].view(B, T, D))], [])
+    assert "memory shared" in told([z(tensor=x)], [z("out", tensor=x)])
+    check("op", CPU, [z(tensor=x)], [z("out", tensor=x)], may_alias=(("out", "z"),))
+    assert "memory shared" in told([z(tensor=x)], [z("out", tensor=x)])
+    assert "bytes off" in told([z(tensor=flat[1 : 1 + B * T * D].view(B, T, D))], [], align=16)
+    flat.untyped_storage().resize_(16)
+    assert "past the end of its storage" in told([z(tensor=x)], [z("out", tensor=other)])
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    for n in range(9):
+        check(f"op {n}", CPU, [z(tensor=other)], [])
+    assert len(passed) <= 3

@@ -162,18 +162,3 @@ def plain_adamw(
 def test_bfloat16_is_refused_here() -> None:
     with pytest.raises(ops.ImplError, match="dtype: got bfloat16, expected float32, float16"):
         ops.resolve("triton", "cpu", torch.bfloat16)
-
-
-@inside
-@pytest.mark.parametrize(
-    ("t", "k", "expected"), [(256, 72, True), (255, 72, False), (256, 12, False)]
-)
-def test_descriptors_only_where_a_block_stays_in_its_sample(t: int, k: int, expected: bool) -> None:
-    """A row of another sample must not be read: its NaN times a probability of 0 is NaN."""
-    from fpdm.kernels import attention
-
-    qkv = torch.zeros(2, t, 3 * k, dtype=torch.float16)
-    _, tile = attention.tiles(t, k, qkv.dtype, (9, 0))["forward"]
-    (main, _), tma = attention._descriptors(qkv, 3, k, tile, tile["N"])
-    assert tma is expected
-    assert (main is None) is not expected

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpdm.kernels import rows
-from fpdm.kernels.launch import FLOATS, check, row_stride
+from fpdm.kernels.launch import FLOATS, cdiv, check, row_stride
 from fpdm.kernels.reference import LN_EPS
 
 # tokens per program of the backward: 32 would leave a second round of programs mostly idle
@@ -136,7 +136,7 @@ def adaln(z: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) ->
     )
     if z.numel():
         tile = rows.tile(d)
-        _adaln_forward[(b * triton.cdiv(t, tile["ROWS"]),)](
+        _adaln_forward[(b * cdiv(t, tile["ROWS"]),)](
             z, shift, scale, out, row_stride(shift), row_stride(scale), t,
             **tile, EPS=LN_EPS, num_warps=rows.WARPS,
         )  # fmt: skip

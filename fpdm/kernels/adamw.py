@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fpdm.kernels.launch import cdiv
+
 BLOCK = 1024
 
 
@@ -54,7 +56,7 @@ def adamw_(
 ) -> None:
     """The module's equations, in place; ``scalars``: c, b1, 1-b1, b2, 1-b2, eps, 1 - lr wd,
     lr / (1-b1^t), sqrt(1-b2^t), 1-d."""
-    grid = (triton.cdiv(w.numel(), BLOCK),)
+    grid = (cdiv(w.numel(), BLOCK),)
     # a launch goes to the current device
     with torch.cuda.device(w.device) if w.is_cuda else contextlib.nullcontext():
         adamw_kernel[grid](

@@ -14,10 +14,6 @@ passes of exp), then dq per block of queries and dk, dv per block of keys, in a 
 atomics. Workspace: 16 bytes per row and head, 0.11 U at K = 72 in half precision (U = B T D
 elements).
 
-On sm_90 the rows that stream by come through tensor descriptors of a (3H, B T, K) view, whose
-columns beyond K read as zero; elsewhere, and where a block would reach into the next sample, by
-pointers and masks.
-
 Floor at B = 64, H = 16, T = 256, K = 72, half precision, U = 37.7 MB, at 790 TFLOP/s and 4.3 TB/s
 (H200); measured times are in bench/NOTES.md:
 
@@ -37,10 +33,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fpdm.kernels import attention_routes
-from fpdm.kernels.launch import FLOATS, LaunchError, aligned, check
+from fpdm.kernels.launch import FLOATS, LaunchError, cdiv, check, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -66,27 +61,6 @@ def _part(
     if not EVEN:
         m = m & m_row[:, None]
     return tl.load(p) if EVEN and FIRST + WIDTH <= K else tl.load(p, mask=m, other=0.0)
-
-
-@triton.jit
-def _fetch(
-    p_x, x_main, x_tail, i_slice, i_row, o_row, m_row,
-    K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """``_load`` for rows that stream by: with TMA through the descriptors of a (slices, B T, K)
-    view, whose columns beyond K are zero, else through ``p_x`` + ``o_row``."""
-    if TMA:
-        ROWS: tl.constexpr = o_row.shape[0]
-        b_main = tl.reshape(x_main.load([i_slice, i_row, 0]), (ROWS, MAIN))
-        b_x = (
-            (b_main, tl.reshape(x_tail.load([i_slice, i_row, MAIN]), (ROWS, TAIL)))
-            if TAIL
-            else (b_main,)
-        )
-    else:
-        b_x = _load(p_x, o_row, m_row, K, MAIN, TAIL, EVEN)
-    return b_x
 
 
 @triton.jit
@@ -180,17 +154,14 @@ def _online(b_s, b_m, b_l, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_forward(
-    p_qkv, x_main, x_tail, p_out, T,
+    p_qkv, p_out, T,
     H: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = H * K
     i_b, i_h, o_q = _place(T, M, H)
     m_q = o_q < T
     p_q = p_qkv + i_b * T * (3 * D) + i_h * K
-    # the sample's first row in a descriptor's view
-    i_first = (i_b * T).to(tl.int32)
     b_q = _load(p_q, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN)
     b_acc = _zeros(M, MAIN, TAIL)
     b_m = tl.full((M,), float("-inf"), tl.float32)
@@ -198,15 +169,9 @@ def _attention_forward(
     for i in tl.range(0, T, N, num_stages=STAGES):
         o_k = i + tl.arange(0, N)
         m_k = o_k < T
-        b_k = _fetch(
-            p_q + D, x_main, x_tail, H + i_h, i_first + i, o_k * (3 * D), m_k,
-            K, MAIN, TAIL, EVEN, TMA,
-        )  # fmt: skip
+        b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         b_e, b_keep, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
-        b_v = _fetch(
-            p_q + 2 * D, x_main, x_tail, 2 * H + i_h, i_first + i, o_k * (3 * D), m_k,
-            K, MAIN, TAIL, EVEN, TMA,
-        )  # fmt: skip
+        b_v = _load(p_q + 2 * D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         b_acc = _inner(b_e.to(b_v[0].dtype), b_v, _scaled(b_acc, b_keep[:, None]))
     p_out += i_b * T * D + i_h * K
     _store(p_out, o_q * D, m_q, _scaled(b_acc, (1.0 / b_l)[:, None]), K, MAIN, EVEN)
@@ -214,10 +179,9 @@ def _attention_forward(
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_backward_q(
-    p_dy, p_qkv, x_main, x_tail, p_y, p_dqkv, p_rows, T,
+    p_dy, p_qkv, p_y, p_dqkv, p_rows, T,
     H: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries, and what ``_attention_backward_kv`` needs of each: max s, -log2 l, delta."""
     D: tl.constexpr = H * K
@@ -225,7 +189,6 @@ def _attention_backward_q(
     m_q = o_q < T
     p_q = p_qkv + i_b * T * (3 * D) + i_h * K
     o_y = i_b * T * D + i_h * K
-    i_first = (i_b * T).to(tl.int32)
     b_q = _load(p_q, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN)
     b_dy = _load(p_dy + o_y, o_q * D, m_q, K, MAIN, TAIL, EVEN)
     b_delta = _row_dot(b_dy, _load(p_y + o_y, o_q * D, m_q, K, MAIN, TAIL, EVEN))
@@ -234,24 +197,15 @@ def _attention_backward_q(
     for i in tl.range(0, T, N, num_stages=STAGES):
         o_k = i + tl.arange(0, N)
         m_k = o_k < T
-        b_k = _fetch(
-            p_q + D, x_main, x_tail, H + i_h, i_first + i, o_k * (3 * D), m_k,
-            K, MAIN, TAIL, EVEN, TMA,
-        )  # fmt: skip
+        b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         _, _, b_m, b_l = _online(_scores(b_q, b_k, m_k, EVEN), b_m, b_l, K)
     b_acc = _zeros(M, MAIN, TAIL)
     b_inverse = (1.0 / b_l)[:, None]
     for i in tl.range(0, T, N, num_stages=STAGES):
         o_k = i + tl.arange(0, N)
         m_k = o_k < T
-        b_k = _fetch(
-            p_q + D, x_main, x_tail, H + i_h, i_first + i, o_k * (3 * D), m_k,
-            K, MAIN, TAIL, EVEN, TMA,
-        )  # fmt: skip
-        b_v = _fetch(
-            p_q + 2 * D, x_main, x_tail, 2 * H + i_h, i_first + i, o_k * (3 * D), m_k,
-            K, MAIN, TAIL, EVEN, TMA,
-        )  # fmt: skip
+        b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
+        b_v = _load(p_q + 2 * D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
         # normalised before it is rounded: e alone is up to T times p
         b_p = _exp(_scores(b_q, b_k, m_k, EVEN), b_m[:, None], K) * b_inverse
         b_ds = b_p * (_outer(b_dy, b_v) - b_delta[:, None])
@@ -267,10 +221,9 @@ def _attention_backward_q(
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_backward_kv(
-    p_dy, y_main, y_tail, p_qkv, x_main, x_tail, p_dqkv, p_rows, T,
+    p_dy, p_qkv, p_dqkv, p_rows, T,
     H: tl.constexpr, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys, M queries at a time. Scores are transposed: keys in rows, so that p and
     ds go from one dot to the next in registers."""
@@ -280,7 +233,6 @@ def _attention_backward_kv(
     p_q = p_qkv + i_b * T * (3 * D) + i_h * K
     p_dy += i_b * T * D + i_h * K
     p_rows += (i_b * H + i_h) * T * 4
-    i_first = (i_b * T).to(tl.int32)
     b_k = _load(p_q + D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
     b_v = _load(p_q + 2 * D, o_k * (3 * D), m_k, K, MAIN, TAIL, EVEN)
     b_dk = _zeros(N, MAIN, TAIL)
@@ -288,12 +240,8 @@ def _attention_backward_kv(
     for i in tl.range(0, T, M, num_stages=STAGES):
         o_q = i + tl.arange(0, M)
         m_q = o_q < T
-        b_q = _fetch(
-            p_q, x_main, x_tail, i_h, i_first + i, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN, TMA
-        )
-        b_dy = _fetch(
-            p_dy, y_main, y_tail, i_h, i_first + i, o_q * D, m_q, K, MAIN, TAIL, EVEN, TMA
-        )
+        b_q = _load(p_q, o_q * (3 * D), m_q, K, MAIN, TAIL, EVEN)
+        b_dy = _load(p_dy, o_q * D, m_q, K, MAIN, TAIL, EVEN)
         b_m, b_minus, b_delta = _row_numbers(p_rows, o_q, m_q, M, EVEN)
         # the maximum was summed in another kernel: huge scores may pass it by rounding. A NaN that
         # is lost here is in l
@@ -338,8 +286,8 @@ def tiles(
 ) -> dict[str, tuple[int, dict[str, Any]]]:
     """Kernel -> (warps, M, N, ...): M queries by N keys at a time, STAGES of them in flight.
 
-    Half precision on sm_90 as measured at B = 64, T = 256, K = 72 (bench/NOTES.md, 2026-11-26).
-    float32 runs on the CUDA cores, whose operands pass through registers: smaller tiles.
+    On sm_90 in half precision as swept on an H200 (bench/NOTES.md, 2026-11-26). float32 runs on the
+    CUDA cores, whose operands pass through registers: smaller tiles.
     """
     half, hopper, narrow = dtype != torch.float32, capability == (9, 0), head_size <= 80
     size = min(64 if half else 32, _power(tokens))
@@ -359,7 +307,7 @@ def tiles(
 
 
 def _power(tokens: int) -> int:
-    return max(16, triton.next_power_of_2(tokens))
+    return max(16, next_power_of_2(tokens))
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -396,29 +344,10 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     if name != attention_routes.OURS:
         return attention_routes.run(name, qkv, heads, out)
     warps, tile = tiles(t, size, qkv.dtype, _capability(qkv.device))["forward"]
-    descriptors, tma = _descriptors(qkv, 3 * heads, size, tile, tile["N"])
-    _attention_forward[(b * heads * triton.cdiv(t, tile["M"]),)](
-        qkv, *descriptors, out, t, H=heads, **parts(size), **tile, TMA=tma, num_warps=warps
+    _attention_forward[(b * heads * cdiv(t, tile["M"]),)](
+        qkv, out, t, H=heads, **parts(size), **tile, num_warps=warps
     )
     return out
-
-
-def _descriptors(
-    x: Tensor, slices: int, size: int, tile: dict[str, Any], rows: int
-) -> tuple[tuple[Any, Any], bool]:
-    """Descriptors for blocks of ``rows`` of x (B,T, slices K) seen as (slices, B T, K), in MAIN and
-    TAIL columns, and whether there are any: whole blocks of one sample on aligned addresses of a
-    device that copies through them (sm_90)."""
-    width, count = x.shape[-1], x.shape[0] * x.shape[1]
-    fits = tile["EVEN"] and size * x.element_size() % 16 == 0 and aligned((x,), 16)
-    if not (fits and x.element_size() == 2 and _capability(x.device)[0] == 9):
-        return (None, None), False
-    cut, shape, strides = parts(size), [slices, count, size], [size, width, 1]
-    found = [
-        TensorDescriptor(x, shape, strides, [1, rows, n]) if n else None
-        for n in (cut["MAIN"], cut["TAIL"])
-    ]
-    return (found[0], found[1]), True
 
 
 def attention_backward(
@@ -435,16 +364,11 @@ def attention_backward(
     numbers = qkv.new_empty(b, heads, t, 4, dtype=torch.float32)
     found = tiles(t, size, qkv.dtype, _capability(qkv.device))
     warps, tile = found["backward_q"]
-    packed, tma = _descriptors(qkv, 3 * heads, size, tile, tile["N"])
-    _attention_backward_q[(b * heads * triton.cdiv(t, tile["M"]),)](
-        dy, qkv, *packed, y, out, numbers, t, H=heads, **parts(size), **tile, TMA=tma,
-        num_warps=warps,
-    )  # fmt: skip
+    _attention_backward_q[(b * heads * cdiv(t, tile["M"]),)](
+        dy, qkv, y, out, numbers, t, H=heads, **parts(size), **tile, num_warps=warps
+    )
     warps, tile = found["backward_kv"]
-    packed, tma = _descriptors(qkv, 3 * heads, size, tile, tile["M"])
-    single, also = _descriptors(dy, heads, size, tile, tile["M"])
-    _attention_backward_kv[(b * heads * triton.cdiv(t, tile["N"]),)](
-        dy, *single, qkv, *packed, out, numbers, t, H=heads, **parts(size), **tile,
-        TMA=tma and also, num_warps=warps,
-    )  # fmt: skip
+    _attention_backward_kv[(b * heads * cdiv(t, tile["N"]),)](
+        dy, qkv, out, numbers, t, H=heads, **parts(size), **tile, num_warps=warps
+    )
     return out

@@ -15,6 +15,8 @@ y, writes dy). Partials of the sums add 0.0625 U (backward, half precision) or l
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fpdm.kernels import rows
 from fpdm.kernels.adaln import modulate
-from fpdm.kernels.launch import FLOATS, check, row_stride
+from fpdm.kernels.launch import FLOATS, cdiv, check, row_stride
 from fpdm.kernels.reference import LN_EPS
 
 
@@ -112,6 +114,7 @@ def _gate_residual_backward(
     tl.store(p_part + o_part, tl.sum(b_dgate, 0), mask=m_col)
 
 
+@functools.cache
 def _blocks(t: int, d: int, norms: bool = False) -> tuple[dict[str, int], int, int]:
     """Tile of the kernels that need no whole row, rows a divisor of CHUNK; programs per sample over
     tokens and columns. Norms hold four operands: half the tile, or sm_80 spills a float32
@@ -119,7 +122,7 @@ def _blocks(t: int, d: int, norms: bool = False) -> tuple[dict[str, int], int, i
     cols = rows.tile(d)["COLS"]
     most = 8 if norms else 16
     tile = {"D": d, "ROWS": min(max(128 * most // cols, 1), most), "COLS": cols}
-    return tile, triton.cdiv(t, tile["ROWS"]), triton.cdiv(d, cols)
+    return tile, cdiv(t, tile["ROWS"]), cdiv(d, cols)
 
 
 def gate_residual(
@@ -188,7 +191,7 @@ def gate_residual_adaln(
     )
     if z.numel():
         tile = rows.tile(d)
-        _gate_residual_adaln_forward[(b * triton.cdiv(t, tile["ROWS"]),)](
+        _gate_residual_adaln_forward[(b * cdiv(t, tile["ROWS"]),)](
             z, y, gate, shift, scale, z_out, out,
             row_stride(gate), row_stride(shift), row_stride(scale), t,
             **tile, EPS=LN_EPS, num_warps=rows.WARPS,

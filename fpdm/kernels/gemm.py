@@ -36,7 +36,7 @@ from fpdm.kernels import gemm_kernels, mlp, rows
 from fpdm.kernels.adaln import adaln
 from fpdm.kernels.gate_residual import _norms, gate_residual, gate_residual_adaln
 from fpdm.kernels.gemm_table import Tile, choice, tiles
-from fpdm.kernels.launch import FLOATS, aligned, check, row_stride
+from fpdm.kernels.launch import FLOATS, aligned, cdiv, check, row_stride
 from fpdm.kernels.reference import LN_EPS, linear
 
 # blocks of rows that walk over the columns together, so that both operands stay in the L2 cache
@@ -65,7 +65,7 @@ def _plan(
     (m, k), n = x.shape, weight.shape[0]
     if tile is None:
         tile = tiles(op, m, n, weight.dtype, architecture())[0]
-    blocks = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    blocks = cdiv(m, tile.m) * cdiv(n, tile.n)
     operands: tuple[Any, Any] = (x, weight)
     tma = tile.tma and aligned((x, weight), 16)
     if tma:
@@ -142,7 +142,7 @@ def fused_adaln_linear(
     if z.numel():
         flat, cut = z.view(-1, d), rows.tile(d)
         stats = z.new_empty(2, b * t, dtype=torch.float32)
-        gemm_kernels.statistics[(triton.cdiv(b * t, cut["ROWS"]),)](
+        gemm_kernels.statistics[(cdiv(b * t, cut["ROWS"]),)](
             z, stats, b * t, **cut, EPS=LN_EPS, num_warps=rows.WARPS
         )
         grid, p_z, p_w, constants = _plan("adaln_linear", flat, weight, tile)
@@ -305,7 +305,7 @@ def fused_linear_gate_residual(
     check("linear_gate_residual", x.device, inputs, outputs, may_alias=(("out", "z"),))
     if x.numel():
         grid, p_x, p_w, constants = _plan("linear_gate_residual", x.view(-1, k), weight, tile)
-        parts = t * triton.cdiv(d, constants["BLOCK_N"])
+        parts = t * cdiv(d, constants["BLOCK_N"])
         sums = None if norms is None else z.new_empty(2, b, parts, dtype=torch.float32)
         gemm_kernels.linear_gate_residual[grid](
             p_x, p_w, bias, z, gate, p, out, prev, sums, row_stride(weight), row_stride(gate),

@@ -1,8 +1,10 @@
 """The one check that every launcher runs before it hands pointers to a kernel.
 
 A kernel sees addresses, not tensors: what torch would refuse, it would read or write. The check
-reads metadata only: no synchronisation, no allocation, a few microseconds. It knows no
-implementation, so Triton, csrc/cuda and csrc/cpu share it.
+reads metadata only: no synchronisation, no allocation. It knows no implementation, so Triton,
+csrc/cuda and csrc/cpu share it. What passed is remembered by everything that it depends on, since
+the same buffers come back step after step: 4 instead of 40 microseconds, in a loop whose kernels
+take 20 to 100.
 
 Layout rule of all operators: an operand is contiguous, except that the rows of a two-dimensional
 one may lie at any distance (a chunk of (B,6D), one vector expanded over the batch, a column slice
@@ -28,6 +30,11 @@ Operand = tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]
 Span = tuple[int, int, int, int, Tensor, str]
 
 
+# what ``check`` let pass, by all that it read; forgotten when full
+_passed: set[tuple[object, ...]] = set()
+REMEMBERED = 8192
+
+
 class LaunchError(UserError):
     """An operand that a kernel cannot take: one line with operator, operand, got and expected."""
 
@@ -47,6 +54,34 @@ def check(
     another operand. ``may_alias`` lists pairs (output, other) that may be the very same view.
     Accumulators are outputs. An operand whose tensor is None is skipped.
     """
+    key = (op, device, align, *may_alias, *map(_facts, inputs), None, *map(_facts, outputs))
+    if key in _passed:
+        return
+    _check(op, device, inputs, outputs, may_alias, align)
+    if len(_passed) >= REMEMBERED:
+        _passed.clear()
+    _passed.add(key)
+
+
+def _facts(operand: Operand) -> tuple[object, ...]:
+    """All that the check reads of an operand, and what is expected of it."""
+    name, t, shape, dtypes = operand
+    if t is None:
+        return (name,)
+    return (
+        name, t.data_ptr(), t.dtype, t.device, t.shape, t.stride(), t.storage_offset(),
+        t.untyped_storage().nbytes(), shape, dtypes,
+    )  # fmt: skip
+
+
+def _check(
+    op: str,
+    device: torch.device,
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    may_alias: Collection[tuple[str, str]],
+    align: int,
+) -> None:
     spans = [_span(op, device, align, o) for o in inputs if o[1] is not None]
     for operand in outputs:
         if operand[1] is None:
@@ -65,6 +100,16 @@ def aligned(tensors: Iterable[Tensor | None], align: int) -> bool:
     """Whether addresses and row distances of all are multiples of ``align`` bytes, so that a
     launcher may choose its vectorised kernel."""
     return all(t is None or not _misalignment(t, align) for t in tensors)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, callable in kernels too, takes 20 us a call on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def row_stride(t: Tensor) -> int:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpdm.kernels import rows
-from fpdm.kernels.launch import FLOATS, check
+from fpdm.kernels.launch import FLOATS, cdiv, check
 from fpdm.kernels.reference import linear
 
 BLOCK = 1024
@@ -90,7 +90,7 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
         may_alias=(("out", "x"),),
     )
     if n := x.numel():
-        _gelu_forward[(triton.cdiv(n, BLOCK),)](x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
+        _gelu_forward[(cdiv(n, BLOCK),)](x, out, n, BLOCK=BLOCK, num_warps=rows.WARPS)
     return out
 
 
@@ -114,7 +114,7 @@ def linear_add_gelu(
     if bias:
         return gelu(product, out=out)
     if n := product.numel():
-        _add_gelu_forward[(triton.cdiv(n, BLOCK),)](
+        _add_gelu_forward[(cdiv(n, BLOCK),)](
             product, addend, product, out, n, BLOCK=BLOCK, KEEP=keep, num_warps=rows.WARPS
         )
     return out
@@ -134,7 +134,5 @@ def gelu_backward(
         may_alias=(("out", "dy"),),
     )
     if n := x.numel():
-        _gelu_backward[(triton.cdiv(n, BLOCK),)](
-            dy, x, out, total, n, BLOCK=BLOCK, num_warps=rows.WARPS
-        )
+        _gelu_backward[(cdiv(n, BLOCK),)](dy, x, out, total, n, BLOCK=BLOCK, num_warps=rows.WARPS)
     return out

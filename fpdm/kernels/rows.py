@@ -16,25 +16,28 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointer, s_ stride, b_ block of values.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpdm.kernels.launch import row_stride
+from fpdm.kernels.launch import cdiv, next_power_of_2, row_stride
 
 WARPS = 4
 CHUNK = 32
 
 
+@functools.cache
 def tile(width: int) -> dict[str, int]:
     """ROWS and COLS for rows of ``width``: at most 16 pieces, 512 values in all up to D = 8192."""
-    cols = min(max(128, triton.next_power_of_2(triton.cdiv(width, 16))), _power(width))
+    cols = min(max(128, next_power_of_2(cdiv(width, 16))), _power(width))
     return {"D": width, "ROWS": max(512 // cols, 1), "COLS": cols}
 
 
 def _power(width: int) -> int:
-    return max(triton.next_power_of_2(width), 16)
+    return max(next_power_of_2(width), 16)
 
 
 @triton.jit
@@ -175,12 +178,13 @@ def accumulate(part: Tensor, *outs: Tensor) -> None:
     b, n, sums, d = part.shape
     first, second = outs[0], outs[-1]
     shape = _accumulate_tile(d)
-    _accumulate[b, triton.cdiv(d, shape["COLS"]), sums](
+    _accumulate[b, cdiv(d, shape["COLS"]), sums](
         part, first, second, row_stride(first), row_stride(second), n,
         **shape, SUMS=sums, num_warps=1,
     )  # fmt: skip
 
 
+@functools.cache
 def _accumulate_tile(width: int) -> dict[str, int]:
     return {"D": width, "COLS": min(128, _power(width))}
 
@@ -222,10 +226,8 @@ def add_column_sums(x: Tensor, out: Tensor) -> None:
         return
     cols, chunk = min(128, _power(d)), 128
     part = x.new_empty(-(-n // chunk), d, dtype=torch.float32)
-    _column_sums[(len(part) * triton.cdiv(d, cols),)](
+    _column_sums[(len(part) * cdiv(d, cols),)](
         x, part, n, D=d, ROWS=32, COLS=cols, CHUNK=chunk, num_warps=WARPS
     )
     narrow = min(32, cols)
-    _add_rows[(triton.cdiv(d, narrow),)](
-        part, out, len(part), D=d, ROWS=64, COLS=narrow, num_warps=WARPS
-    )
+    _add_rows[(cdiv(d, narrow),)](part, out, len(part), D=d, ROWS=64, COLS=narrow, num_warps=WARPS)
