@@ -32,7 +32,7 @@ Span = tuple[int, int, int, int, Tensor, str]
 
 # what ``check`` let pass, by all that it read; forgotten when full
 _passed: set[tuple[object, ...]] = set()
-REMEMBERED = 8192
+REMEMBERED = 2048
 
 
 class LaunchError(UserError):
