@@ -141,7 +141,7 @@ def test_unknown_instruction_set() -> None:
 SANITIZED = """if True:
     import importlib.util, sys
     import torch
-    spec = importlib.util.spec_from_file_location("fpdm.kernels._cpu", LIBRARY)
+    spec = importlib.util.spec_from_file_location("fpdm.kernels._cpu", BUILT)
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     import fpdm.kernels
@@ -168,7 +168,7 @@ def test_sanitizers(tmp_path: Path) -> None:
     asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True)
     # the interpreter and torch leak by design
     env = {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-    code = SANITIZED.replace("LIBRARY", repr(str(library)))
+    code = SANITIZED.replace("BUILT", repr(str(library)))
     for isa in ISAS:
         done = python(code.replace("FAULT", ""), FPDM_CPU_ISA=isa, **env)
         if "that this processor can run" in done.stderr:
