@@ -165,9 +165,11 @@ def test_sanitizers(tmp_path: Path) -> None:
     done = build(tmp_path, FPDM_SANITIZE="1")
     assert done.returncode == 0, done.stderr
     library = tmp_path / "lib" / "fpdm" / "kernels" / f"_cpu{SUFFIX}"
-    asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    # with the library of exceptions, which it must find before the interpreter loads another
+    wanted = ("libasan.so", "libstdc++.so")
+    found = [subprocess.check_output(["c++", f"-print-file-name={n}"], text=True) for n in wanted]
     # the interpreter and torch leak by design
-    env = {"LD_PRELOAD": asan.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    env = {"LD_PRELOAD": " ".join(n.strip() for n in found), "ASAN_OPTIONS": "detect_leaks=0"}
     code = SANITIZED.replace("BUILT", repr(str(library)))
     for isa in ISAS:
         done = python(code.replace("FAULT", ""), FPDM_CPU_ISA=isa, **env)
