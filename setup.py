@@ -109,11 +109,15 @@ def build_cubins(folder: Path) -> dict[str, Any]:
 class Native(build_ext):
     """Builds what can be built and records it, or why not."""
 
+    def run(self) -> None:
+        """Remembers what was asked for: setuptools builds elsewhere and copies the extension."""
+        self.in_place = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Writes the extension, cubins, headers and _build.json beside each other."""
         target = Path(self.get_ext_fullpath(ext.name))
-        in_place = self.inplace or self.editable_mode
-        package = ROOT / "fpdm" if in_place else target.parent.parent
+        package = ROOT / "fpdm" if self.in_place else target.parent.parent
         work = Path(self.build_temp) / "fpdm"
         (package / "kernels").mkdir(parents=True, exist_ok=True)
         # an old one would go on running where this build fails
@@ -129,7 +133,7 @@ class Native(build_ext):
             except Exception as error:
                 record[name] = {"missing": f"{type(error).__name__}: {error}"}
                 print(f"fpdm: csrc/{name} is not built: {error}", file=sys.stderr)
-        if not in_place:
+        if not self.in_place:
             shutil.copytree(CSRC, package / "csrc", dirs_exist_ok=True)
         text = json.dumps(record, indent=1, sort_keys=True)
         (package / "kernels" / "_build.json").write_text(text + "\n")

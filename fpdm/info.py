@@ -164,6 +164,16 @@ def implementations(device: str) -> dict[str, str]:
     return told
 
 
+def _at_run_time() -> str:
+    """Whether csrc/cuda can be compiled where it is first used."""
+    from fpdm.kernels import cuda_compile
+
+    try:
+        return f"NVRTC {cuda_compile.compiler_version()} compiles them when they are first used"
+    except cuda_compile.CompileError:
+        return "and no NVRTC to compile them when they are first used"
+
+
 @_guarded
 def native() -> dict[str, Any]:
     """What was compiled when the package was installed: pip hides the build's own words."""
@@ -180,11 +190,16 @@ def native() -> dict[str, Any]:
     else:
         variants = " ".join(cpu.get("variants", ()))
         told["csrc/cpu"] = f"{cpu.get('compiler', 'compiler unknown')}: {variants}"
-    told["csrc/cuda"] = f"no cubins: {cuda['missing']}" if "missing" in cuda else "cubins"
-    if "missing" not in cuda:
-        from fpdm.kernels import cuda_compile
+    from fpdm.kernels import cuda_compile
 
-        told |= {name: f"sha256 {digest}" for name, digest in cuda_compile.manifest().items()}
+    if cubins := cuda_compile.manifest():
+        return (
+            told
+            | {"csrc/cuda": f"{len(cubins)} cubins"}
+            | {name: f"sha256 {digest}" for name, digest in cubins.items()}
+        )
+    why = cuda.get("missing", "built from other headers than these")
+    told["csrc/cuda"] = f"no cubins: {why}; {_at_run_time()}"
     return told
 
 
@@ -226,7 +241,7 @@ def render(report: dict[str, Any]) -> str:
                 add(key, item, depth + 1)
         else:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append(f"{pad}{name:<{20 - len(pad)}}{text}")
+            lines.append(f"{pad}{name:<{19 - len(pad)}} {text}")
 
     for name, value in report.items():
         add(name, value, 0)

@@ -366,7 +366,7 @@ def execute(ops: Any, case: Case, values: Values) -> tuple[Values, list[str]]:
     if alias:
         v[alias] = v[other]
     arena.seal()
-    result = getattr(ops, case.op)(**v, **_arguments(case))
+    result = getattr(ops, case.op)(**v, **arguments(case))
     lines = arena.damage()
     results = result if isinstance(result, tuple) else (result,)
     found = dict(zip(case.spec.returns, results))
@@ -389,7 +389,7 @@ def _fill(x: Tensor, values: Tensor) -> None:
     x.copy_(values)
 
 
-def _arguments(case: Case) -> dict[str, Any]:
+def arguments(case: Case) -> dict[str, Any]:
     """What is no buffer, and None for the biases that this form has not."""
     names = shapes(f"{case.spec.inputs} {case.spec.sums}")
     missing = [n for n in ("bias", "dbias") if n in names and "no bias" in case.form]

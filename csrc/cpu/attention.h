@@ -48,8 +48,7 @@ struct RowWords {
         }
         p = copy;
         stride = words<T>(h.width);
-        for (i64 r = 0; r < h.rows; r++)
-            pack_columns(h.p + r * h.stride, h.stride, h.width, 1, copy + r * stride, 1);
+        for (i64 r = 0; r < h.rows; r++) copy_row(h.p + r * h.stride, h.width, copy + r * stride);
     }
 };
 
@@ -67,7 +66,7 @@ inline void scores(RowWords<T> a, i64 rows, i64 depth, const Word<T>* b, bool wi
     for (i64 i = 0; i < blocks.count; i++) {
         i64 r = blocks.first(i), n = blocks.first(i + 1) - r;
         Tile<Word<T>> f = wide ? tile_for<2, false, Word<T>>(n) : tile_for<1, false, Word<T>>(n);
-        f(words<T>(depth), a.p + r * a.stride, a.stride, b, s + r * COLS);
+        f(words<T>(depth), a.p + r * a.stride, a.stride, b, s + r * COLS, false);
     }
 }
 
@@ -84,7 +83,7 @@ inline void product(i64 rows, i64 depth, const Word<T>* a, i64 stride, const Wor
             bool wide = width - col > LANES;
             Tile<Word<T>> f =
                 wide ? tile_for<2, packed, Word<T>>(n) : tile_for<1, packed, Word<T>>(n);
-            f(depth, a + (packed ? r : r * stride), stride, panels + col * depth, c);
+            f(depth, a + (packed ? r : r * stride), stride, panels + col * depth, c, false);
             for (i64 j = 0; j < n; j++)
                 columns(min2<i64>(COLS, width - col),
                         [&](i64 k, i64 m) { put_row(r + j, col + k, m, load(c + j * COLS + k)); });

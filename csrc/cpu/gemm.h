@@ -9,8 +9,14 @@
 namespace fpdm {
 namespace FPDM_ISA {
 
-// packed weights in flight: half of a core's second-level cache
-constexpr i64 PANEL_BYTES = 512 << 10;
+// one run of packed weights: half of a core's second-level cache
+constexpr i64 PANEL_BYTES = 512 << 10, PANELS = PANEL_BYTES / (RUN * COLS * 4);
+// blocks of rows whose sums are unfinished at a time, and the distance of their rows as words: not a
+// multiple of the page, so that they do not share sets of the cache
+constexpr i64 BLOCKS = 8, DISTANCE = RUN + 16;
+// rows per thread from which every thread packs the weight for itself: words that another core has
+// just packed come slowly
+constexpr i64 OWN_PACKING = 96;
 // tokens per partial sum of a weight gradient, whatever the number of threads
 constexpr i64 DEPTH = 512;
 
@@ -78,10 +84,11 @@ struct StoreGate {
     }
 };
 
-// rows that can be multiplied where they lie
+// rows that can be multiplied where they lie, and lie together
 template <class T>
 inline bool direct(const Linear& l) {
-    return NATIVE<T> && l.depth % PER_WORD<T> == 0 && reinterpret_cast<uintptr_t>(l.x) % 4 == 0;
+    return NATIVE<T> && l.depth % PER_WORD<T> == 0 && words<T>(l.depth) <= RUN &&
+           reinterpret_cast<uintptr_t>(l.x) % 4 == 0;
 }
 
 template <class T>
@@ -94,29 +101,48 @@ inline void pack_panel(const Linear& l, i64 panel, Word<T>* dst) {
         pack_rows(w + col, l.weight_stride, l.depth, n, dst, COLS);
 }
 
-// x W for the row blocks x panels that are this thread's; `b` holds panels [first, last)
+// one thread's memory in `linear_with`: rows as words, where they cannot be multiplied as they lie,
+// and sums of the runs so far
+template <class T>
+struct Held {
+    Word<T>* rows;
+    float* sums;
+
+    static i64 row_words(const Linear& l) { return direct<T>(l) ? 0 : BLOCKS * ROWS * DISTANCE; }
+    static i64 size(const Linear& l, i64 group) {
+        return row_words(l) + (words<T>(l.depth) > RUN ? BLOCKS * group : 1) * ROWS * COLS;
+    }
+};
+
+// x W for this thread's blocks of rows; `b` holds panels [first, last)
 template <class T, class Epilogue>
-void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b, Word<T>* packed,
+void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b, Held<T> held,
               const Epilogue& store_tile) {
     using W = Word<T>;
     const T* x = static_cast<const T*>(l.x);
-    i64 depth = words<T>(l.depth);
+    const i64 depth = words<T>(l.depth), group = last - first;
     RowBlocks blocks(l.rows);
-    // few rows: the panels are shared out too
-    i64 parts = blocks.count >= 2 * team.size ? 1 : min2(last - first, team.size);
-    alignas(64) float c[ROWS * COLS];
-    team.each(blocks.count * parts, [&](i64 unit) {
-        i64 i = unit / parts, part = unit % parts, r = blocks.first(i), n = blocks.first(i + 1) - r;
-        const W* a = reinterpret_cast<const W*>(x + r * l.depth);
-        if (packed) {
-            pack_columns(x + r * l.depth, l.depth, l.depth, n, packed, ROWS);
-            a = packed;
-        }
-        Tile<W> product = packed ? tile_for<2, true, W>(n) : tile_for<2, false, W>(n);
-        i64 end = first + (part + 1) * (last - first) / parts;
-        for (i64 p = first + part * (last - first) / parts; p < end; p++) {
-            product(depth, a, packed ? ROWS : depth, b + (p - first) * depth * COLS, c);
-            store_tile(r, n, p * COLS, min2<i64>(COLS, l.cols - p * COLS), c);
+    // few rows: the panels are shared out instead
+    const Team all{0, 1}, by_rows = blocks.count >= 2 * team.size ? team : all,
+                          by_panels = blocks.count >= 2 * team.size ? all : team;
+    by_rows.runs(blocks.count, BLOCKS, [&](i64 top, i64 end) {
+        for (i64 k = 0; k == 0 || k < depth; k += RUN) {
+            const i64 run = min2(RUN, depth - k), from = k * PER_WORD<T>;
+            for (i64 r = blocks.first(top); held.rows && r < blocks.first(end); r++)
+                copy_row(x + r * l.depth + from, min2(RUN * PER_WORD<T>, l.depth - from),
+                         held.rows + (r - blocks.first(top)) * DISTANCE);
+            by_panels.each(group, [&](i64 p) {
+                for (i64 i = top; i < end; i++) {
+                    i64 r = blocks.first(i), n = blocks.first(i + 1) - r, col = (first + p) * COLS;
+                    const W* a = held.rows
+                                     ? held.rows + (r - blocks.first(top)) * DISTANCE
+                                     : reinterpret_cast<const W*>(x + r * l.depth) + k;
+                    float* c = held.sums + (depth > RUN ? (i - top) * group + p : 0) * ROWS * COLS;
+                    tile_for<2, false, W>(n)(run, a, held.rows ? DISTANCE : depth,
+                                             b + (p * depth + k) * COLS, c, k > 0);
+                    if (k + RUN >= depth) store_tile(r, n, col, min2<i64>(COLS, l.cols - col), c);
+                }
+            });
         }
     });
 }
@@ -125,20 +151,28 @@ void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b,
 template <class T, class Epilogue, class Before, class After>
 void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After after) {
     using W = Word<T>;
-    i64 depth = words<T>(l.depth), panels = ceil_div(l.cols, i64(COLS)), size = depth * COLS;
-    i64 group = min2(panels, max2<i64>(1, PANEL_BYTES / (size * 4 + 1)));
-    i64 own = direct<T>(l) ? 0 : (depth * ROWS + 15) / 16 * 16;
-    W* memory = reinterpret_cast<W*>(scratch(size_t(group * size + own * most_threads() + 16) * 4));
+    const i64 depth = words<T>(l.depth), panels = ceil_div(l.cols, i64(COLS)), size = depth * COLS,
+              group = min2(panels, PANELS), held = Held<T>::size(l, group),
+              packed = ceil_div(group * size, i64(16)) * 16, threads = most_threads();
+    const bool shared = l.rows < OWN_PACKING * threads;
+    W* memory = reinterpret_cast<W*>(
+        scratch(size_t(threads * held + (shared ? 1 : threads) * packed + 16) * 4));
     parallel(l.rows * l.cols * l.depth / 32, [&](Team team) {
         before(team);
+        team.barrier();
+        const Team packers = shared ? team : Team{0, 1};
+        W *mine = memory + team.index * held,
+          *b = memory + threads * held + (shared ? 0 : team.index * packed);
+        W* rows = direct<T>(l) ? nullptr : mine;
+        float* sums = reinterpret_cast<float*>(mine + Held<T>::row_words(l));
         for (i64 first = 0; first < panels; first += group) {
             i64 last = min2(panels, first + group);
-            team.each(last - first, [&](i64 p) { pack_panel<T>(l, first + p, memory + p * size); });
-            team.barrier();
-            multiply<T>(team, l, first, last, memory,
-                        own ? memory + group * size + team.index * own : nullptr, epilogue);
-            team.barrier();
+            packers.each(last - first, [&](i64 p) { pack_panel<T>(l, first + p, b + p * size); });
+            packers.barrier();
+            multiply<T>(team, l, first, last, b, {rows, sums}, epilogue);
+            packers.barrier();
         }
+        team.barrier();
         after(team);
     });
 }
@@ -206,43 +240,60 @@ inline void add_bias(const T* dy, i64 stride, i64 depth, i64 n, float* db) {
     });
 }
 
-// dW (outs,ins) += dy^T x, db += sum dy, DEPTH tokens at a time
+// A thread's share of dW (outs,ins) += dy^T x, db += sum dy: tiles of outs x panels of ins
+template <class T>
+struct WeightGradient {
+    i64 rows, outs, ins;
+    const T *dy, *x;
+    float* dweight;
+    i64 stride;
+    float* dbias;
+
+    using W = Word<T>;
+    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS;
+    static constexpr i64 GROUP = PANEL_BYTES / (RIGHT * 4);
+
+    // tokens first.. of panels [panel, end), in two packed operands of this thread's own
+    void run(Team team, i64 first, i64 panel, i64 end, W* left, W* right) const {
+        RowBlocks blocks(outs);
+        i64 n = min2(DEPTH, rows - first), panels = end - panel, units = blocks.count * panels;
+        i64 begin = team.index * units / team.size, stop = (team.index + 1) * units / team.size;
+        for (i64 i = begin; i < min2(stop, begin + panels); i++) {
+            i64 p = panel + i % panels;
+            pack_rows(x + first * ins + p * COLS, ins, n, ins - p * COLS,
+                      right + (p - panel) * RIGHT, COLS);
+        }
+        alignas(64) float c[ROWS * COLS];
+        for (i64 i = begin; i < stop; i++) {
+            i64 block = i / panels, p = panel + i % panels, o = blocks.first(block),
+                count = blocks.first(block + 1) - o;
+            const T* mine = dy + first * outs + o;
+            if (i == begin || p == panel) pack_rows(mine, outs, n, outs - o, left, ROWS);
+            if (dbias && p == 0) add_bias(mine, outs, n, count, dbias + o);
+            tile_for<2, true, W>(count)(words<T>(n), left, ROWS, right + (p - panel) * RIGHT, c,
+                                      false);
+            for (i64 r = 0; r < count; r++)
+                columns(min2<i64>(COLS, ins - p * COLS), [&](i64 j, i64 m) {
+                    float* into = dweight + (o + r) * stride + p * COLS + j;
+                    put(into, get(into, m) + load(c + r * COLS + j), m);
+                });
+        }
+    }
+};
+
+// DEPTH tokens at a time; the threads share nothing but what they read
 template <class T>
 void wgrad(i64 rows, i64 outs, i64 ins, const T* dy, const T* x, float* dweight, i64 stride,
            float* dbias) {
-    using W = Word<T>;
-    i64 depth = words<T>(min2(rows, DEPTH)), panels = ceil_div(ins, i64(COLS));
-    RowBlocks blocks(outs);
-    i64 left = depth * ROWS, right = depth * COLS;
-    W* memory =
-        reinterpret_cast<W*>(scratch(size_t(blocks.count * left + panels * right + 16) * 4));
-    W* b = memory + blocks.count * left;
+    using Job = WeightGradient<T>;
+    const Job job{rows, outs, ins, dy, x, dweight, stride, dbias};
+    const i64 panels = ceil_div(ins, i64(COLS)), part = Job::LEFT + min2(panels, Job::GROUP) * Job::RIGHT;
+    auto* memory = reinterpret_cast<Word<T>*>(scratch(size_t((part + 16) * most_threads()) * 4));
     parallel(rows * outs * ins / 32, [&](Team team) {
-        alignas(64) float c[ROWS * COLS];
-        for (i64 first = 0; first < rows; first += DEPTH) {
-            i64 n = min2(DEPTH, rows - first), k = words<T>(n);
-            team.each(blocks.count + panels, [&](i64 i) {
-                if (i < panels)
-                    return pack_rows(x + first * ins + i * COLS, ins, n, ins - i * COLS,
-                                     b + i * right, COLS);
-                i64 o = blocks.first(i - panels), count = blocks.first(i - panels + 1) - o;
-                pack_rows(dy + first * outs + o, outs, n, outs - o, memory + (i - panels) * left,
-                          ROWS);
-                if (dbias) add_bias(dy + first * outs + o, outs, n, count, dbias + o);
-            });
-            team.barrier();
-            team.each(blocks.count * panels, [&](i64 i) {
-                i64 block = i / panels, p = i % panels, o = blocks.first(block),
-                    count = blocks.first(block + 1) - o;
-                tile_for<2, true, W>(count)(k, memory + block * left, ROWS, b + p * right, c);
-                for (i64 r = 0; r < count; r++)
-                    columns(min2<i64>(COLS, ins - p * COLS), [&](i64 j, i64 m) {
-                        float* into = dweight + (o + r) * stride + p * COLS + j;
-                        put(into, get(into, m) + load(c + r * COLS + j), m);
-                    });
-            });
-            team.barrier();
-        }
+        auto* left = memory + team.index * (part + 16);
+        for (i64 first = 0; first < rows; first += DEPTH)
+            for (i64 panel = 0; panel < panels; panel += Job::GROUP)
+                job.run(team, first, panel, min2(panels, panel + Job::GROUP), left, left + Job::LEFT + 16);
     });
 }
 

@@ -20,12 +20,16 @@ struct Team {
 #pragma omp barrier
         }
     }
-    // this thread's part of n units in runs of `grain`
+    // body(i) for this thread's part of n units
     template <class F>
-    void each(i64 n, F body, i64 grain = 1) const {
-        i64 runs = ceil_div(n, grain);
-        i64 end = min2(n, (index + 1) * runs / size * grain);
-        for (i64 i = index * runs / size * grain; i < end; i++) body(i);
+    void each(i64 n, F body) const {
+        for (i64 i = index * n / size; i < (index + 1) * n / size; i++) body(i);
+    }
+    // body(first, end) for its part, at most `most` units at a time
+    template <class F>
+    void runs(i64 n, i64 most, F body) const {
+        const i64 end = (index + 1) * n / size;
+        for (i64 i = index * n / size; i < end; i += most) body(i, min2(end, i + most));
     }
 };
 

@@ -42,10 +42,10 @@ inline vf multiply_add(vf acc, uint32_t a, vu b) {
 // words summed one after another: longer sums are sums of such runs, for accuracy
 constexpr i64 RUN = 256;
 
-// c (R, V LANES), rows COLS apart, = a b.  a[r stride + k] or, packed, a[r + k stride]; b (depth,
-// COLS)
+// c (R, V LANES), rows COLS apart, = a b, or += it.  a[r stride + k] or, packed, a[r + k stride]; b
+// (depth, COLS)
 template <int R, int V, bool packed, class W>
-void tile(i64 depth, const W* a, i64 stride, const W* b, float* c) {
+void tile(i64 depth, const W* a, i64 stride, const W* b, float* c, bool add) {
     i64 k = 0;
     do {
         vf acc[R][V] = {};
@@ -60,7 +60,7 @@ void tile(i64 depth, const W* a, i64 stride, const W* b, float* c) {
             a += packed ? stride : 1;
             b += COLS;
         }
-        const bool begins = k <= RUN;
+        const bool begins = k <= RUN && !add;
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -72,7 +72,7 @@ void tile(i64 depth, const W* a, i64 stride, const W* b, float* c) {
 }
 
 template <class W>
-using Tile = void (*)(i64, const W*, i64, const W*, float*);
+using Tile = void (*)(i64, const W*, i64, const W*, float*, bool);
 
 // for n <= ROWS rows
 template <int V, bool packed, class W, int R = ROWS>
@@ -119,12 +119,15 @@ inline void pack_rows(const T* src, i64 stride, i64 depth, i64 n, Word<T>* dst, 
 }
 
 #if defined(__AVX512F__)
-// 16 x 16 words; the rows of the source are `distance` bytes apart, odd halves of words included
+// 16 x 16 words from rows `stride` elements apart
 template <class T, class W>
-inline void transpose(const T* source, i64 distance, W* dst, i64 width) {
-    const char* src = reinterpret_cast<const char*>(source);
+inline void transpose(const T* src, i64 stride, W* dst, i64 width) {
     __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(src + i * distance);
+    for (int i = 0; i < 16; i++)
+        if constexpr (NATIVE<T>)
+            r[i] = _mm512_loadu_si512(src + i * stride);
+        else
+            r[i] = bits<__m512i>(load(src + i * stride));
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -156,14 +159,10 @@ template <class T>
 inline void pack_columns(const T* src, i64 stride, i64 depth, i64 n, Word<T>* dst, i64 width) {
     i64 done = 0, whole = 0;
 #if defined(__AVX512F__)
-    if constexpr (NATIVE<T>) {
-        whole = n / LANES * LANES;
-        i64 per = LANES * PER_WORD<T>;
-        for (; done + per <= depth; done += per)
-            for (i64 i = 0; i < whole; i += LANES)
-                transpose(src + i * stride + done, stride * i64(sizeof(T)),
-                          dst + done / PER_WORD<T> * width + i, width);
-    }
+    whole = n / LANES * LANES;
+    for (constexpr i64 per = LANES * PER_WORD<T>; done + per <= depth; done += per)
+        for (i64 i = 0; i < whole; i += LANES)
+            transpose(src + i * stride + done, stride, dst + done / PER_WORD<T> * width + i, width);
 #endif
     for (i64 i = 0; i < n; i++) {
         const T* p = src + i * stride;
@@ -177,6 +176,15 @@ inline void pack_columns(const T* src, i64 stride, i64 depth, i64 n, Word<T>* ds
     }
     for (i64 k = 0; k < words<T>(depth); k++)
         for (i64 i = n; i < width; i++) dst[k * width + i] = 0;
+}
+
+// one row as words along the sum
+template <class T>
+inline void copy_row(const T* src, i64 depth, Word<T>* dst) {
+    if constexpr (PER_WORD<T> == 1)
+        columns(depth, [=](i64 c, i64 n) { put(dst + c, get(src + c, n), n); });
+    else
+        pack_columns(src, depth, depth, 1, dst, 1);
 }
 
 }  // namespace FPDM_ISA
