@@ -410,7 +410,7 @@ def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], see
     total = len(labels) * len(sampler.plan.steps)
     with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
         seeds = range(seed, seed + len(labels))
-        return sampler.sample(labels, seeds=seeds, progress=bar.update).x.cpu()
+        return sampler.sample(labels, seeds, progress=bar.update, stats=False).x.cpu()
 
 
 def evaluate(source: LoadedSource, options: Options) -> Evaluation:

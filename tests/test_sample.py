@@ -273,6 +273,16 @@ def test_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.array_equal(np.load(out / "000002.npy"), x[2].numpy())
 
 
+def test_stranded_blocks_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(source), "--count", "1", "--budget", "11"]
+    main([*argv, "--out", str(tmp_path / "a")])
+    assert "per image  10 blocks (1 stranded)" in capsys.readouterr().out
+    main([*argv, "--out", str(tmp_path / "b"), "--allocation", "increasing"])
+    assert "per image  11 blocks, " in capsys.readouterr().out
+
+
 def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = export(tmp_path / "dit", DIT, replace(SETTINGS, iters=None)), tmp_path / "out"
     main([str(path), "--out", str(out), "--count", "3"])
