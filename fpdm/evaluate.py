@@ -451,7 +451,13 @@ def _sweep(source: LoadedSource, options: Options, wanted: dict[str, str | None]
         }  # fmt: skip
 
     settings = {"source": source.digest(), "sample": plain(options.sample)}
-    sweep.run(found, range(seeds), measure, Path(options.out or "sweep"), settings)
+    half = baseline()
+    references = {
+        "real halves": half["unstratified_frechet_mean"],
+        "real halves, equal class counts": half["frechet_mean"],
+    }
+    out = Path(options.out or "sweep")
+    sweep.run(found, range(seeds), measure, out, settings, references)
     return 0
 
 

@@ -85,8 +85,10 @@ def run(
     measure: Callable[[Point, int], dict[str, float]],
     out: Path,
     settings: dict[str, Any],
+    references: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png.
+    """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png, which shows
+    the Frechet distances ``references`` too.
 
     Rows of an earlier run with the same settings are kept; other settings start anew.
     """
@@ -110,6 +112,6 @@ def run(
             )  # fmt: skip
             text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
             atomic_write(path, text.encode())
-    if figures.plot_sweep(rows, out / "sweep.png"):
+    if figures.plot_sweep(rows, out / "sweep.png", references):
         print(f"wrote {out}/sweep.json and sweep.png")
     return rows
