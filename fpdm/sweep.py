@@ -76,7 +76,10 @@ def asked(
     ConfigError."""
     budgets = _integers("budgets", options["budgets"], BUDGETS)
     ks = _integers("ks", options["ks"], KS)
-    return points(model, budgets, ks, timesteps), _integers("seeds", options["seeds"], [3])[0]
+    seeds = _integers("seeds", options["seeds"], [3])
+    if len(seeds) != 1 or seeds[0] < 1:
+        raise ConfigError(f"--seeds: got {options['seeds']}, expected how many, at least 1")
+    return points(model, budgets, ks, timesteps), seeds[0]
 
 
 def run(

@@ -64,6 +64,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         evaluate.command(["--ks", "2"])
     with pytest.raises(ConfigError, match="--ks: got 'x'"):
         evaluate.command(["--sweep", "--ks", "x"])
+    for seeds in ("0", "3,4"):
+        with pytest.raises(ConfigError, match=f"--seeds: got {seeds}, expected how many"):
+            evaluate.command(["--sweep", "--seeds", seeds])
 
 
 def test_report_picture(tmp_path: Path) -> None:
