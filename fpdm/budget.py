@@ -163,6 +163,7 @@ def plan(
     diffusion: DiffusionConfig,
     folded: bool = True,
     calibration: Calibration | None = None,
+    given: Sequence[int] = (),
 ) -> Plan:
     """Timesteps and iterations of a run, from exactly one of
 
@@ -174,11 +175,13 @@ def plan(
     schedule      k per step in sampling order, with allocation explicit
 
     A DiT takes none of them: its steps are its cost; a budget is accepted when the steps spend it.
+    ``given``: ``sampler.steps`` timesteps in place of those of ``sampler.spacing``.
+
     Raises ConfigError, one line, for none or several of these, for a budget that leaves a step
     without an iteration (naming the largest S that fits), for allocation learned without a fitting
     ``calibration`` and for what ``timesteps`` refuses.
     """
-    cost = _Cost(model, sampler, diffusion, folded)
+    cost = _Cost(model, sampler, diffusion, folded, tuple(given))
     ts, counts = cost.timesteps(sampler.steps)
     limit = 0
     if model.kind == "dit":
@@ -228,11 +231,14 @@ class _Cost:
     sampler: SamplerConfig
     diffusion: DiffusionConfig
     folded: bool
+    given: tuple[int, ...]
 
     def timesteps(self, steps: int) -> tuple[list[int], list[int]]:
         """(t, branches) of every step."""
         s, total = self.sampler, self.diffusion.timesteps
-        ts = timesteps(total, steps, s.spacing, self.diffusion.zero_terminal_snr)
+        ts = list(self.given)
+        if len(ts) != steps:
+            ts = timesteps(total, steps, s.spacing, self.diffusion.zero_terminal_snr)
         return ts, branches(ts, total, s.guidance, s.guidance_low, s.guidance_high)
 
     def macs(self, counts: Sequence[int], ks: Sequence[int]) -> int:

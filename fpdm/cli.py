@@ -1,7 +1,7 @@
 """What every command shares: options from a dataclass of settings, and how a command ends.
 
 Exit status: 0 done; 2 the user can mend it (``prog: error: ...``, one line); 1 the system refused a
-file; 130 interrupted. A traceback means a bug.
+file; 130 interrupted. A traceback means a bug. Warnings of fpdm are ``prog: warning: ...``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import io
 import os
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -31,7 +32,8 @@ def run_main(
     traceback.
     """
     try:
-        status = fn(list(sys.argv[1:] if argv is None else argv)) or 0
+        with _warnings_of(prog):
+            status = fn(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
     except UserError as error:
         status = _tell(prog, f"error: {error}", 2)
@@ -49,6 +51,26 @@ def run_main(
     except KeyboardInterrupt:
         status = _tell(prog, "interrupted", 130)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _warnings_of(prog: str) -> Iterator[None]:
+    """A UserWarning that fpdm gives is one line, without the line of code that it came from."""
+    show, home = warnings.showwarning, os.path.dirname(__file__)
+
+    def told(
+        message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any
+    ) -> None:
+        if category is UserWarning and filename.startswith(home):
+            _tell(prog, f"warning: {message}", 0)
+        else:
+            show(message, category, filename, *where, **more)
+
+    warnings.showwarning = told
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _tell(prog: str, message: str, status: int) -> int:

@@ -82,6 +82,7 @@ class Sampler:
     every sample alone (its two branches together) at the cost of the batch's efficiency.
     ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
     place of ``config.solver``; with any but the plain iteration a sample returns its best iterate.
+    ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``.
 
     With CUDA graphs the sampler keeps one workspace and its graphs until ``release()``; otherwise
     nothing outlives a call. Raises ConfigError for settings that cannot be met.
@@ -95,7 +96,10 @@ class Sampler:
         weights: PreparedWeights | None = None,
         calibration: budget.Calibration | None = None,
         solver: Callable[[], Solver] | None = None,
+        timesteps: Sequence[int] = (),
     ):
+        if timesteps:
+            config = replace(config, steps=len(timesteps))
         channels = model.config.in_channels
         if (config.guidance_channels or 1) > channels:
             raise ConfigError(
@@ -112,7 +116,9 @@ class Sampler:
                 f"sample.dtype: got {self.dtype}, expected the weights' {self.weights.dtype}"
             )
         folded = self.weights.folded or model.config.kind == "dit"
-        self.plan = budget.plan(model.config, config, diffusion.config, folded, calibration)
+        self.plan = budget.plan(
+            model.config, config, diffusion.config, folded, calibration, timesteps
+        )
         self.guided = max(self.plan.branches) > 1
         self.batch = 1 if config.invariant else config.batch
         self.tol = _usable_tolerance(config.tol, self.dtype)
@@ -202,10 +208,10 @@ class Sampler:
         _check_shape("noise", noise, shape)
         _check_shape("step_noise", step_noise, (len(self.plan.steps), *shape))
         x = torch.empty(shape, device=self.device)
-        found = self._statistics(len(y), stats)
+        found = self.statistics(len(y), stats)
         mine = self._taken.acquire(blocking=False)
         try:
-            with _current(self.device):
+            with on_device(self.device):
                 workspace = self._workspace(len(y), mine)
                 for start in range(0, len(y), self.batch):
                     part = slice(start, min(start + self.batch, len(y)))
@@ -225,7 +231,8 @@ class Sampler:
                 self._taken.release()
         return Samples(x, found)
 
-    def _statistics(self, count: int, residuals: bool) -> SampleStats:
+    def statistics(self, count: int, residuals: bool) -> SampleStats:
+        """Empty ones of ``count`` samples."""
         s, branches = len(self.plan.steps), max(self.plan.branches)
         size = (s, max(self.most) if residuals else 0, count)
         residual = torch.full(size, math.nan, device=self.device)
@@ -260,7 +267,7 @@ class Sampler:
         )
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Streams, events and captures are those of ``device``."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -410,7 +410,7 @@ def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], see
     total = len(labels) * len(sampler.plan.steps)
     with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
         seeds = range(seed, seed + len(labels))
-        return sampler.sample(labels, seeds=seeds, progress=bar.update).x.cpu()
+        return sampler.sample(labels, seeds, progress=bar.update, stats=False).x.cpu()
 
 
 def evaluate(source: LoadedSource, options: Options) -> Evaluation:
@@ -451,7 +451,13 @@ def _sweep(source: LoadedSource, options: Options, wanted: dict[str, str | None]
         }  # fmt: skip
 
     settings = {"source": source.digest(), "sample": plain(options.sample)}
-    sweep.run(found, range(seeds), measure, Path(options.out or "sweep"), settings)
+    half = baseline()
+    references = {
+        "real halves": half["unstratified_frechet_mean"],
+        "real halves, equal class counts": half["frechet_mean"],
+    }
+    out = Path(options.out or "sweep")
+    sweep.run(found, range(seeds), measure, out, settings, references)
     return 0
 
 

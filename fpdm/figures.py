@@ -13,7 +13,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,72 +277,132 @@ def plot_residuals(residual: Tensor, timesteps: Sequence[int], path: str | Path)
 
 
 def plot_report(
-    residual: Tensor, iterations: Tensor, timesteps: Sequence[int], path: str | Path
+    runs: Mapping[str, tuple[Tensor, Tensor]],
+    timesteps: Sequence[int],
+    path: str | Path,
+    tol: float = 0.0,
 ) -> bool:
     """Where the compute went (paper Fig. 3) and what it bought (Fig. 6b, c), as a PNG.
 
-    residual (S,K,B), NaN where an iteration was not run; iterations (S,G,B) that each branch of
-    each sample ran; timesteps (S,) from noise to image. Left: mean iterations per timestep, with
-    the range over samples. Right: mean relative residual against the iteration, a line per
-    timestep. True when the picture was written; False, after a line on stderr, without matplotlib
-    or without iterations. Raises ConfigError for shapes that do not fit.
+    runs: title -> residual (S,K,B), NaN where an iteration was not run, and iterations (S,B) of the
+    same branch; timesteps (S,) from noise to image; tol: drawn as a line. Left: iterations per
+    timestep, mean and 10 % to 90 % of the samples. Then, one axis per run, the median residual
+    against the iteration, a line per timestep, and 10 % to 90 % of the samples at the first, middle
+    and last of them; a sample that has stopped keeps its last residual.
+
+    True when the picture was written; False, after a line on stderr, without matplotlib or without
+    iterations. Raises ConfigError for shapes that do not fit.
     """
-    if residual.dim() != 3 or len(residual) != len(timesteps) or len(iterations) != len(timesteps):
-        raise ConfigError(
-            f"residual, iterations: got {tuple(residual.shape)}, {tuple(iterations.shape)} for "
-            f"{len(timesteps)} timesteps, expected (S,K,B), (S,G,B)"
-        )
-    values = residual.detach().double().cpu()
-    if not values.numel() or not values.isfinite().any():
+    count = len(timesteps)
+    for residual, ran in runs.values():
+        if residual.dim() != 3 or (count, residual.shape[2]) != (len(residual), *ran.shape[1:]):
+            raise ConfigError(
+                f"residual, iterations: got {tuple(residual.shape)}, {tuple(ran.shape)} for "
+                f"{count} timesteps, expected (S,K,B), (S,B)"
+            )
+    if not any(residual.isfinite().any() for residual, _ in runs.values()):
         print(f"{path}: not drawn, no iteration has a residual", file=sys.stderr)
         return False
-    figure = _figure(11.0, 4.2, str(path))
+    figure = _figure(3.6 + 4.0 * len(runs), 4.2, str(path))
     if figure is None:
         return False
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    spent, curve = figure.subplots(1, 2)
-    ran = iterations.detach().double().cpu().flatten(1)
-    mean, low, high = (v.numpy() for v in (ran.mean(1), ran.amin(1), ran.amax(1)))
-    place = np.arange(len(timesteps))
-    spent.bar(place, mean, yerr=np.stack([mean - low, high - mean]), color="#3070b0", capsize=2)
-    spent.set_xticks(place[:: max(1, len(place) // 10)], [
-        str(t) for t in list(timesteps)[:: max(1, len(place) // 10)]
-    ])  # fmt: skip
-    spent.set(xlabel="timestep, from noise to image", ylabel="iterations: mean, least, most")
-    paths = values.nanmean(dim=2).numpy()
-    for index, t in enumerate(timesteps):
-        colour = colormaps["viridis"](index / max(1, len(timesteps) - 1))
-        label = str(t) if index in (0, len(timesteps) // 2, len(timesteps) - 1) else None
-        steps = np.arange(1, paths.shape[1] + 1)
-        curve.semilogy(steps, paths[index], color=colour, label=label, linewidth=1)
-    curve.set(xlabel="iteration", ylabel="relative residual, mean over samples")
-    curve.legend(title="timestep")
+    axes = figure.subplots(1, 1 + len(runs), width_ratios=[3.2] + [4.0] * len(runs))
+    _plot_iterations(axes[0], runs, timesteps)
+    scale = ScalarMappable(Normalize(0, max(timesteps)), colormaps["viridis"])
+    for axis, (title, (residual, ran)) in zip(axes[1:], runs.items()):
+        _plot_paths(axis, residual, ran, timesteps, scale.to_rgba)
+        axis.set_title(f"{title}: median, 10-90 % of {residual.shape[2]} images", fontsize=10)
+        axis.sharey(axes[1])
+        if tol:
+            axis.axhline(
+                tol, color="black", linestyle="--", linewidth=1, label=f"tolerance {tol:g}"
+            )
+            axis.legend(loc="upper right")
+    axes[1].set_ylabel("relative residual |f(x) - x| / |f(x)|")
+    figure.colorbar(scale, ax=axes[-1], label="timestep t")
     _save(figure, path)
     return True
 
 
-def plot_sweep(rows: Sequence[dict[str, Any]], path: str | Path) -> bool:
+def _plot_iterations(
+    axis: Any, runs: Mapping[str, tuple[Tensor, Tensor]], timesteps: Sequence[int]
+) -> None:
+    """Bars of the iterations per timestep, side by side for the runs."""
+    place, width = np.arange(len(timesteps)), 0.8 / len(runs)
+    for index, (title, (_, ran)) in enumerate(runs.items()):
+        values = ran.detach().double().cpu()
+        mean = values.mean(1)
+        low, high = values.quantile(0.1, dim=1), values.quantile(0.9, dim=1)
+        # a mean may lie outside of them
+        spread = torch.stack([mean - low, high - mean]).clamp_min(0).numpy()
+        where = place + (index + 0.5) * width - 0.4
+        axis.bar(where, mean.numpy(), width, yerr=spread, capsize=2, label=title)
+    every = -(-len(place) // 10)
+    axis.set_xticks(place[::every], [str(t) for t in timesteps[::every]], rotation=60)
+    axis.set(xlabel="timestep t, from noise to image", ylabel="iterations: mean, 10-90 %")
+    axis.legend(loc="best")
+
+
+def _plot_paths(
+    axis: Any, residual: Tensor, ran: Tensor, timesteps: Sequence[int], colour: Any
+) -> None:
+    """Median residual of every timestep; the spread of three."""
+    values, last = residual.detach().double().cpu(), (ran.cpu() - 1).clamp_min(0)
+    steps = torch.arange(values.shape[1]).view(1, -1, 1)
+    held = values.gather(1, torch.minimum(steps.expand_as(values), last.unsqueeze(1)))
+    low, median, high = (held.nanquantile(q, dim=2).numpy() for q in (0.1, 0.5, 0.9))
+    x = np.arange(1, values.shape[1] + 1)
+    for index, t in enumerate(timesteps):
+        axis.plot(
+            x, median[index], color=colour(t), linewidth=1.2, marker="." if len(x) < 3 else ""
+        )
+        if index in (0, len(timesteps) // 2, len(timesteps) - 1):
+            axis.fill_between(x, low[index], high[index], color=colour(t), alpha=0.2, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_xlabel("iteration")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+
+
+def plot_sweep(
+    rows: Sequence[dict[str, Any]], path: str | Path, references: Mapping[str, float] | None = None
+) -> bool:
     """Quality against iterations per timestep at fixed budgets (paper Fig. 4), as a PNG.
 
-    rows: {"budget", "k", "steps", "seed", "frechet"}; points are means over seeds, bars their
-    range. False without matplotlib.
+    rows: {"budget", "k", "seed", "frechet", "accuracy"}; every seed is a dot, lines go through the
+    means. ``references``: Frechet distances of real data, drawn as lines. False without matplotlib.
     """
-    figure = _figure(6.5, 4.2, str(path))
+    figure = _figure(10.0, 4.4, str(path))
     if figure is None:
         return False
-    axis = figure.subplots()
-    for budget in sorted({row["budget"] for row in rows}):
+    frechet, accuracy = figure.subplots(1, 2)
+    for index, budget in enumerate(sorted({row["budget"] for row in rows})):
         mine = [row for row in rows if row["budget"] == budget]
         ks = sorted({row["k"] for row in mine})
-        found = [[row["frechet"] for row in mine if row["k"] == k] for k in ks]
-        mean = np.array([np.mean(v) for v in found])
-        low, high = np.array([min(v) for v in found]), np.array([max(v) for v in found])
-        bars = np.stack([mean - low, high - mean])
-        axis.errorbar(ks, mean, bars, marker="o", capsize=2, label=f"{budget} blocks")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set(xlabel="iterations per timestep", ylabel="Frechet distance")
-    axis.legend(title="budget per image")
+        for axis, name in ((frechet, "frechet"), (accuracy, "accuracy")):
+            mean = [np.mean([row[name] for row in mine if row["k"] == k]) for k in ks]
+            axis.plot(ks, mean, color=f"C{index}", label=f"{budget} blocks")
+            dots = [row["k"] for row in mine], [row[name] for row in mine]
+            axis.plot(*dots, ".", color=f"C{index}", alpha=0.6)
+    for style, (name, value) in zip((":", "--"), (references or {}).items()):
+        frechet.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
+    frechet.set_yscale("log")
+    frechet.set_ylabel("Frechet distance: each seed, mean")
+    accuracy.set_ylabel("conditional accuracy: each seed, mean")
+    for axis in (frechet, accuracy):
+        axis.set_xscale("log")
+        axis.set_xlabel("iterations k per timestep")
+        ks = sorted({row["k"] for row in rows})
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    for which in (frechet.yaxis.set_major_formatter, frechet.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:g}")
+    handles, labels = frechet.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     _save(figure, path)
     return True

@@ -29,7 +29,11 @@ PACKAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("cupy", ("cupy", "cupy-cuda12x", "cupy-cuda13x"), "the cuda operators (extra cuda12, cuda13)"),
     ("flash_attn", ("flash-attn",), "one more attention route on sm_80 and newer"),
     ("apex", ("apex",), "nothing: optim.impl=onepass does more in one pass"),
-    ("diffusers", ("diffusers",), "peers in the tests; decoding latents (extra diffusers)"),
+    (
+        "diffusers",
+        ("diffusers",),
+        "its schedulers (fpdm.schedulers), a VAE for latents (extra diffusers)",
+    ),
     ("matplotlib", ("matplotlib",), "loss and residual curves (extra eval)"),
     ("PIL", ("pillow",), "reading image folders (extra eval)"),
     ("tensorboard", ("tensorboard",), "train.tensorboard=true (extra dev)"),

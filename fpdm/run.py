@@ -294,8 +294,20 @@ class Run:
         variant = (launch.branches, launch.count % 2, noisy, self.step_noise is not None)
         self.launch("update", n, variant, partial(self._update, launch, n, noisy))
 
-    def _update(self, launch: Launch, n: int, noisy: bool) -> None:
-        s, w, b = self.s, self.w, self.count
+    def predict(self, x: Tensor, step: int) -> Tensor:
+        """The guided output (B,2C,h,w) at x (B,C,h,w) in row ``step`` of the plan, for whoever
+        steps on in place of ``update``. Rows are to be asked for in their order."""
+        self.w.x[: self.count] = x
+        *before, update = (launch for launch in self.s.launches if launch.step == step)
+        for launch in before:
+            getattr(self, launch.op)(launch)
+        out = self._output(update, update.branches * self.count)
+        self.w.step.add_(1)
+        return out
+
+    def _output(self, launch: Launch, n: int) -> Tensor:
+        """The guided output of n rows (B,2C,h,w) fp32; their solutions become the latest."""
+        s, w = self.s, self.w
         if isinstance(s.model, FPDM):
             final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
             out = s.model.decode(final, w.modulation(n), weights=s.weights).float()
@@ -306,11 +318,16 @@ class Run:
         else:
             t = s.timesteps.index_select(0, w.step).expand(n)
             out = s.model(self.inputs(launch.branches), t, w.y[:n], weights=s.weights).float()
-        if launch.branches > 1:
-            cond, null = out.chunk(2)
-            out = steps.guide(
-                cond, null, s.config.guidance, s.config.guidance_channels, s.config.guidance_rescale
-            )
+        if launch.branches == 1:
+            return out
+        cond, null = out.chunk(2)
+        return steps.guide(
+            cond, null, s.config.guidance, s.config.guidance_channels, s.config.guidance_rescale
+        )
+
+    def _update(self, launch: Launch, n: int, noisy: bool) -> None:
+        s, w, b = self.s, self.w, self.count
+        out = self._output(launch, n)
         z = w.noise[:b] if self.step_noise is not None else None
         if z is None and noisy:
             z = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)

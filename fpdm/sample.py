@@ -48,6 +48,7 @@ from fpdm.kernels import ops
 from fpdm.model import FPDM, DiT, build_model
 from fpdm.settings import plain, update
 
+REPORTED = 256  # images of which a report keeps every residual
 SHIPPED = Path(__file__).parent / "assets" / "digits_export"
 COST = ("iters", "budget", "budget_macs")
 
@@ -100,12 +101,15 @@ class Request:
 @dataclass(frozen=True)
 class Made:
     """What a process made: images, seconds without the writing, mean residual (S,K) over those that
-    ran an iteration (NaN where none did), iterations (S,B) of the conditional branch."""
+    ran an iteration (NaN where none did), iterations (S,B) of the conditional branch; ``traces``
+    (S,K,n), the residuals of the first images, whose ids are ``traced``."""
 
     images: int
     seconds: float
     residual: Tensor
     iterations: Tensor
+    traces: Tensor
+    traced: list[int]
 
 
 # sources
@@ -240,6 +244,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
+    p.add_argument(
+        "--compare", choices=("none", "full", "blend", "extrapolate"),
+        help="a report with the same images under this reuse beside them",
+    )  # fmt: skip
     return p
 
 
@@ -337,6 +345,7 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     plan = sampler.plan.steps
     residual = torch.zeros(2, len(plan), max(sampler.most), device=sampler.device)
     iterations = [torch.zeros(len(plan), 0, dtype=torch.int64)]
+    traces, traced = [torch.zeros(len(plan), max(sampler.most), 0)], list[int]()
     seconds = 0.0
     with tqdm(total=len(missing) * len(plan), unit="step", disable=not missing) as bar:
         for start in range(0, len(missing), sampler.config.batch):
@@ -349,10 +358,33 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
             found = samples.stats.residual
             residual += torch.stack([found.nansum(dim=2), (~found.isnan()).sum(dim=2)])
             iterations.append(samples.stats.iterations[:, 0].cpu())
+            if start < REPORTED:
+                traces.append(found.cpu())
+                traced += ids
             for i, image in zip(ids, x):
                 store.write(i, image)
     mean = (residual[0] / residual[1]).cpu()
-    return Made(len(missing), seconds, mean, torch.cat(iterations, dim=1))
+    ran = torch.cat(iterations, dim=1)
+    return Made(len(missing), seconds, mean, ran, torch.cat(traces, dim=2), traced)
+
+
+def report(
+    sampler: Sampler, other: Sampler | None, made: Made, request: Request, path: Path
+) -> None:
+    """``path``: residuals and iterations of the first images that were made, or of the first that
+    were there, drawn again for it as they are by an ``other`` sampler."""
+    ids = made.traced or request.ids[:REPORTED]
+    labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
+    runs = {}
+    for s in (sampler, *([other] if other is not None else [])):
+        found = made.traces, made.iterations[:, : len(ids)]
+        if s is other or not made.traced:
+            stats = s.sample(labels, seeds).stats
+            found = stats.residual.cpu(), stats.iterations[:, 0].cpu()
+        runs[f"reuse {s.config.reuse}"] = found
+    timesteps = [t for t, _ in sampler.plan.steps]
+    if figures.plot_report(runs, timesteps, path, sampler.tol):
+        print(f"wrote      {path}")
 
 
 # telling
@@ -444,7 +476,11 @@ def main(argv: Sequence[str]) -> None:
     if args.calibrate is not None:
         calibrate(source, config, args.calibrate)
         return
-    sampler = source.sampler(config)
+    sampler, other = source.sampler(config), None
+    if args.compare == config.reuse:
+        raise ConfigError(f"compare: got {args.compare}, the run's own, expected another reuse")
+    if args.compare is not None:
+        other = source.sampler(replace(config, reuse=args.compare))
     request = make_request(args, source, config, [k for _, k in sampler.plan.steps])
     tag = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()[:8]
     out = Path(args.out or f"samples/{source.name}-{tag}")
@@ -468,12 +504,11 @@ def main(argv: Sequence[str]) -> None:
         if sampler.graphs is not None:
             g = sampler.graphs
             print(f"graphs     {g.captures} captured, {g.replays} replays beside these calls")
-        timesteps = [t for t, _ in sampler.plan.steps]
-        if args.report:
-            path, ran = out / "report.png", made.iterations.unsqueeze(1)
-            figures.plot_report(made.residual.unsqueeze(2), ran, timesteps, path)
         if args.residuals:
+            timesteps = [t for t, _ in sampler.plan.steps]
             figures.plot_residuals(made.residual, timesteps, out / "residuals.png")
+    if args.report or other is not None:
+        report(sampler, other, made, request, out / "report.png")
     if assemble(store, request.labels, request.seeds, request.columns):
         what = "latents: a VAE turns them into images" if store.latent else "images"
         print(f"wrote      {out}/grid.png, samples.npz and {len(request.labels)} {what}")

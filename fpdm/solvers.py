@@ -118,11 +118,14 @@ class Anderson:
     """Type-II Anderson acceleration with ``window`` differences.
 
     The ridge is relative to the diagonal of dR^T dR. A sample whose |r| exceeds ``restart`` times
-    its smallest so far forgets its history and takes a plain step from there. The first ``delay``
-    steps are plain too: one difference alone predicts little. Memory: 2 window + 2 iterates.
+    its smallest so far forgets its history and takes a plain step from there. So does one whose |r|
+    has not fallen to ``fall`` of its last mark for ``patience`` calls, until it does: where the
+    map creeps along a slow manifold, combinations of past steps keep a sample there that plain
+    steps carry out. The first ``delay`` steps are plain too: one difference alone predicts little.
+    Memory: 2 window + 2 iterates.
     """
 
-    delay = 2
+    delay, patience, fall = 2, 2, 0.95
 
     def __init__(
         self, window: int = 3, damping: float = 1.0, ridge: float = 1e-6, restart: float = 2.0
@@ -135,7 +138,8 @@ class Anderson:
         self.dx, self.dr = (r.new_zeros(b, self.window, n, dtype=dtype) for _ in range(2))
         self.gram = r.new_zeros(b, self.window, self.window)
         self.valid = torch.zeros(b, self.window, dtype=torch.bool, device=r.device)
-        self.smallest = r.new_full((b,), torch.inf)
+        self.smallest, self.mark = (r.new_full((b,), torch.inf) for _ in range(2))
+        self.stale = torch.zeros(b, dtype=torch.int64, device=r.device)
 
     def _remember(self, x: Tensor, r: Tensor) -> None:
         """Differences to the last call, in the oldest slot, and their inner products."""
@@ -154,7 +158,11 @@ class Anderson:
             self._start(r, x.dtype)
         else:
             self._remember(flat, r)
-        self.valid &= (size <= self.restart * self.smallest).unsqueeze(1)
+        fell = size < self.fall * self.mark
+        self.mark = torch.where(fell, size, self.mark)
+        self.stale = torch.where(fell, 0, self.stale + 1)
+        usable = (size <= self.restart * self.smallest) & (self.stale < self.patience)
+        self.valid &= usable.unsqueeze(1)
         self.smallest = torch.minimum(self.smallest, size)
         self.x, self.r, self.calls = flat, r, self.calls + 1
         plain = fx if self.damping == 1.0 else torch.lerp(x, fx, self.damping)
@@ -184,7 +192,7 @@ class Anderson:
     def select(self, rows: Tensor) -> None:
         """Keep only the samples ``rows``."""
         if self.calls:
-            for name in ("dx", "dr", "gram", "valid", "smallest", "x", "r"):
+            for name in ("dx", "dr", "gram", "valid", "smallest", "mark", "stale", "x", "r"):
                 setattr(self, name, getattr(self, name)[rows])
 
 

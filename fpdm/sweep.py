@@ -76,7 +76,10 @@ def asked(
     ConfigError."""
     budgets = _integers("budgets", options["budgets"], BUDGETS)
     ks = _integers("ks", options["ks"], KS)
-    return points(model, budgets, ks, timesteps), _integers("seeds", options["seeds"], [3])[0]
+    seeds = _integers("seeds", options["seeds"], [3])
+    if len(seeds) != 1 or seeds[0] < 1:
+        raise ConfigError(f"--seeds: got {options['seeds']}, expected how many, at least 1")
+    return points(model, budgets, ks, timesteps), seeds[0]
 
 
 def run(
@@ -85,8 +88,10 @@ def run(
     measure: Callable[[Point, int], dict[str, float]],
     out: Path,
     settings: dict[str, Any],
+    references: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png.
+    """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png, which shows
+    the Frechet distances ``references`` too.
 
     Rows of an earlier run with the same settings are kept; other settings start anew.
     """
@@ -110,6 +115,6 @@ def run(
             )  # fmt: skip
             text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
             atomic_write(path, text.encode())
-    if figures.plot_sweep(rows, out / "sweep.png"):
+    if figures.plot_sweep(rows, out / "sweep.png", references):
         print(f"wrote {out}/sweep.json and sweep.png")
     return rows

@@ -120,6 +120,8 @@ def shape_faults(k: list[int], s: SamplerConfig, curves: Any) -> dict[str, bool]
     extra = sum(k) - s.steps
     if s.allocation == "constant":
         return {"order": len(set(k)) > 1}
+    if s.allocation == "explicit":
+        return {"order": tuple(k) != s.schedule}
     if s.allocation == "adaptive":
         return {"order": max(k) - min(k) > 1}
     if s.allocation == "learned":
@@ -171,7 +173,9 @@ CALIBRATION = Calibration(
     ),
     reuse="none", guidance=1.0, weights="0123",
 )  # fmt: skip
-ALLOCATIONS: list[Any] = ["constant", "increasing", "decreasing", "adaptive", "learned"]
+ALLOCATIONS: list[Any] = [
+    "constant", "increasing", "decreasing", "explicit", "adaptive", "learned",
+]  # fmt: skip
 
 
 def draw(rng: random.Random, longest: int = 1000) -> tuple[ModelConfig, SamplerConfig]:
@@ -193,6 +197,8 @@ def draw(rng: random.Random, longest: int = 1000) -> tuple[ModelConfig, SamplerC
     allocation: Any = rng.choice(ALLOCATIONS)
     if allocation == "adaptive":
         settings["tol"] = 0.1
+    if allocation == "explicit":
+        settings = {"schedule": tuple(rng.randint(1, 40) for _ in range(steps))}
     return model, SamplerConfig(
         steps=steps, guidance=guidance, guidance_low=low, allocation=allocation, **settings
     )
@@ -209,7 +215,8 @@ def test_thousands_of_budgets() -> None:
         model, sampler = draw(rng, longest=1000 if rng.random() < 0.02 else 30)
         assert faults(planned(model, sampler), model, sampler) == [], (model, sampler)
         seen.add((sampler.allocation, sampler.budget is None, sampler.budget_macs is None))
-    assert len(seen) == 15
+    # explicit has its own cost
+    assert len(seen) == 5 * 3 + 1
 
 
 @pytest.mark.parametrize("fault", ["round", "published", "reversed", "one more"])

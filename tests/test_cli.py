@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+import fpdm
 from fpdm.cli import run_main, take_option
 from fpdm.config import ConfigError, SamplerConfig, load_config
 
@@ -54,6 +56,30 @@ def test_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert ends(capsys, lambda argv: None) == (0, "")
     assert ends(capsys, lambda argv: 3) == (3, "")
     assert ends(capsys, raising(SystemExit(4))) == (4, "")
+
+
+def test_a_warning_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of fpdm; what others say goes its usual way."""
+    usual: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda text, *rest: usual.append(str(text)))
+    inside, outside = (compile(WARNING, f"{home}/x.py", "exec") for home in (HOME, "/nowhere"))
+
+    def warn(argv: list[str]) -> None:
+        exec(inside, {"text": "a.b: got 1,\n  expected 2"})
+        exec(outside, {"text": "elsewhere"})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert ends(capsys, warn) == (0, "fpdm.x: warning: a.b: got 1, expected 2\n")
+        assert usual == ["elsewhere"]
+        exec(inside, {"text": "after the command"})
+    assert usual[1:] == ["after the command"]
+
+
+HOME = Path(fpdm.__file__).parent
+WARNING = "import warnings; warnings.warn(text)"
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("no number")])

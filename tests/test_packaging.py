@@ -30,7 +30,7 @@ def imported(statement: str) -> set[str]:
 
 
 def test_the_library_imports_nothing_optional() -> None:
-    loaded = imported("import fpdm, fpdm.model, fpdm.recipes, fpdm.cli, fpdm.info")
+    loaded = imported("import fpdm, fpdm.model, fpdm.recipes, fpdm.cli, fpdm.info, fpdm.schedulers")
     assert loaded & {"torch", "fpdm"} == {"torch", "fpdm"}
     assert not loaded & HEAVY
 

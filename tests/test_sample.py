@@ -273,6 +273,16 @@ def test_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.array_equal(np.load(out / "000002.npy"), x[2].numpy())
 
 
+def test_stranded_blocks_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(source), "--count", "1", "--budget", "11"]
+    main([*argv, "--out", str(tmp_path / "a")])
+    assert "per image  10 blocks (1 stranded)" in capsys.readouterr().out
+    main([*argv, "--out", str(tmp_path / "b"), "--allocation", "increasing"])
+    assert "per image  11 blocks, " in capsys.readouterr().out
+
+
 def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = export(tmp_path / "dit", DIT, replace(SETTINGS, iters=None)), tmp_path / "out"
     main([str(path), "--out", str(out), "--count", "3"])
@@ -448,13 +458,44 @@ def test_settings_hold_the_weights(source: Path, tmp_path: Path) -> None:
         load_source(source, "both")
 
 
-def test_solver_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--count", "4", "--steps", "3", "--iters", "6", "--tol", "1e-3", "--report"]
+def test_solver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--count", "4", "--steps", "3", "--iters", "6", "--tol", "1e-3"]
     main([*words, "--solver", "anderson", "--out", str(tmp_path / "a")])
-    told = capsys.readouterr().out
-    assert ", tolerance 0.001, anderson, guidance" in told
-    assert (tmp_path / "a" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
+    assert ", tolerance 0.001, anderson, guidance" in capsys.readouterr().out
     main([*words, "--out", str(tmp_path / "b")])
     assert ", anderson" not in capsys.readouterr().out
     ours, plain = (np.load(tmp_path / x / "samples.npz")["arr_0"] for x in "ab")
     assert ours.shape == plain.shape
+
+
+def test_report(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the images of this process, whether they were made now or before, and of another reuse."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "plot_report", lambda *args: drawn.append(args) or True)
+    argv = [str(source), "--out", str(tmp_path / "out"), "--count", "7", "--shard", "1/2"]
+    monkeypatch.setattr(sample, "REPORTED", 2)
+    main([*argv, "--report"])
+    loaded, (labels, seeds, _) = load_source(source), chosen(["--count", "7"])
+    for reuse in ("none", "full"):
+        main([*argv, "--report"] if reuse == "none" else [*argv, "--compare", reuse])
+        runs, timesteps, path, tol = drawn[-1]
+        assert (timesteps, path, tol) == ([999, 499], tmp_path / "out" / "report.png", 0.0)
+        assert list(runs) == ["reuse none", "reuse full"][: 1 + (reuse == "full")]
+        residual, iterations = runs[f"reuse {reuse}"]
+        stats = Sampler(loaded.model, loaded.diffusion, replace(SETTINGS, reuse=reuse)).sample(
+            labels[1::2][:2], seeds[1::2][:2]
+        ).stats  # fmt: skip
+        assert torch.equal(residual, stats.residual)
+        assert torch.equal(iterations, stats.iterations[:, 0])
+    # those that were made now are not drawn again: a whole batch of three
+    assert drawn[0][0]["reuse none"][0].shape == (2, 2, 3)
+    assert torch.equal(drawn[0][0]["reuse none"][0][..., :2], drawn[1][0]["reuse none"][0])
+
+
+def test_report_picture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(source), "--out", str(tmp_path / "out"), "--count", "2"]
+    main([*argv, "--compare", "extrapolate"])
+    assert f"wrote      {tmp_path / 'out' / 'report.png'}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
+    told = complain([*argv, "--compare", "none"], capsys)
+    assert "compare: got none, the run's own, expected another reuse" in told

@@ -181,33 +181,58 @@ def test_bad_requests() -> None:
         solvers.make("newton", 3, 1.0)
 
 
+# the trained digits model
+
 TIMESTEPS = (999, 900, 800, 700, 600, 500, 400, 300, 200, 50)
-EVALUATIONS = 24
+SAMPLES = 64
+EVALUATIONS = 32
+
+
+class Trained:
+    """Fixed-point problems of the shipped model: digits of the reference half, noised."""
+
+    def __init__(self) -> None:
+        self.model = FPDM.from_pretrained("fpdm/assets/digits_export")
+        self.weights = PreparedWeights(self.model, torch.float32)
+        x0, self.y = Digits("reference").batch(np.arange(SAMPLES))
+        diffusion, g = Diffusion(DiffusionConfig(beta_end=0.006)), torch.Generator().manual_seed(0)
+        self.x = torch.stack(
+            [
+                diffusion.q_sample(
+                    x0, torch.full((SAMPLES,), t), torch.randn(x0.shape, generator=g)
+                )
+                for t in TIMESTEPS
+            ]
+        )
+
+    def problem(self, rows: list[tuple[int, int]]) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """f and its start h for (timestep's index, digit's index), one row of the batch each."""
+        which, digits = (list(column) for column in zip(*rows))
+        t, x = torch.tensor(TIMESTEPS)[which], self.x[which, digits]
+        mod = self.model.modulation(t, self.y[digits], weights=self.weights)
+        h = self.model.encode(x, mod, weights=self.weights)
+        return lambda z: self.model.iterate(z, h, mod, 1, weights=self.weights)[0], h
+
+    def path(self, maker: Callable[[], solvers.Solver], rows: list[tuple[int, int]]) -> Tensor:
+        """Smallest residual so far (EVALUATIONS, rows)."""
+        with torch.no_grad():
+            found = solvers.solve(*self.problem(rows), maker(), EVALUATIONS)
+        return found.residual.cummin(0).values
 
 
 @pytest.fixture(scope="module")
-def paths() -> dict[str, Tensor]:
-    """Smallest residual so far (10 timesteps, evaluations, 64 samples) on the trained digits."""
-    model = FPDM.from_pretrained("fpdm/assets/digits_export")
-    weights = PreparedWeights(model, torch.float32)
-    diffusion = Diffusion(DiffusionConfig(beta_end=0.006))
-    x0, y = Digits("reference").batch(np.arange(64))
-    g = torch.Generator().manual_seed(0)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("picard", "anderson", "broyden")}
-    with torch.no_grad():
-        for t in TIMESTEPS:
-            times = torch.full((64,), t)
-            x = diffusion.q_sample(x0, times, torch.randn(x0.shape, generator=g))
-            mod = model.modulation(times, y, weights=weights)
-            h = model.encode(x, mod, weights=weights)
+def trained() -> Trained:
+    return Trained()
 
-            def f(z: Tensor, h: Tensor = h, mod: object = mod) -> Tensor:
-                return model.iterate(z, h, mod, 1, weights=weights)[0]
 
-            for name in found:
-                run = solvers.solve(f, h, MAKERS[name](), EVALUATIONS)
-                found[name].append(run.residual.cummin(0).values)
-    return {name: torch.stack(runs) for name, runs in found.items()}
+@pytest.fixture(scope="module")
+def paths(trained: Trained) -> dict[str, Tensor]:
+    """(10 timesteps, evaluations, 64 samples)."""
+    rows = [[(t, i) for i in range(SAMPLES)] for t in range(len(TIMESTEPS))]
+    return {
+        name: torch.stack([trained.path(MAKERS[name], part) for part in rows])
+        for name in ("picard", "anderson")
+    }
 
 
 def test_anderson_needs_fewer_evaluations_than_picard(paths: dict[str, Tensor]) -> None:
@@ -220,3 +245,50 @@ def test_anderson_is_no_worse_at_equal_evaluations(paths: dict[str, Tensor]) -> 
     ratio = paths["anderson"] / paths["picard"]
     assert (ratio <= 1.0).double().mean() >= 0.95
     assert ratio.max() <= 1.1
+
+
+def test_anderson_leaves_a_slow_manifold(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digit 11 at t = 300 creeps at a residual of 3e-2; without the plain steps it would stay."""
+    row = [(TIMESTEPS.index(300), 11)]
+    plain, found = (trained.path(MAKERS[name], row) for name in ("picard", "anderson"))
+    assert plain[8] < 1.5 * plain[24]
+    assert found[-1] <= 1.1 * plain[-1]
+    monkeypatch.setattr(solvers.Anderson, "patience", 10**9)
+    assert trained.path(solvers.Anderson, row)[-1] > 3 * plain[-1]
+
+
+def agree(runs: dict[str, solvers.Solution], exact: Tensor) -> bool:
+    """Errors are residuals, but for the slowest contraction of these problems and rounding."""
+
+    def size(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+
+    return all(
+        bool((size(run.x - exact) <= (20 * run.residual.amin(0) + 1e-5) * size(exact)).all())
+        for run in runs.values()
+    )
+
+
+def test_solvers_agree_on_the_digits(trained: Trained) -> None:
+    """Two digits at every timestep: one fixed point, and the best iterate of those evaluated."""
+    rows = [(t, i) for t in range(len(TIMESTEPS)) for i in (0, 1)]
+    runs, evaluated = {}, []
+    with torch.no_grad():
+        f, h = trained.problem(rows)
+
+        def watched(z: Tensor) -> Tensor:
+            evaluated.append(f(z))
+            return evaluated[-1]
+
+        exact = solvers.solve(f, h, solvers.Anderson(), 100).x
+        for name, maker in MAKERS.items():
+            evaluated.clear()
+            run = runs[name] = solvers.solve(watched, h, maker(), 60)
+            seen = torch.stack(evaluated)
+            assert torch.equal(run.best, 59 - run.residual.flip(0).argmin(0)), name
+            assert torch.equal(run.x, seen[run.best, torch.arange(len(rows))]), name
+            assert run.residual.amin(0).max() <= 1e-3, name
+        assert agree(runs, exact)
+        # another map has another fixed point
+        other = solvers.solve(lambda z: f(z) + 0.01 * h, h, solvers.Anderson(), 60)
+        assert not agree({"other": other}, exact)

@@ -64,14 +64,47 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         evaluate.command(["--ks", "2"])
     with pytest.raises(ConfigError, match="--ks: got 'x'"):
         evaluate.command(["--sweep", "--ks", "x"])
+    for seeds in ("0", "3,4"):
+        with pytest.raises(ConfigError, match=f"--seeds: got {seeds}, expected how many"):
+            evaluate.command(["--sweep", "--seeds", seeds])
 
 
 def test_report_picture(tmp_path: Path) -> None:
-    residual = torch.rand(4, 3, 5)
-    residual[0, 2] = float("nan")
-    iterations = torch.randint(1, 4, (4, 1, 5))
-    assert figures.plot_report(residual, iterations, [999, 700, 400, 100], tmp_path / "r.png")
-    assert (tmp_path / "r.png").read_bytes().startswith(figures.PNG_MAGIC)
-    assert not figures.plot_report(residual[:, :0], iterations, [9, 7, 4, 1], tmp_path / "no.png")
+    iterations = torch.randint(1, 4, (4, 5))
+    residual = torch.rand(4, 3, 5).masked_fill(
+        torch.arange(3).view(1, 3, 1) >= iterations.unsqueeze(1), float("nan")
+    )
+    runs = {"reuse none": (residual, iterations), "reuse full": (residual / 9, iterations)}
+    assert figures.plot_report(runs, [999, 700, 400, 100], tmp_path / "r.png", tol=0.1)
+    wide = figures.decode(tmp_path / "r.png").shape[1]
+    del runs["reuse full"]
+    assert figures.plot_report(runs, [999, 700, 400, 100], tmp_path / "r.png")
+    assert figures.decode(tmp_path / "r.png").shape[1] < wide
     with pytest.raises(ConfigError, match="for 3 timesteps"):
-        figures.plot_report(residual, iterations, [9, 7, 4], tmp_path / "no.png")
+        figures.plot_report(runs, [9, 7, 4], tmp_path / "no.png")
+    runs = {"reuse none": (residual[:, :0], iterations)}
+    assert not figures.plot_report(runs, [9, 7, 4, 1], tmp_path / "no.png")
+
+
+def test_what_the_report_draws() -> None:
+    """Medians over all samples: one that has stopped keeps its last residual, and a NaN is none."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis, nan = figure.subplots(), float("nan")
+    residual = torch.tensor([[[0.5, 0.4, 0.3], [0.2, nan, 0.1], [nan, nan, 0.05]]])
+    figures._plot_paths(axis, residual, torch.tensor([[2, 1, 3]]), [999], lambda t: "black")
+    (line,) = axis.get_lines()
+    # the middle one stopped at 0.4, the first at 0.2
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata() == pytest.approx([0.4, 0.2, 0.2])
+    broken = torch.tensor([[[0.5, nan, 0.3], [0.2, nan, 0.1]]])
+    figures._plot_paths(axis, broken, torch.tensor([[2, 2, 2]]), [999], lambda t: "black")
+    assert axis.get_lines()[1].get_ydata() == pytest.approx([0.4, 0.15])
+
+
+def test_sweep_picture(tmp_path: Path) -> None:
+    rows = [
+        {"budget": b, "k": k, "seed": s, "frechet": 1.0 + k / 9, "accuracy": 0.9}
+        for b in (140, 280) for k in (1, 8) for s in (0, 1)
+    ]  # fmt: skip
+    assert figures.plot_sweep(rows, tmp_path / "s.png", {"real halves": 0.9})
+    assert (tmp_path / "s.png").read_bytes().startswith(figures.PNG_MAGIC)
