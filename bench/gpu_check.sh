@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | sample | train
+# Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | sample | train | compiled
 #
-#   tests    every gpu test, compute-sanitizer on one small step of each implementation
-#   sample   tables of the fused GEMMs and of attention's routes, device time by kernel, waits of the
-#            sampler, then python -m bench on operators, network and sampler
-#   train    memory, 300 steps of the digits in three precisions, python -m bench on training
+#   tests      every gpu test, compute-sanitizer on one small step of each implementation (90 s)
+#   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
+#              the sampler, then python -m bench on operators, network and sampler (3 minutes)
+#   train      memory, 300 steps of the digits in three precisions, python -m bench on training and
+#              the optimiser (3 minutes)
+#   compiled   the rows against torch.compile: mostly compilation (7 minutes)
 #
 # Each part is one call under 8 minutes on a machine with torch, triton, cupy and pytest. Results are
-# written as JSON while it goes, under $OUT (default bench/results/gpu); compiled baselines come
-# last. A piece that fails is named at the end and the rest goes on. Variables: PYTHON; JOBS
-# (processes, default the cores); FPDM_PTX (csrc/cuda as PTX for sm_70, see tests/test_cuda_gpu.py).
+# written as JSON while it goes, under $OUT (default bench/results/gpu). A piece that fails is named
+# at the end and the rest goes on. Variables: PYTHON; JOBS (processes, default the cores); FPDM_PTX
+# (csrc/cuda as PTX for sm_70, see tests/test_cuda_gpu.py); FPDM_COMMIT (for a copy without git).
 set -u
 part="${1:-}"
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -57,16 +59,25 @@ case "$part" in
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
-    piece bench_sample 300 "$python" -m bench --suite operators network sampler \
+    piece bench_sample 200 "$python" -m bench --suite operators network sampler --skip compiled \
       --out "$out/bench_sample.json"
     ;;
   train)
     piece memory 60 "$python" -m bench.gpu memory --out "$out"
     piece digits 90 "$python" -m bench.gpu digits --out "$out"
-    piece bench_train 300 "$python" -m bench --suite training optimizer --out "$out/bench_train.json"
+    piece bench_train 200 "$python" -m bench --suite training optimizer --skip compiled \
+      --out "$out/bench_train.json"
+    ;;
+  compiled)
+    piece compiled_train 200 "$python" -m bench --suite training --row compiled \
+      --out "$out/compiled_train.json"
+    piece compiled_64 120 "$python" -m bench --suite sampler --row 'B64.*compiled' \
+      --out "$out/compiled_64.json"
+    piece compiled_1 150 "$python" -m bench --suite sampler --row 'B1 .*compiled' \
+      --out "$out/compiled_1.json"
     ;;
   *)
-    echo "gpu_check.sh: error: got '$part', expected tests, sample or train" >&2
+    echo "gpu_check.sh: error: got '$part', expected tests, sample, train or compiled" >&2
     exit 2
     ;;
 esac

@@ -291,3 +291,18 @@ class TestLauncher:
             self.attention.attention(qkv, 2)
             self.attention.attention_backward(y, qkv, y, 2)
         assert len(found) == 3
+
+
+def test_measured_times_replace_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``python -m bench.attention --write`` enters is what the launcher reads."""
+    bench = pytest.importorskip("bench.attention")
+    path = tmp_path / "table.json"
+    path.write_text('{"entries": []}')
+    details = {"batch": 64, "heads": 16, "backward_ms": {}, "missing": {}}
+    bench.write([entry(device="cpu", ms={"triton": 2.0, "sdpa": 1.0}) | details], path)
+    bench.write([entry(device="cpu", ms={"triton": 1.0, "sdpa": 3.0}) | details], path)
+    monkeypatch.setattr(routes, "TABLE", path)
+    routes.entries.cache_clear()
+    (found,) = routes.entries()
+    assert found["ms"] == {"triton": 1.0, "sdpa": 3.0}
+    assert set(found) == {"t", "k", "dtype", "device", "ms", "source"}
