@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.timing import interleave, replayed
+from bench.timing import device_times
 from fpdm.cli import run_main
 from fpdm.kernels import gemm, gemm_table
 from fpdm.kernels.gemm_table import Tile
@@ -58,8 +58,12 @@ def shapes(batch: int, dtype: torch.dtype) -> list[Shape]:
     return [Shape(op, batch, T, n, k, dtype, keep) for op, n, k in cuts for keep in (False, True)]
 
 
-def arms(s: Shape, device: torch.device) -> dict[str, tuple[Tile | None, Callable[[], Tensor]]]:
-    """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt``."""
+Arms = dict[str, tuple[Tile | None, Callable[[], Tensor]]]
+
+
+def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
+    """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt``;
+    and the buffers that every one of them must write."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -70,9 +74,11 @@ def arms(s: Shape, device: torch.device) -> dict[str, tuple[Tile | None, Callabl
     shift, scale, gate, *_ = normal(s.b, 6 * max(s.n, s.k), scale=0.5).chunk(6, -1)
     kept = extra if s.keep else None
     arch = gemm.architecture()
-    found: dict[str, tuple[Tile | None, Callable[[], Tensor]]] = {}
+    found: Arms = {}
+    written = [out, *([extra] if s.keep else [])]
     if s.op == "adaln_linear":
         y = torch.empty_like(x)
+        written = [out, *([y] if s.keep else [])]
         shift, scale = shift[:, : s.k], scale[:, : s.k]
         library = partial(
             gemm.adaln_linear, x, shift, scale, weight, bias, y=y, out=out, fused=False
@@ -96,25 +102,32 @@ def arms(s: Shape, device: torch.device) -> dict[str, tuple[Tile | None, Callabl
     found |= {f"fused {i}": (tile, partial(fused, tile=tile)) for i, tile in enumerate(tiles)}
     if s.op == "linear_bias_gelu" and not s.keep and device.type == "cuda":
         found["cublaslt"] = None, partial(gemm.cublaslt_bias_gelu, x, weight, bias, out)
-    return found
+    return found, written
 
 
 def agreeing(
-    found: dict[str, tuple[Tile | None, Callable[[], Tensor]]],
+    found: Arms, written: list[Tensor]
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Arms whose result is the library's to rounding; why the others are left out."""
-    expected, good, refused = found["library"][1]().double(), {}, {}
+    """Arms that write what the library writes, to rounding; why the others are left out. The
+    buffers are NaN before every arm: what it does not write is not what the last one left."""
+    good: dict[str, Callable[[], Tensor]] = {}
+    refused: dict[str, str] = {}
+    expected: list[Tensor] = []
     for name, (_, fn) in found.items():
+        for buffer in written:
+            buffer.fill_(torch.nan)
         try:
-            result = fn()
-            error = ((result.double() - expected).norm() / expected.norm()).item()
-            if not error <= 4 * torch.finfo(result.dtype).eps:
-                refused[name] = f"relative error {error:.1e}"
-                continue
+            fn()
+            results = [buffer.double() for buffer in written]
         except Exception as reason:
             refused[name] = f"{type(reason).__name__}: {str(reason)[:200]}"
             continue
-        good[name] = fn
+        expected = expected or results
+        errors = [((x - y).norm() / y.norm()).item() for x, y in zip(results, expected)]
+        if all(error <= 4 * torch.finfo(written[0].dtype).eps for error in errors):
+            good[name] = fn
+        else:
+            refused[name] = f"relative errors {' '.join(f'{e:.1e}' for e in errors)}"
     return good, refused
 
 
@@ -122,10 +135,10 @@ def entry(
     s: Shape, rows: tuple[int, int], device: torch.device, source: str, rounds: int
 ) -> dict[str, Any]:
     """What the table should say for ``s``, with every time behind it."""
-    found = arms(s, device)
-    good, refused = agreeing(found)
-    good = {name: replayed(fn) for name, fn in good.items()}  # type: ignore[arg-type,misc]
-    times = {name: t.median * 1e3 for name, t in interleave({**good}, rounds).items()}
+    found, written = arms(s, device)
+    good, refused = agreeing(found, written)
+    measured, uncaptured = device_times({**good}, rounds)
+    times, refused = {n: t.median * 1e3 for n, t in measured.items()}, refused | uncaptured
     fused = [name for name in times if name.startswith("fused")]
     best: dict[str, str] = {n: n for n in ("library", "cublaslt") if n in times}
     if fused:
@@ -145,8 +158,8 @@ def entry(
 
 def compile_only(s: Shape, part: int, parts: int) -> None:
     """Every ``parts``-th arm once, so that its kernels are in Triton's cache."""
-    found = arms(s, torch.device("cuda"))
-    agreeing({n: found[n] for n in ("library", *list(found)[1 + part :: parts])})
+    found, written = arms(s, torch.device("cuda"))
+    agreeing({n: found[n] for n in ("library", *list(found)[1 + part :: parts])}, written)
 
 
 def compile_all(wanted: list[Shape], jobs: int) -> None:

@@ -35,10 +35,8 @@ piece() {
   [ "$status" = 0 ] || echo "$name" >>"$out/failed"
 }
 
-sanitize() {
-  command -v compute-sanitizer >/dev/null 2>&1 || { echo "compute-sanitizer: not here"; return 0; }
-  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m bench.gpu smoke
-}
+# exit 127 where there is no compute-sanitizer: not run is not passed
+sanitizer=(compute-sanitizer --error-exitcode 9 --tool)
 
 case "$part" in
   tests)
@@ -46,8 +44,8 @@ case "$part" in
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
     # what measures or fills the device's memory runs alone
     alone="captures_give or graphs_give or releases_its_pool or memory_pressure or never_waits"
-    piece memcheck 200 sanitize memcheck &
-    piece racecheck 200 sanitize racecheck &
+    piece memcheck 200 "${sanitizer[@]}" memcheck "$python" -m bench.gpu smoke &
+    piece racecheck 200 "${sanitizer[@]}" racecheck "$python" -m bench.gpu smoke &
     piece gpu_tests 280 "$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors \
       "${parallel[@]}" -k "not ($alone)" --junitxml "$out/gpu_tests.xml" tests
     wait

@@ -5,7 +5,6 @@ Ratios are medians over rounds of paired times; an absolute time is never compar
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
@@ -33,26 +32,39 @@ def once(fn: Arm, inner: int = 1) -> float:
     return (time.perf_counter() - start) / inner
 
 
-def replayed(fn: Arm) -> Arm:
-    """``fn`` as a CUDA graph: its device time without the host's, which for one operator is longer.
-    Itself without a GPU, or where it cannot be captured."""
+REPLAYED = 10
+
+
+def replayed(fn: Arm, calls: int = REPLAYED) -> Arm:
+    """``calls`` calls of ``fn`` as one CUDA graph: the device's time without the host's, which for
+    one operator is longer. ``fn`` itself without a GPU. Raises where it cannot be captured."""
     if not torch.cuda.is_available():
         return fn
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                fn()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
             fn()
-    except Exception:
-        # a failed capture leaves an error behind for the next call of the device
-        with contextlib.suppress(Exception):
-            torch.cuda.synchronize()
-        return fn
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            fn()
     return graph.replay
+
+
+def device_times(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, Times], dict[str, str]]:
+    """Times of one call of every arm by graph replays, and why an arm is left out."""
+    found: dict[str, Arm] = {}
+    missing: dict[str, str] = {}
+    for name, fn in arms.items():
+        try:
+            found[name] = replayed(fn)
+        except Exception as error:
+            missing[name] = f"capture: {type(error).__name__}: {str(error)[:200]}"
+    calls = REPLAYED if torch.cuda.is_available() else 1
+    times = interleave(found, rounds)
+    return {n: Times(tuple(t / calls for t in x.rounds)) for n, x in times.items()}, missing
 
 
 def inner_calls(fn: Arm, at_least: float = 2e-3) -> int:

@@ -136,6 +136,10 @@ class PreparedWeights(WeightView):
         handle = model.register_load_state_dict_post_hook(_RefreshOnLoad(self))
         weakref.finalize(self, handle.remove)
 
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether these are copies of ``model``'s parameters."""
+        return self._model() is model
+
     def _current(self, name: str) -> Tensor:
         source, copy = self.params[name].detach(), self.copies[name]
         if source.shape != copy.shape or source.device != copy.device:

@@ -291,13 +291,15 @@ def generate(
 
 
 def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """T=256, D=1152 for every element-wise operator, and one head of attention over 1024 tokens."""
+    """T=256, D=1152 for every element-wise operator, rows narrower than any tile, and one head of
+    attention over 1024 tokens."""
     for i, op in enumerate(SPECS):
         dtype = dtypes[i % len(dtypes)]
         if "attention" in op:
             yield Case(op, dtypes[1], 1, max(TOKENS), 72)
         elif "linear" not in op:
             yield Case(op, dtype, 1, 256, 1152, layout="chunks")
+            yield from (Case(op, dtype, 2, 37, d) for d in (8, 16))
 
 
 def odd_attention(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:

@@ -261,10 +261,21 @@ def test_tuning_makes_entries_that_the_table_takes(tmp_path: Path) -> None:
 def test_a_wrong_result_is_not_timed() -> None:
     from bench import gemm as bench
 
-    s = bench.Shape("linear_bias_gelu", 1, 8, 32, 16, torch.float16, False)
-    found = bench.arms(s, torch.device("cpu"))
-    found["wrong"] = None, lambda: found["library"][1]() * 1.01
+    s = bench.Shape("linear_bias_gelu", 1, 8, 32, 16, torch.float16, True)
+    found, written = bench.arms(s, torch.device("cpu"))
+    out, kept = written
+    right = found["library"][1]
+
+    def forgets() -> Tensor:
+        right()
+        kept.fill_(torch.nan)
+        return out
+
+    # the right numbers are in the buffers from the arm before
+    found["idle"] = None, lambda: out
+    found["forgetful"] = None, forgets
+    found["wrong"] = None, lambda: right().mul_(1.01)
     found["broken"] = None, lambda: torch.empty(1, 2) @ torch.empty(1, 2)
-    good, refused = bench.agreeing(found)
-    assert set(refused) == {"wrong", "broken"}
+    good, refused = bench.agreeing(found, written)
+    assert set(refused) == {"idle", "forgetful", "wrong", "broken"}
     assert set(good) == set(found) - set(refused)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fpdm.kernels import launch
 from fpdm.kernels.launch import FLOATS, HALVES, LaunchError, aligned, check, row_stride
 from fpdm.settings import UserError
 
@@ -195,27 +196,62 @@ def test_row_stride() -> None:
     assert row_stride(torch.zeros(1, 6 * D)[:, D : 2 * D]) == 0
 
 
+# field of ``launch._facts``: (call that passes, call that must be refused and differs in it alone)
+def remembered() -> dict[int, tuple[Any, Any]]:
+    flat = np.zeros(3 * B * T * D, np.float32)
+    size = B * T * D
+    x, other, over = (
+        torch.from_numpy(flat[i : i + size]).view(B, T, D) for i in (0, size, size // 2)
+    )
+    good = ([z(tensor=x)], [z("out", tensor=other)])
+    turned = torch.from_numpy(flat).as_strided((B, T, D), (1, B, B * T))
+    whole = torch.from_numpy(flat).as_strided((B, T, D), (T * D, D, 1))
+    return {
+        1: (good, ([z(tensor=x)], [z("out", tensor=over)])),
+        2: (good, ([z(tensor=x.view(torch.int32))], [z("out", tensor=other)])),
+        4: (good, ([z(tensor=x[:1])], [z("out", tensor=other)])),
+        5: (([z(tensor=whole)], []), ([z(tensor=turned)], [])),
+        8: (good, ([z(tensor=x, shape=(B, D, T))], [z("out", tensor=other)])),
+        9: (good, ([z(tensor=x, dtypes=HALVES)], [z("out", tensor=other)])),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("field", remembered())
 def test_what_passed_is_remembered_with_all_that_it_depends_on(
-    monkeypatch: pytest.MonkeyPatch,
+    field: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same address with anything else about it is checked again, and refused."""
-    module, passed = importlib.import_module("fpdm.kernels.launch"), set[Any]()
-    monkeypatch.setattr(module, "_passed", passed)
-    flat = torch.zeros(4 * B * T * D)
-    x, other = flat[: B * T * D].view(B, T, D), torch.zeros(B, T, D)
-    for _ in range(3):
-        check("op", CPU, [z(tensor=x)], [z("out", tensor=other)])
-    assert len(passed) == 1
-    assert "float16" in told([z(tensor=x, dtypes=HALVES)], [z("out", tensor=other)])
-    assert f"expected {(B, D, T)}" in told([z(tensor=x, shape=(B, D, T))], [])
-    assert "strides" in told([z(tensor=flat[::2][: B * T * D].view(B, T, D))], [])
-    assert "memory shared" in told([z(tensor=x)], [z("out", tensor=x)])
+    """The same call but for one thing is checked again, and refused; the plant forgets it."""
+    good, bad = remembered()[field]
+    monkeypatch.setattr(launch, "_passed", set())
+    check("op", CPU, *good)
+    told(*bad)
+    facts = launch._facts
+
+    def forgetful(operand: Named) -> tuple[object, ...]:
+        found = facts(operand)
+        return found[:field] + found[field + 1 :]
+
+    monkeypatch.setattr(launch, "_passed", set())
+    monkeypatch.setattr(launch, "_facts", forgetful)
+    check("op", CPU, *good)
+    check("op", CPU, *bad)
+
+
+def test_memory_of_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass counts for its operator, aliases and alignment only; the memory is bounded."""
+    passed: set[Any] = set()
+    monkeypatch.setattr(launch, "_passed", passed)
+    x, odd = torch.zeros(B, T, D), torch.zeros(1 + B * T * D)[1:].view(B, T, D)
     check("op", CPU, [z(tensor=x)], [z("out", tensor=x)], may_alias=(("out", "z"),))
     assert "memory shared" in told([z(tensor=x)], [z("out", tensor=x)])
-    assert "bytes off" in told([z(tensor=flat[1 : 1 + B * T * D].view(B, T, D))], [], align=16)
-    flat.untyped_storage().resize_(16)
-    assert "past the end of its storage" in told([z(tensor=x)], [z("out", tensor=other)])
-    monkeypatch.setattr(module, "REMEMBERED", 3)
+    check("op", CPU, [z(tensor=odd)], [])
+    assert "bytes off" in told([z(tensor=odd)], [], align=16)
+    # an output is not an input
+    row = torch.zeros(1, D).expand(B, D)
+    check("op", CPU, [vector("row", row)], [])
+    assert "bytes apart" in told([], [vector("row", row)])
+    assert len(passed) == 3
+    monkeypatch.setattr(launch, "REMEMBERED", 3)
     for n in range(9):
-        check(f"op {n}", CPU, [z(tensor=other)], [])
+        check(f"op {n}", CPU, [z(tensor=x)], [])
     assert len(passed) <= 3

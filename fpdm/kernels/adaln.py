@@ -100,6 +100,7 @@ def _adaln_backward(
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(CHUNK % ROWS == 0)
     n_chunks = tl.cdiv(T, CHUNK)
     i_b = (tl.program_id(0) // n_chunks).to(tl.int64)
     i_first = tl.program_id(0) % n_chunks * CHUNK
@@ -165,9 +166,11 @@ def adaln_backward(
     )
     if not z.numel():
         return
-    part = rows.workspace(z, 2, CHUNK)
+    part, tile = rows.workspace(z, 2, CHUNK), rows.tile(d)
+    # narrow rows: a step of the loop must not reach into the next program's tokens
+    tile = tile | {"ROWS": min(tile["ROWS"], CHUNK)}
     _adaln_backward[(b * rows.chunks(t, CHUNK),)](
         dy, z, scale, dz, part, row_stride(scale), t,
-        **rows.tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
+        **tile, CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
     )  # fmt: skip
     rows.accumulate(part, dshift, dscale)

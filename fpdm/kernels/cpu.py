@@ -146,6 +146,7 @@ def gelu_backward(
     out = torch.empty_like(x) if out is None else out
     inputs: list[Operand] = [("dy", dy, x.shape, (x.dtype,)), ("x", x, x.shape, DTYPES)]
     outputs: list[Operand] = [("out", out, x.shape, (x.dtype,))]
+    outputs.append(("total", total, x.shape, (torch.float32,)))
     check("gelu_backward", DEVICE, inputs, outputs, {("out", "dy"), ("out", "x")})
     native.gelu_backward(CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr())
     if total is not None:

@@ -301,7 +301,7 @@ def gelu_backward(
         "gelu_backward",
         x.device,
         (("x", x, x.shape, DTYPES), ("dy", dy, x.shape, dtype)),
-        (("out", out, x.shape, dtype),),
+        (("out", out, x.shape, dtype), ("total", total, x.shape, (torch.float32,))),
         may_alias=(("out", "dy"),),
     )
     _gelu("gelu_backward", x, out, other=dy)

@@ -94,6 +94,7 @@ def _gate_residual_backward(
     p_dout, p_y, p_gate, p_dy, p_part, s_gate, T,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(CHUNK % ROWS == 0)
     i_chunk, o_col = rows.piece(D, COLS)
     n_chunks = tl.cdiv(T, CHUNK)
     i_b = (i_chunk // n_chunks).to(tl.int64)

@@ -193,6 +193,7 @@ def _accumulate_tile(width: int) -> dict[str, int]:
 def _column_sums(
     p_x, p_part, n, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr
 ):
+    tl.static_assert(CHUNK % ROWS == 0)
     i_chunk, o_col = piece(D, COLS)
     i_first = i_chunk * CHUNK
     m_col = o_col < D

@@ -22,7 +22,7 @@ from fpdm.kernels.gemm import (
     linear_gate_residual,
     linear_gate_residual_adaln,
 )
-from fpdm.kernels.launch import FLOATS
+from fpdm.kernels.launch import FLOATS, check
 from fpdm.kernels.mlp import gelu, gelu_backward
 from fpdm.kernels.reference import linear, linear_dgrad
 
@@ -33,6 +33,7 @@ __all__ = [
     "linear_wgrad", "unavailable",
 ]  # fmt: skip
 NAME = "triton"
+WIDE = (torch.float32,)
 # counted as the library's
 LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
 # decided when the kernels were defined, whatever the environment says now
@@ -67,9 +68,12 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
     and its sum take twice the time.
     """
     g, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if dbias is not None:
+        operand = ("dy", g, g.shape, FLOATS)
+        check("linear_wgrad", dy.device, (operand,), (("dbias", dbias, g.shape[1:], WIDE),))
     if not dy.is_cuda or dweight.dtype == dy.dtype or not dy.numel():
         reference.linear_wgrad(dy, x, dweight, None)
     else:
         torch.addmm(dweight, g.t(), flat, out_dtype=dweight.dtype, out=dweight)
     if dbias is not None:
-        rows.add_column_sums(g, dbias)
+        rows.add_column_sums(g.contiguous(), dbias)
