@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 
-from bench import machine, report, suites, timing
+from bench import machine, report, rows, suites, timing
 from bench.memory import LiveBytes
 from fpdm.cli import run_main
 from fpdm.config import ConfigError
+from fpdm.kernels import ops
 
 RESULTS = machine.ROOT / "bench" / "results"
+# suites whose peak memory is measured
+MEASURED = ("network", "sampler", "training")
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -43,46 +46,69 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     return mode.peak
 
 
-def run_row(row: suites.Row, rounds: int | None, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Times, ratios and counts of one row."""
+def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Times, ratios and counts of one row; baselines that fail are named with their reason.
+
+    Raises ImplError when our operators ran on another implementation than the announced one."""
     arms = row.build()
-    alive = {name: fn for name, fn in arms.run.items() if not isinstance(fn, str)}
+    dtype = rows.dtype_name(arms.dtype)
     found: dict[str, Any] = {
-        "suite": row.suite, "name": row.name, "flops": arms.flops, "bytes": arms.bytes,
-        "images": arms.images, **arms.facts,
+        "suite": row.suite, "name": row.name, "dtype": dtype, "flops": arms.flops,
+        "bytes": arms.bytes, "images": arms.images, **arms.facts, "arms": {},
         "missing": {name: why for name, why in arms.run.items() if isinstance(why, str)},
     }  # fmt: skip
-    energy = machine.joules() if torch.cuda.is_available() else None
-    times = timing.interleave(alive, rounds or row.rounds)
-    ours = times[suites.OURS]
+    alive = {name: fn for name, fn in arms.run.items() if not isinstance(fn, str)}
+    if rows.OURS not in alive:
+        return found
+    for name in [n for n in alive if n != rows.OURS]:
+        try:
+            alive[name]()
+        except Exception as error:
+            found["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            del alive[name]
+    found |= told(alive[rows.OURS], arms.dtype)
+    times = timing.interleave(alive, rounds or row.rounds, seconds=row.seconds)
+    ours = times[rows.OURS]
+    found["rounds"] = len(ours.rounds)
     found["arms"] = {
         name: {"median_s": t.median, "spread": t.spread, "ratio": timing.ratio(t, ours)}
         for name, t in times.items()
     }
-    if energy is not None and arms.images:
+    if torch.cuda.is_available() and arms.images:
         before = machine.joules() or 0.0
-        alive[suites.OURS]()
+        alive[rows.OURS]()
         timing.synchronize()
         found["joules_per_image"] = ((machine.joules() or 0.0) - before) / arms.images
     if arms.bytes:
         found["copy_share"] = arms.bytes / ours.median / ceilings["copy"]
     if arms.flops:
-        dtype = next((d for d in ("bfloat16", "float16") if d in row.name), "float32")
-        found["gemm_share"] = arms.flops / ours.median / ceilings[f"gemm {dtype}"]
-    if row.suite in ("training", "network"):
-        for name in found["arms"]:
-            if "compiled" not in name and "frozen" not in name:
-                found["arms"][name]["peak_bytes"] = peak_bytes(alive[name])
+        found["gemm_share"] = arms.flops / ours.median / machine.gemm_ceiling(ceilings, dtype)
+    for name, fn in alive.items():
+        # inside a compiled function nothing is seen
+        if row.suite in MEASURED and "compiled" not in name and "frozen" not in name:
+            found["arms"][name]["peak_bytes"] = peak_bytes(fn)
     return found
 
 
-def chosen(args: argparse.Namespace) -> list[suites.Row]:
+def told(fn: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
+    """Which implementation ran our operators in one call. Raises ImplError for another than the
+    announced one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops.reset_counters()
+    fn()
+    impl = ops.choose("auto", device, dtype)
+    return {"impl": impl, "ran": line} if (line := ops.ran(impl)) else {}
+
+
+def chosen(args: argparse.Namespace) -> list[rows.Row]:
     """The rows asked for. Raises ConfigError when there are none."""
-    rows = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
-    found = [r for r in rows if r.suite in (args.suite or r.suite) and (args.row or "") in r.name]
+    known = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
+    found = [r for r in known if r.suite in (args.suite or r.suite) and (args.row or "") in r.name]
     if not found:
-        known = ", ".join(sorted({r.suite for r in rows}))
-        raise ConfigError(f"rows: got none for {args.suite} {args.row!r}, expected one of {known}")
+        suites_ = ", ".join(sorted({r.suite for r in known}))
+        raise ConfigError(
+            f"rows: got none for {args.suite} {args.row!r}, expected one of {suites_}"
+        )
     return found
 
 
@@ -106,7 +132,7 @@ def slower(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[s
     lines = []
     for row in new["rows"]:
         known = before.get((row["suite"], row["name"]))
-        names = [n for n in row["arms"] if n != suites.OURS and known and n in known["arms"]]
+        names = [n for n in row["arms"] if n != rows.OURS and known and n in known["arms"]]
         if not names or known is None:
             continue
         was, now = (1 / r["arms"][names[0]]["ratio"] for r in (known, row))
@@ -120,14 +146,14 @@ def slower(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[s
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Runs the rows and writes the file after each."""
-    rows = chosen(args)
+    wanted = chosen(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = machine.facts("python -m bench " + " ".join(args.words))
     result |= {"ceilings": machine.ceilings(device), "rows": []}
     began = time.perf_counter()
-    for index, row in enumerate(rows):
+    for index, row in enumerate(wanted):
         seconds = time.perf_counter() - began
-        print(f"[{index + 1}/{len(rows)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
+        print(f"[{index + 1}/{len(wanted)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
         try:
             result["rows"].append(run_row(row, args.rounds, result["ceilings"]))
         except Exception as error:

@@ -81,6 +81,12 @@ def joules() -> float | None:
         return None
 
 
+def gemm_ceiling(ceilings: dict[str, float], dtype: str) -> float:
+    """FLOP/s for products of ``dtype``: also the float32 rate, in which a processor without
+    half-precision products can compute them faster than the library does."""
+    return max(ceilings[f"gemm {dtype}"], ceilings["gemm float32"])
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
     """FLOP/s of a large GEMM per dtype, and bytes/s of a large copy (read + write)."""
     cuda = device.type == "cuda"

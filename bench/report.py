@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cost, memory
-from bench.suites import OURS
+from bench.rows import OURS
 from fpdm.recipes import MODEL_PRESETS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -27,6 +27,9 @@ def duration(seconds: float) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [row["suite"], row["name"], "failed: " + row["error"][:80], "", "", ""]
+    if OURS not in row["arms"]:
+        why = row["missing"].get(OURS, "")
+        return [row["suite"], row["name"], "not measured: " + why, "", "", ""]
     ours = row["arms"][OURS]
     others = [
         f"{name} {arm['ratio']:.2f}x" for name, arm in row["arms"].items() if name != OURS
