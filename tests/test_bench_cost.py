@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cost, memory, published
+from bench import cost, machine, memory, published
 from fpdm.block import BlockWeights, forward_workspace, step_forward
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import reference
@@ -97,6 +98,11 @@ def test_memory_at_the_papers_setting() -> None:
         totals[mode] = memory.training(XL, 64, execution).total / memory.GB
     assert totals["elementwise"] <= 9.0
     assert totals["full"] <= 3.5
+    written = json.loads((machine.ROOT / "bench/results/counted.json").read_text())["memory"]
+    for row in written:
+        if row["model"] == "fpdm-xl-2" and row["arm"].removeprefix("fpdm ") in totals:
+            # python -m bench --count writes it again
+            assert row["total"] == pytest.approx(totals[row["arm"].removeprefix("fpdm ")], rel=1e-3)
     assert memory.plain(XL, 64).total / memory.GB > 10.2
 
 
