@@ -263,7 +263,7 @@ def facts(result: dict[str, Any]) -> str:
     cpu, versions = result["processor"], result["versions"]
     shown = {
         "machine": result["machine"],
-        "processor": f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} threads, "
+        "processor": f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores, "
         f"{cpu.get('memory_gib')} GiB, {' '.join(cpu.get('flags', ()))}",
         "devices": "; ".join(f"{k}: {v}" for k, v in result["devices"].items()),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),

@@ -121,23 +121,20 @@ def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def unmeasured(result: dict[str, Any]) -> list[str]:
     """One line a row or baseline that did not run, with its reason."""
-    lines = [
-        f"{r['suite']}, {r['name']}: {why}"
-        for r in result["rows"] if (why := reason(r)) is not None
-    ]  # fmt: skip
-    missing: dict[tuple[str, str, str], int] = {}
+    lines: dict[str, None] = {}
     for r in result["rows"]:
+        if "error" in r:
+            lines[f"{r['suite']}, {r['name']}: failed: {r['error']}"] = None
         for name, why in r["missing"].items():
-            if name != OURS:
-                missing[r["suite"], name, why] = 1
-    return lines + [f"{suite}, {name}: not measured: {why}" for suite, name, why in missing]
+            lines[f"{r['suite']}, {r['name'] if name == OURS else name}: {why}"] = None
+    return list(lines)
 
 
 def machine_section(result: dict[str, Any]) -> str:
     """What one machine measured, on what, against what."""
     v, cpu = result["versions"], result["processor"]
     extra = "".join(f" and {p}" for p in ("triton",) if result.get("gpu") and p in v)
-    where = f"{cpu.get('name')}, {cpu.get('threads')} threads"
+    where = f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores"
     for found in result["devices"].values():
         if isinstance(found, dict):
             where = f"{found['name']} ({found['memory_gib']} GiB), host {where}"
@@ -156,7 +153,7 @@ def machine_section(result: dict[str, Any]) -> str:
         parts.append(f"Operators, and plain PyTorch's time over ours:\n\n{markdown(head, lines)}\n")
     gone = unmeasured(result)
     if gone:
-        parts.append("\n".join(["Not measured there:\n", *(f"- {line}" for line in gone)]) + "\n")
+        parts.append(f"Not measured there: {'; '.join(gone)}.\n")
     return "\n".join(parts)
 
 
