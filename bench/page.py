@@ -52,6 +52,12 @@ def picture(drawn: Any, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
+def label(axis: Any, x: float, y: float, text: str) -> None:
+    """Small words right of the end of a bar."""
+    axis.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                  color="#4a5568")  # fmt: skip
+
+
 def rows_of(result: dict[str, Any], suite: str) -> list[dict[str, Any]]:
     """The rows of a suite that have a time of ours."""
     return [r for r in result["rows"] if r["suite"] == suite and reason(r) is None]
@@ -130,8 +136,7 @@ def _bars(axis: Any, place: int, row: dict[str, Any], rates: dict[str, float]) -
     axis.barh(place + 0.2, ours, 0.34, color=BLUE, label=labels[1])
     axis.plot([floor] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2, label=labels[2])
     ceiling = "GEMM" if compute > move else "copy"
-    axis.text(max(plain, ours, floor), place, f"  {floor / ours:.0%} of the {ceiling} ceiling",
-              va="center", fontsize=8, color="#4a5568")  # fmt: skip
+    label(axis, max(plain, ours, floor), place, f"{floor / ours:.0%} of the {ceiling} ceiling")
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -226,7 +231,7 @@ def memory_curve(counted: dict[str, Any]) -> str:
         for name, size, colour in parts:
             right.barh(place, size, 0.7, start, color=colour, label=name if not place else None)
             start += size
-        right.text(start, place, f" {start:.1f}", va="center", fontsize=8)
+        label(right, start, place, f"{start:.1f}")
     for model, size in counted["paper_gb"].items():
         places = [i for i, r in enumerate(rows) if r["model"] == model]
         right.plot([size] * 2, [places[0] - 0.45, places[-1] + 0.45], color=RED, linewidth=2,
@@ -250,7 +255,7 @@ def measured_memory(result: dict[str, Any]) -> str:
         for shift, (name, colour) in zip((-0.2, 0.2), (("published eager", GREY), (OURS, BLUE))):
             size = arms.get(name, 0.0)
             axis.barh(place + shift, size, 0.36, color=colour, label=None if place else name)
-            axis.text(size, place + shift, f" {size:.0f}", va="center", fontsize=8)
+            label(axis, size, place + shift, f"{size:.0f}")
     axis.set_yticks(range(len(rows)), [r["name"] for r in rows])
     axis.invert_yaxis()
     axis.set_xlabel("MB that forward and backward need beyond weights and gradients, measured")
@@ -309,7 +314,10 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
                 "Below: measured here.", memory_curve(counted) if counted else "",
                 measured_memory(result)),
         section("Other devices", "Predicted from counted FLOPs, bytes and launches, and each "
-                "device's rates. Not a measurement.", modelled(counted) if counted else ""),
+                "device's rates, in half precision. Not a measurement. Published: modulation and "
+                "concatenation in every iteration, a kernel a call; library: hoisted, the "
+                "library's products and fused kernels between them; fused: those inside the "
+                "products.", modelled(counted) if counted else ""),
         section("Operators against their floor", "Forward and backward.",
                 floors(result, "operators")),
     ]  # fmt: skip
