@@ -154,7 +154,8 @@ def speed(result: dict[str, Any]) -> str:
     for axis, title in zip(axes, titles):
         for (mine, dtype, name), points in lines.items():
             if mine == title:
-                axis.plot(*zip(*sorted(points)), label=f"{name}, {dtype}",
+                told = name if "float32" in name else f"{name}, {dtype}"
+                axis.plot(*zip(*sorted(points)), label=told,
                           color=BLUE if name == OURS else COLOURS.get(name),
                           marker="o" if dtype == "float32" else "s")  # fmt: skip
         axis.set_xscale("log", base=2)
