@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -57,6 +58,8 @@ def facts(command: str) -> dict[str, Any]:
         "versions": report["versions"],
         "commit": commit(),
         "command": command,
+        # a quiet machine is below 1 before a run
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
     }
 

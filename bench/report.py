@@ -141,8 +141,8 @@ def machine_section(result: dict[str, Any]) -> str:
     parts = [
         f"### {result['machine']}\n",
         f"{where}; Python {v['python']}, torch {v['torch']}{extra and ' ' + v['triton']}; commit "
-        f"{result['commit']}; `{result['command'].strip()}`. Ceilings measured in the same run: "
-        f"{ceilings(result)}.\n",
+        f"{result['commit']}; `{result['command'].strip()}`; load average before it "
+        f"{result['load']:.1f}. Ceilings measured in the same run: {ceilings(result)}.\n",
     ]
     for suite, title in TABLES.items():
         head, lines = suite_table(result, suite)
@@ -199,7 +199,7 @@ def readme_section(results: list[dict[str, Any]], counted: dict[str, Any] | None
     ]
     parts += [machine_section(r) for r in results]
     if not results:
-        parts.append("Nothing is measured yet.\n")
+        parts.append("Not measured yet on a quiet machine.\n")
     if not any(r.get("gpu") for r in results):
         parts.append("On a GPU, V100 or newer: not measured.\n")
     if counted is not None:

@@ -216,24 +216,46 @@ RESULTS = machine.ROOT / "bench" / "results"
 def test_readme_is_what_render_writes() -> None:
     text = (machine.ROOT / "README.md").read_text()
     assert report.readme(text, RESULTS) == text
-    found, counted = report.load(RESULTS)
-    assert found
-    assert counted is not None
-    # a number changed by hand is found
-    assert report.readme(text.replace("±", "+-", 1), RESULTS) == text
+    assert report.load(RESULTS)[1] is not None
+    # a number changed by hand is written over
+    head, block = text.split(report.BEGIN)
+    changed = block.replace("**14.2**", "**4.2**")
+    assert changed != block
+    assert report.readme(head + report.BEGIN + changed, RESULTS) == text
 
 
-def test_the_page_holds_every_picture_and_needs_no_other_file() -> None:
-    found, counted = report.load(RESULTS)
-    text = page.page(found[0], counted)
+def test_the_page_holds_every_picture_and_needs_no_other_file(
+    sets: dict[str, SimpleNamespace], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    assert bench.main(["--rounds", "5", "--strict", "--out", str(out)]) == 0
+    result, counted = json.loads(out.read_text()), report.load(RESULTS)[1]
+    names = {
+        "network": [f"S/2 B2 float32 k={k}" for k in (1, 4, 16)],
+        "sampler": [f"digits B{b} float32 S=5 k=3 guidance 1" for b in (1, 8)],
+        "training": ["S/2 B2 float32 n=1 m=3 full"],
+        "iteration": [f"S/2 B2 float32 {p}" for p in (*operators.PARTS, "whole")],
+    }
+    for suite, some in names.items():
+        for k, name in zip((1, 4, 16, *range(5)), some):
+            arms = row(2.0)["arms"]
+            arms["fpdm"]["peak_bytes"] = 1000
+            result["rows"].append({"suite": suite, "name": name, "arms": arms, "missing": {},
+                                   "k": k, "images": 2, "flops": 10, "bytes": 10,
+                                   "dtype": "float32"})  # fmt: skip
+    result["rows"].append({"suite": "data", "name": "a<b", "arms": {}, "missing": {"fpdm": "no"}})
+    text = page.page(result, counted)
     for title in ("At a glance", "Parts of an iteration", "Cost against k", "Images per second",
                   "Memory", "Other devices", "Operators", "Not measured"):  # fmt: skip
         assert f"<h2>{title}" in text
-    assert "src=" in text
-    assert text.count("src=") == text.count('src="data:image/svg+xml;base64,')
+    assert text.count("<img") == text.count('src="data:image/svg+xml;base64,') == text.count("src=")
     assert "http" not in text
-    for r in found[0]["rows"]:
-        assert r["name"].replace("&", "&amp;") in text
-    # a result of one suite has a page too
-    one = {**found[0], "rows": [r for r in found[0]["rows"] if r["suite"] == "optimizer"]}
+    assert "a&lt;b" in text
+    for r in result["rows"][:-1]:
+        assert f"<td>{r['name']}</td>" in text
+    # the README tells the machine, and a result of one suite has a page too
+    section = report.readme_section([result], counted)
+    assert f"commit {result['commit']}" in section
+    assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in section
+    one = {**result, "rows": [r for r in result["rows"] if r["suite"] == "training"]}
     assert "<h2>Cost against k" not in page.page(one, None)
