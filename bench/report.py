@@ -121,7 +121,8 @@ def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def unmeasured(result: dict[str, Any]) -> list[str]:
     """One line a row or baseline that did not run, with its reason."""
-    lines: dict[str, None] = {}
+    suites = {r["suite"] for r in result["rows"]}
+    lines: dict[str, None] = {f"{s}: not run": None for s in TABLES if s not in suites}
     for r in result["rows"]:
         if "error" in r:
             lines[f"{r['suite']}, {r['name']}: failed: {r['error']}"] = None
