@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,29 @@ def git(*args: str) -> str:
 
 
 def name() -> str:
-    """A folder's name for this machine: the accelerator, else processor and cores."""
+    """A folder's name for this machine: the accelerator, else processor and threads."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
+        return _slug(torch.cuda.get_device_name())
     found = info.processor()
-    words = str(found.get("name", platform.machine())).lower().split()
-    return "-".join(words[:3]) + f"-{torch.get_num_threads()}-threads"
+    return _slug(f"{found.get('name', platform.machine())} {torch.get_num_threads()} threads")
+
+
+def _slug(text: str) -> str:
+    """Lower case, trade marks dropped, one dash between words."""
+    return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def commit() -> str:
+    """Twelve digits, and + when files of the project differ from it: results are none of those.
+    FPDM_COMMIT, where the files were copied without their history."""
+    if given := os.environ.get("FPDM_COMMIT"):
+        return given
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def facts(command: str) -> dict[str, Any]:
-    """Machine, versions, commit (+ when files differ from it) and the command."""
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    """Machine, versions, commit and the command."""
     report = info.collect()
     gpu = {}
     if torch.cuda.is_available():
@@ -49,8 +62,10 @@ def facts(command: str) -> dict[str, Any]:
         "processor": report["processor"],
         "devices": report["devices"],
         "versions": report["versions"],
-        "commit": os.environ.get("FPDM_COMMIT") or git("rev-parse", "--short=12", "HEAD") + changed,
+        "commit": commit(),
         "command": command,
+        # a quiet machine is below 1 before a run
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
     }
 
@@ -83,6 +98,12 @@ def joules() -> float | None:
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3
     except Exception:
         return None
+
+
+def gemm_ceiling(ceilings: dict[str, float], dtype: str) -> float:
+    """FLOP/s for products of ``dtype``: also the float32 rate, in which a processor without
+    half-precision products can compute them faster than the library does."""
+    return max(ceilings[f"gemm {dtype}"], ceilings["gemm float32"])
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -45,8 +45,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: dict[int, tuple[Any, int]] = {}
-        self.peak = 0
+        self.storages: dict[int, Any] = {}
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` and counts the storages that are new in its results."""
@@ -59,15 +59,27 @@ class LiveBytes(TorchDispatchMode):
         older = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
         for out in torch.utils._pytree.tree_leaves(result):
             if isinstance(out, Tensor) and out.untyped_storage()._cdata not in older:
-                storage = out.untyped_storage()
-                self.storages[storage._cdata] = (weakref.ref(storage), storage.nbytes())
-        self.peak = max(self.peak, self.live())
+                self._add(out.untyped_storage())
+        self.peak = max(self.peak, self.now)
         return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(dead: Any) -> None:
+            # the address may be another storage's by now
+            if self.storages.get(key) is dead:
+                del self.storages[key]
+            self.now -= size
+
+        known = self.storages.get(key)
+        if known is None or known() is None:
+            self.storages[key] = weakref.ref(storage, gone)
+            self.now += size
 
     def live(self) -> int:
         """Bytes alive now."""
-        self.storages = {k: v for k, v in self.storages.items() if v[0]() is not None}
-        return sum(size for _, size in self.storages.values())
+        return self.now
 
 
 def _shape_only() -> SimpleNamespace:

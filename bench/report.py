@@ -1,19 +1,27 @@
-"""Tables and pictures from the JSON of ``python -m bench``: no number is typed by hand."""
+"""Tables from the JSON of ``python -m bench``, for the terminal and the README: no number is typed.
+
+The README's section is a function of the committed JSON alone: bench/results/<machine>/bench.json
+for what is measured, bench/results/counted.json for what is counted.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from bench import cost, memory
-from bench.suites import OURS
-from fpdm.recipes import MODEL_PRESETS
+from bench.rows import OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LIBRARY = "gemm + attention"
+# suite: title, what its first column says
+TABLES = {
+    "network": "One evaluation of the network, without gradient",
+    "sampler": "Images from noise",
+    "training": "Forward and backward of a training step",
+    "optimizer": "Optimiser step",
+}
+HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours", "of the ceiling", "peak"]
 
 
 def duration(seconds: float) -> str:
@@ -24,21 +32,38 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def reason(row: dict[str, Any]) -> str | None:
+    """Why a row has no time of ours, or None."""
     if "error" in row:
-        return [row["suite"], row["name"], "failed: " + row["error"][:80], "", "", ""]
-    ours = row["arms"][OURS]
+        return "failed: " + row["error"][:80]
+    return None if OURS in row["arms"] else "not measured: " + row["missing"].get(OURS, "")
+
+
+def ours(row: dict[str, Any]) -> str:
+    """Our time and its spread."""
+    arm = row["arms"][OURS]
+    return f"{duration(arm['median_s'])} ±{arm['spread']:.0%}"
+
+
+def peak(arm: dict[str, Any]) -> str:
+    """Peak memory of an arm beyond what was there before the call."""
+    size = arm.get("peak_bytes")
+    if size is None:
+        return ""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    why = reason(row)
+    if why is not None:
+        return [row["suite"], row["name"], why, "", "", ""]
     others = [
         f"{name} {arm['ratio']:.2f}x" for name, arm in row["arms"].items() if name != OURS
     ] + [f"{name}: {why}" for name, why in row["missing"].items()]
     shares = [f"GEMM {row['gemm_share']:.0%}"] if "gemm_share" in row else []
     shares += [f"copy {row['copy_share']:.0%}"] if "copy_share" in row else []
-    peak = f"{ours['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in ours else ""
-    return [row["suite"], row["name"], f"{duration(ours['median_s'])} +-{ours['spread']:.0%}",
-            "; ".join(others), ", ".join(shares), peak]  # fmt: skip
-
-
-HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours", "of the ceiling", "peak"]
+    return [row["suite"], row["name"], ours(row), "; ".join(others), ", ".join(shares),
+            peak(row["arms"][OURS])]  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
@@ -46,8 +71,15 @@ def table(result: dict[str, Any]) -> str:
     rows = [HEAD, *(_cells(r) for r in result["rows"])]
     widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    tops = ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in result["ceilings"].items())
-    return "\n".join([*lines, f"ceilings: {tops}"])
+    return "\n".join([*lines, "ceilings: " + ceilings(result)])
+
+
+def ceilings(result: dict[str, Any]) -> str:
+    """What rates are held against."""
+    units = {"copy": "GB/s"}
+    return ", ".join(
+        f"{k} {v / 1e9:.0f} {units.get(k, 'GFLOP/s')}" for k, v in result["ceilings"].items()
+    )
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -56,158 +88,137 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
 
 
-def readme_section(results: list[dict[str, Any]]) -> str:
-    """What is measured, on what, against what; what is not says so."""
-    parts = []
-    for result in results:
-        v = result["versions"]
-        parts.append(
-            f"Measured on {result['processor'].get('name')} ({result['machine']}), torch "
-            f"{v['torch']}, Python {v['python']}, commit {result['commit']}, by "
-            f"`{result['command'].strip()}`. Baselines run in the same process, interleaved; "
-            "`2.0x` means that the baseline takes twice our time.\n"
-        )
-        wanted = [r for r in result["rows"] if r["suite"] in ("network", "training", "sampler")]
-        parts.append(markdown(HEAD[1:], [_cells(r)[1:] for r in wanted]) + "\n")
-    if not any(r.get("gpu") for r in results):
-        parts.append("On a GPU: not measured.\n")
-    config = MODEL_PRESETS["fpdm-xl-2"]
-    rows = [
-        [str(r["device"]), *(f"{r[s]:.1f}" for s in (*cost.STYLES, "gemm + attention"))]
-        for r in cost.predictions(config, 64)
+def suite_table(result: dict[str, Any], suite: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one suite, a column for every baseline that ran in any of its rows."""
+    rows = [r for r in result["rows"] if r["suite"] == suite and reason(r) is None]
+    names = list(dict.fromkeys(n for r in rows for n in r["arms"] if n != OURS))
+    with_gemm = any("gemm_share" in r for r in rows)
+    with_peak = any("peak_bytes" in r["arms"][OURS] for r in rows)
+    head = [suite, "fpdm", *names]
+    head += ["of the GEMM ceiling"] * with_gemm + ["peak"] * with_peak
+    lines = []
+    for r in rows:
+        cells = [r["name"], ours(r)]
+        cells += [f"{r['arms'][n]['ratio']:.2f}x" if n in r["arms"] else "" for n in names]
+        cells += [f"{r['gemm_share']:.0%}" if "gemm_share" in r else ""] * with_gemm
+        cells += [peak(r["arms"][OURS])] * with_peak
+        lines.append(cells)
+    return head, lines
+
+
+def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Operators by settings: our time, and how many times longer the plain operator takes."""
+    rows = [r for r in result["rows"] if r["suite"] == "operators" and reason(r) is None]
+    cells: dict[str, dict[str, str]] = {}
+    for r in rows:
+        setting, _, name = r["name"].rpartition(" ")
+        plain = r["arms"]["plain PyTorch"]["ratio"]
+        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain:.2f}x"
+    settings = list(dict.fromkeys(r["name"].rpartition(" ")[0] for r in rows))
+    body = [[name, *(found.get(s, "") for s in settings)] for name, found in cells.items()]
+    return ["operator", *settings], body
+
+
+def unmeasured(result: dict[str, Any]) -> list[str]:
+    """One line a row or baseline that did not run, with its reason."""
+    suites = {r["suite"] for r in result["rows"]}
+    lines: dict[str, None] = {f"{s}: not run": None for s in TABLES if s not in suites}
+    for r in result["rows"]:
+        if "error" in r:
+            lines[f"{r['suite']}, {r['name']}: failed: {r['error']}"] = None
+        for name, why in r["missing"].items():
+            lines[f"{r['suite']}, {r['name'] if name == OURS else name}: {why}"] = None
+    return list(lines)
+
+
+def machine_section(result: dict[str, Any]) -> str:
+    """What one machine measured, on what, against what."""
+    v, cpu = result["versions"], result["processor"]
+    extra = "".join(f" and {p}" for p in ("triton",) if result.get("gpu") and p in v)
+    where = f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores"
+    for found in result["devices"].values():
+        if isinstance(found, dict):
+            where = f"{found['name']} ({found['memory_gib']} GiB), host {where}"
+    parts = [
+        f"### {result['machine']}\n",
+        f"{where}; Python {v['python']}, torch {v['torch']}{extra and ' ' + v['triton']}; commit "
+        f"{result['commit']}; `{result['command'].strip()}`; load average before it "
+        f"{result['load']:.1f}. Ceilings measured in the same run: {ceilings(result)}.\n",
     ]
-    parts.append(
-        "A model, not a measurement: microseconds per sample and iteration of XL/2 at batch 64 in "
-        "half precision, from counted FLOPs and bytes (`bench/cost.py`).\n"
-    )
-    parts.append(markdown(["device", *cost.STYLES, "GEMM + attention"], rows) + "\n")
-    kinds = ("parameters", "gradients", "optimizer", "average", "copies", "saved", "total")
-    rows = [
-        [r["model"], r["arm"], *(f"{r[k]:.1f}" for k in kinds)] for r in memory.table()
-    ]  # fmt: skip
-    parts.append(
-        "Memory of a training step in GB at batch 64, n = m = 12, counted storage by storage "
-        "(`bench/memory.py`). The paper reports 10.2 GB for FPDM and 25.2 GB for DiT, both with "
-        "checkpointing of what its code checkpoints.\n"
-    )
-    parts.append(markdown(["model", "arm", *kinds], rows))
+    for suite, title in TABLES.items():
+        head, lines = suite_table(result, suite)
+        if lines:
+            parts.append(f"{title}:\n\n{markdown(head, lines)}\n")
+    head, lines = operator_table(result)
+    if lines:
+        parts.append(f"Operators, and plain PyTorch's time over ours:\n\n{markdown(head, lines)}\n")
+    gone = unmeasured(result)
+    if gone:
+        parts.append(f"Not measured there: {'; '.join(gone)}.\n")
     return "\n".join(parts)
 
 
-def write_readme(path: Path, results: Path) -> bool:
-    """Puts the section between the markers; False when the README has none."""
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        return False
+def counted_section(counted: dict[str, Any]) -> str:
+    """Memory by the ledger, beside the paper's, and the cost model's predictions."""
+    kinds = ("parameters", "gradients", "optimizer", "average", "copies", "saved")
+    lines = []
+    for r in counted["memory"]:
+        work = max(r["forward"], r["backward"])
+        lines.append([r["model"], r["arm"], *(f"{r[k]:.1f}" for k in kinds), f"{work:.1f}",
+                      f"**{r['total']:.1f}**"])  # fmt: skip
+    for model, size in counted["paper_gb"].items():
+        lines.append([model, "the paper, Tab. 1", *[""] * len(kinds), "", f"**{size}**"])
+    lines.sort(key=lambda line: not line[0].startswith("fpdm"))
+    head = ["model", "", *kinds, "working set", "total"]
+    memory = (
+        f"Memory of one training step in GB at batch {counted['batch']}, n = m = {counted['m']}, "
+        f"bf16: counted storage by storage on fake tensors (`bench/memory.py`, commit "
+        f"{counted['commit']}), not measured on a GPU. The paper's code recomputes DiT and the pre "
+        f"and post blocks, not the iterations.\n\n{markdown(head, lines)}\n"
+    )
+    batches = list(counted["model"])
+    names = [n for n in counted["model"][batches[0]][0] if n != "device"]
+    lines = [
+        [str(row["device"]), batch, *(f"{row[n]:.1f}" for n in names)]
+        for batch in batches for row in counted["model"][batch]
+    ]  # fmt: skip
+    return memory + (
+        "\n**A model, not a measurement**: microseconds per sample and iteration of XL/2 in half "
+        "precision, from counted FLOPs, bytes and launches and each device's rates "
+        f"(`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
+    )
+
+
+def readme_section(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
+    """What is measured, on what, against what; what is not says so."""
+    parts = [
+        "Baselines run in the same process as ours, in turn, round by round; `2.00x` means that "
+        "the baseline takes twice our time. *gemm + attention* is the library's products alone, "
+        "with nothing between them; *published* is the published architecture written plainly; "
+        "DiT has the blocks of its preset (S/2: 12), else as many as ours evaluates. Peak memory "
+        "is what the call needs beyond weights, counted by live storages on a CPU.\n"
+    ]
+    parts += [machine_section(r) for r in results]
+    if not results:
+        parts.append("Not measured yet on a quiet machine.\n")
+    if not any(r.get("gpu") for r in results):
+        parts.append("On a GPU, V100 or newer: not measured.\n")
+    if counted is not None:
+        parts.append("### Counted\n\n" + counted_section(counted))
+    return "\n".join(parts)
+
+
+def load(results: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Every machine's result below ``results``, and what is counted."""
     found = [json.loads(p.read_text()) for p in sorted(results.glob("*/bench.json"))]
+    counted = results / "counted.json"
+    return found, json.loads(counted.read_text()) if counted.is_file() else None
+
+
+def readme(text: str, results: Path) -> str | None:
+    """``text`` with the section between its markers written again; None when it has none."""
+    if BEGIN not in text or END not in text:
+        return None
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
-    path.write_text(f"{head}{BEGIN}\n{readme_section(found)}\n{END}{tail}")
-    return True
-
-
-def _picture(figure: Any) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="svg", bbox_inches="tight")
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/svg+xml;base64,{encoded}" style="max-width:100%">'
-
-
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4))
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=x, ylabel=y)
-    return figure, axes
-
-
-def _parts_picture(result: dict[str, Any]) -> str:
-    """Time of every operator against the floor that its bytes and FLOPs allow."""
-    pictures = []
-    names = sorted({r["name"].rsplit(" ", 1)[0] for r in _rows(result, "operators")})
-    for setting in names:
-        rows = [r for r in _rows(result, "operators") if r["name"].rsplit(" ", 1)[0] == setting]
-        figure, axes = _axes(f"{setting}: operators against their floor", "microseconds", "")
-        dtype = "bfloat16" if "bfloat16" in setting else "float32"
-        labels = [r["name"].rsplit(" ", 1)[1] for r in rows]
-        tops = result["ceilings"]
-        floor = [
-            1e6 * max(r["bytes"] / tops["copy"], r["flops"] / tops[f"gemm {dtype}"]) for r in rows
-        ]
-        plain = [1e6 * r["arms"]["plain PyTorch"]["median_s"] for r in rows]
-        ours = [1e6 * r["arms"][OURS]["median_s"] for r in rows]
-        axes.barh(labels, plain, color="#d0d0d0", label="plain PyTorch")
-        axes.barh(labels, ours, height=0.5, color="#3070b0", label="fpdm")
-        axes.barh(labels, floor, height=0.2, color="#c03030", label="floor")
-        axes.legend()
-        axes.invert_yaxis()
-        pictures.append(_picture(figure))
-    return "\n".join(pictures)
-
-
-def _rows(result: dict[str, Any], suite: str) -> list[dict[str, Any]]:
-    return [r for r in result["rows"] if r["suite"] == suite and "error" not in r]
-
-
-def _batch_picture(result: dict[str, Any]) -> str:
-    figure, axes = _axes("sampling: images per second against batch", "batch", "images/s")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in _rows(result, "sampler"):
-        label, batch, dtype, *rest = row["name"].split(" ")
-        key = " ".join((label, dtype, *rest))
-        speed = row["images"] / row["arms"][OURS]["median_s"]
-        lines.setdefault(key, []).append((int(batch[1:]), speed))
-    for key, points in lines.items():
-        axes.plot(*zip(*sorted(points)), marker="o", label=key)
-    axes.legend()
-    return _picture(figure)
-
-
-def _memory_picture() -> str:
-    from fpdm.config import ExecutionConfig
-
-    config = MODEL_PRESETS["fpdm-xl-2"]
-    figure, axes = _axes("XL/2, batch 64: memory of a training step", "m", "GB")
-    ms = (1, 4, 8, 12)
-    for mode in ("none", "elementwise", "full"):
-        execution = ExecutionConfig(recompute=mode)  # type: ignore[arg-type]
-        totals = [memory.training(config, 64, execution, 0, m).total / memory.GB for m in ms]
-        axes.plot(ms, totals, marker="o", label=f"recompute {mode}")
-    plain = [memory.plain(config, 64, 0, m).total / memory.GB for m in ms]
-    axes.plot(ms, plain, marker="o", color="#909090", label="published, bf16 eager")
-    axes.legend()
-    return _picture(figure)
-
-
-def _cost_picture() -> str:
-    config = MODEL_PRESETS["fpdm-xl-2"]
-    figure, axes = _axes("XL/2, batch 64, H200 (model): network against k", "k", "us per sample")
-    device, ks = cost.DEVICES["H200"], range(1, 69)
-    for style in cost.STYLES:
-        one = 1e6 * cost.seconds(cost.iteration(config, 64, 2, style), device) / 64
-        axes.plot(ks, [k * one for k in ks], label=style)
-    axes.legend()
-    return _picture(figure)
-
-
-def write_html(result: dict[str, Any], path: Path) -> Path:
-    """One self-contained page."""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r)) + "</tr>"
-        for r in result["rows"]
-    )
-    head = "".join(f"<th>{h}</th>" for h in HEAD)
-    facts = {k: v for k, v in result.items() if k not in ("rows", "processor")}
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><title>fpdm bench</title><style>body{font:14px "
-        "sans-serif;max-width:1100px;margin:2em auto}td,th{padding:2px 8px;text-align:left;"
-        "border-bottom:1px solid #ddd}pre{white-space:pre-wrap}</style>"
-        f"<h1>fpdm bench: {html.escape(result['machine'])}</h1>"
-        f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"
-        f"<table><tr>{head}</tr>{rows}</table>"
-        f"<h2>Parts of an iteration</h2>{_parts_picture(result)}"
-        f"<h2>Sampling</h2>{_batch_picture(result)}"
-        f"<h2>Memory</h2>{_memory_picture()}<h2>Cost</h2>{_cost_picture()}\n"
-    )
-    return path
+    return f"{head}{BEGIN}\n{readme_section(*load(results))}\n{END}{tail}"

@@ -1,81 +1,34 @@
-"""The rows of the benchmark: what is timed, against what, and what it costs by count.
+"""The rows of the benchmark: whole networks, the sampler, training, the optimiser, data.
 
-A row is a name and a function that builds its arms. The first arm is ours; the others are baselines
-in the same process. An arm that is a string says why it cannot run here, and becomes a row that
-says so.
+Baselines run in the same process: the published architecture written plainly, in float32 as it
+shipped, in half precision, compiled, and on a CPU compiled with frozen weights; the library's
+products alone; a DiT of the same width. One that cannot run is named with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench import cost, published
+from bench import cost, published, third_party
+from bench.operators import iteration, operators
+from bench.rows import DIGITS, OURS, S2, XL, Arms, Row, Setting, dtype_name, inputs, randomised
 from bench.timing import Arm
-from fpdm import engine, noise
-from fpdm.config import (
-    DataConfig,
-    DiffusionConfig,
-    ExecutionConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplerConfig,
-)
+from fpdm import budget, engine, noise, shards
+from fpdm.config import DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
-from fpdm.kernels import ops
-from fpdm.model import FPDM
 from fpdm.optim import AdamWEMA
-from fpdm.recipes import MODEL_PRESETS, RECIPES
+from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
-
-OURS = "fpdm"
-
-
-@dataclass
-class Arms:
-    """Callables by name, ours first; FLOPs and bytes of one call of ours; images per call."""
-
-    run: dict[str, Arm | str]
-    flops: int = 0
-    bytes: int = 0
-    images: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """``build`` makes the arms only when the row is run."""
-
-    suite: str
-    name: str
-    build: Callable[[], Arms]
-    rounds: int = 15
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Model, batch, dtype and device of a suite."""
-
-    label: str
-    config: ModelConfig
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def name(self) -> str:
-        """Such as ``S/2 B8 bfloat16``."""
-        return f"{self.label} B{self.batch} {str(self.dtype).removeprefix('torch.')}"
-
-
-DIGITS = RECIPES["digits"].model
-S2 = MODEL_PRESETS["fpdm-s-2"]
-XL = MODEL_PRESETS["fpdm-xl-2"]
 
 
 def settings(device: torch.device) -> list[Setting]:
@@ -83,111 +36,14 @@ def settings(device: torch.device) -> list[Setting]:
     if device.type == "cuda":
         halves = (torch.bfloat16, torch.float16)
         return [Setting("XL/2", XL, b, d, device) for b in (2, 64) for d in halves]
-    return [
-        Setting("digits", DIGITS, 64, torch.float32, device),
-        Setting("digits", DIGITS, 64, torch.bfloat16, device),
-        Setting("S/2", S2, 8, torch.bfloat16, device),
-    ]
-
-
-def randomised(config: ModelConfig, device: torch.device, **execution: Any) -> FPDM:
-    """Every parameter random: adaLN-Zero would make the gates zero."""
-    torch.manual_seed(0)
-    model = FPDM(config, ExecutionConfig(**execution)).to(device)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.02)
-    return model
-
-
-def inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x, t, y."""
-    side = config.input_size
-    x = torch.randn(batch, config.in_channels, side, side, device=device)
-    t = torch.randint(0, 1000, (batch,), device=device)
-    return x, t, torch.randint(0, config.num_classes, (batch,), device=device)
-
-
-def operators(s: Setting) -> Iterator[Row]:
-    """Each operator, forward and backward, against the plain one."""
-    b, t, d, h = s.batch, s.config.tokens, s.config.hidden_size, s.config.num_heads
-
-    def tensors() -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        like = {"dtype": s.dtype, "device": s.device}
-        found = {n: torch.randn(b, t, d, **like) for n in ("z", "y", "dy", "out", "dz")}
-        found |= {n: torch.randn(b, t, 4 * d, **like) for n in ("wide", "dwide", "wide_out")}
-        found |= {n: torch.randn(b, t, 3 * d, **like) for n in ("qkv", "dqkv")}
-        found["mod"] = torch.randn(b, 6 * d, **like)
-        found["dmod"] = torch.zeros(b, 6 * d, device=s.device)
-        found["w"] = torch.randn(4 * d, d, **like)
-        found["bias"] = torch.randn(4 * d, **like)
-        found["dw"], found["db"] = torch.zeros(4 * d, d, device=s.device), found["bias"].float()
-        return found
-
-    def calls(o: Any, v: dict[str, Tensor]) -> dict[str, tuple[Arm, float]]:
-        shift, scale, gate, *_ = v["mod"].chunk(6, -1)
-        dshift, dscale, dgate, *_ = v["dmod"].chunk(6, -1)
-        z, y, out, dz, dy = v["z"], v["y"], v["out"], v["dz"], v["dy"]
-        return {
-            "adaln": (lambda: o.adaln(z, shift, scale, out=out), 2),
-            "adaln_backward": (
-                lambda: o.adaln_backward(dy, z, scale, dz, dshift, dscale), 4
-            ),
-            "gate_residual": (lambda: o.gate_residual(z, y, gate, out=out), 3),
-            "gate_residual_backward": (
-                lambda: o.gate_residual_backward(dy, y, gate, dgate, out=out), 3
-            ),
-            "gate_residual_adaln": (
-                lambda: o.gate_residual_adaln(z, y, gate, shift, scale, z_out=dz, out=out), 4
-            ),
-            "gelu": (lambda: o.gelu(v["wide"], out=v["wide_out"]), 8),
-            "gelu_backward": (
-                lambda: o.gelu_backward(v["dwide"], v["wide"], out=v["wide_out"]), 12
-            ),
-            "linear_add_gelu": (
-                lambda: o.linear_add_gelu(
-                    z, v["w"], v["bias"], pre=v["wide"], out=v["wide_out"]
-                ), 13
-            ),
-            "linear_wgrad": (lambda: o.linear_wgrad(v["dwide"], z, v["dw"], v["db"]), 5),
-            "attention": (lambda: o.attention(v["qkv"], h, out=out), 4),
-            "attention_backward": (
-                lambda: o.attention_backward(dy, v["qkv"], y, h, out=v["dqkv"]), 8
-            ),
-        }  # fmt: skip
-
-    def build(name: str) -> Arms:
-        v = tensors()
-        impl = ops.choose("auto", s.device, s.dtype)
-        found = {
-            OURS: calls(ops.resolve(impl, s.device, s.dtype), v)[name],
-            "plain PyTorch": calls(ops.resolve("reference", s.device), v)[name],
-        }
-        units = found[OURS][1]
-        rows = b * t
-        gemm = 8 * rows * d * d
-        products = {
-            "linear_add_gelu": gemm, "linear_wgrad": gemm,
-            "attention": 4 * rows * t * d, "attention_backward": 10 * rows * t * d,
-        }  # fmt: skip
-        size = int(units * b * t * d * s.dtype.itemsize)
-        arms = {k: fn for k, (fn, _) in found.items()}
-        return Arms(arms, products.get(name, 0), size, facts={"impl": impl})
-
-    for name in calls(ops.resolve("reference", "cpu"), _placeholders()):
-        yield Row("operators", f"{s.name} {name}", lambda name=name: build(name), 31)
-
-
-def _placeholders() -> dict[str, Tensor]:
-    names = ("z", "y", "dy", "out", "dz", "wide", "dwide", "wide_out", "qkv", "dqkv", "mod", "dmod")
-    return dict.fromkeys((*names, "w", "bias", "dw", "db"), torch.empty(1, 6))
+    kinds, dtypes = (("digits", DIGITS, 64), ("S/2", S2, 2)), (torch.float32, torch.bfloat16)
+    return [Setting(label, c, b, d, device) for label, c, b in kinds for d in dtypes]
 
 
 class Plain(nn.Module):
     """The published architecture as a module, so that inductor may freeze its weights."""
 
-    def __init__(self, model: FPDM, dtype: torch.dtype):
+    def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
         self.config, self.names = model.config, list(model.state_dict())
         for name, value in model.state_dict().items():
@@ -199,6 +55,21 @@ class Plain(nn.Module):
         """(B,2C,h,w)."""
         state = {n: getattr(self, n.replace(".", "__")) for n in self.names}
         return published.forward(state, self.config, x, t, y, iters, free)[0]
+
+
+def dit(config: ModelConfig, iters: int) -> ModelConfig:
+    """The DiT of an FPDM's size: the preset of its width, else one with as many blocks."""
+    blocks = next(
+        (c.depth for c in MODEL_PRESETS.values()
+         if c.kind == "dit" and c.hidden_size == config.hidden_size),
+        config.pre_depth + iters + config.post_depth,
+    )  # fmt: skip
+    return replace(config, kind="dit", depth=blocks, pre_depth=0, post_depth=0)
+
+
+def network_flops(config: ModelConfig, batch: int, iters: int) -> int:
+    """FLOPs of one evaluation with folded injection."""
+    return 2 * batch * budget.macs_per_sample(config, [iters], True, 1.0)
 
 
 def gemms(s: Setting, iters: int) -> Arm:
@@ -224,47 +95,64 @@ def gemms(s: Setting, iters: int) -> Arm:
     return run
 
 
-def frozen(module: nn.Module, *args: Any) -> Arm:
-    """``module`` under torch.compile with inductor's weight freezing, compiled here."""
+def compiled(module: nn.Module, args: tuple[Any, ...], freezing: bool = False) -> Arm:
+    """``module`` under torch.compile, compiled here; on a CPU also with inductor's freezing."""
     from torch._inductor import config as inductor
 
-    compiled = torch.compile(module.eval())
-
-    def run() -> object:
-        with torch.no_grad():
-            return compiled(*args)
-
-    with inductor.patch(freezing=True):
+    mode = "max-autotune-no-cudagraphs" if args[0].is_cuda else None
+    optimised = torch.compile(module.eval(), mode=mode)
+    run = _no_grad(lambda: optimised(*args))
+    with inductor.patch(freezing=freezing):
         run()
     return run
 
 
-def network(s: Setting, iters: int = 8, compile_too: bool = True) -> Row:
-    """The whole network once, without gradient."""
+def attempt(make: Callable[[], Arm]) -> Arm | str:
+    """The arm, or why there is none: torch.compile needs a C++ compiler on a CPU."""
+    try:
+        return make()
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def network(s: Setting, iters: int = 8, full: bool = True) -> Row:
+    """The whole network once, without gradient; ``full``: compiled baselines and DiT too."""
 
     def build() -> Arms:
         model = randomised(s.config, s.device)
         weights = PreparedWeights(model, s.dtype, fold=True)
         x, t, y = inputs(s.config, s.batch, s.device)
         plain, args = Plain(model, s.dtype), (x.to(s.dtype), t, y, iters)
+        shipped = Plain(model, torch.float32)
         arms: dict[str, Arm | str] = {
             OURS: _no_grad(lambda: model(x, t, y, iters, weights=weights)),
             "gemm + attention": gemms(s, iters),
             "published eager": _no_grad(lambda: plain(*args)),
         }
-        if compile_too:
-            arms["published compiled"] = _no_grad(_compiled(plain, args))
-        if s.device.type == "cpu":
-            arms["published frozen"] = frozen(Plain(model, s.dtype), *args)
-        parts = [p for _ in range(iters) for p in cost.iteration(s.config, s.batch)]
-        return Arms(arms, cost.flops(parts), 0, s.batch)
+        if s.dtype != torch.float32:
+            arms["published eager float32"] = _no_grad(lambda: shipped(x, t, y, iters))
+        if full:
+            arms["published compiled"] = attempt(lambda: compiled(plain, args))
+            if s.device.type == "cpu":
+                frozen = Plain(model, s.dtype)
+                arms["published frozen"] = attempt(lambda: compiled(frozen, args, True))
+            arms |= _dit_arms(s, iters)
+        count = network_flops(s.config, s.batch, iters)
+        facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}
+        return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
-    return Row("network", f"{s.name} k={iters}", build, 9)
+    return Row("network", f"{s.name} k={iters}", build, 9, 6.0)
 
 
-def _compiled(module: nn.Module, args: tuple[Any, ...]) -> Arm:
-    compiled = torch.compile(module, mode="max-autotune-no-cudagraphs" if args[0].is_cuda else None)
-    return lambda: compiled(*args)
+def _dit_arms(s: Setting, iters: int) -> dict[str, Arm | str]:
+    config = dit(s.config, iters)
+    model = randomised(config, s.device)
+    weights, plain = PreparedWeights(model, s.dtype), Plain(model, s.dtype)
+    x, t, y = inputs(config, s.batch, s.device)
+    return {
+        "DiT by fpdm": _no_grad(lambda: model(x, t, y, weights=weights)),
+        "DiT eager": _no_grad(lambda: plain(x.to(s.dtype), t, y, 0)),
+    }
 
 
 def _no_grad(fn: Arm) -> Arm:
@@ -297,16 +185,33 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
         arms: dict[str, Arm | str] = {
             OURS: ours,
             "published eager": lambda: theirs(plain, s.dtype),
-            "published eager float32": lambda: theirs(plain, torch.float32),
         }
+        if s.dtype != torch.float32:
+            arms["published eager float32"] = lambda: theirs(plain, torch.float32)
         if compile_too:
-            compiled = torch.compile(plain)
-            arms["published compiled"] = lambda: theirs(compiled, s.dtype)
+            optimised = torch.compile(plain)
+            arms["published compiled"] = lambda: theirs(optimised, s.dtype)
+        if recompute == "none":
+            arms |= _dit_training(s, n + m)
         parts = [p for _ in range(n + m) for p in cost.iteration(s.config, s.batch)]
         parts += [p for _ in range(m) for p in cost.iteration_backward(s.config, s.batch)]
-        return Arms(arms, cost.flops(parts), 0, s.batch)
+        facts = {"n": n, "m": m, "recompute": recompute, "dit_blocks": dit(s.config, n + m).depth}
+        return Arms(arms, cost.flops(parts), 0, s.batch, facts, s.dtype)
 
-    return Row("training", f"{s.name} n={n} m={m} {recompute}", build, 9)
+    return Row("training", f"{s.name} n={n} m={m} {recompute}", build, 9, 8.0)
+
+
+def _dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
+    config = dit(s.config, iters)
+    model = randomised(config, s.device)
+    weights = PreparedWeights(model, s.dtype)
+    x, t, y = inputs(config, s.batch, s.device)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=False)
+        model(x, t, y, weights=weights).float().square().mean().backward()
+
+    return {"DiT by fpdm": run}
 
 
 def optimizer(label: str, config: ModelConfig, device: torch.device) -> Row:
@@ -325,10 +230,10 @@ def optimizer(label: str, config: ModelConfig, device: torch.device) -> Row:
                 continue
             opt.gradients.normal_()
             size = 38 * opt.layout.trained
-            arms[OURS if impl == "auto" else impl] = lambda opt=opt: opt.step(1e-4, 0.5)
+            arms[OURS if impl == "auto" else impl] = lambda opt=opt: opt.step(1e-4)
         return Arms(arms, 0, size)
 
-    return Row("optimizer", f"{label} {device.type}", build, 15)
+    return Row("optimizer", f"{label} {device.type}", build, 15, 5.0)
 
 
 def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
@@ -339,71 +244,102 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
         diffusion = Diffusion(DiffusionConfig(), device=str(s.device))
         config = SamplerConfig(
             steps=steps, iters=iters, guidance=guidance, batch=s.batch,
-            dtype=str(s.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=dtype_name(s.dtype),  # type: ignore[arg-type]
         )  # fmt: skip
         sampler = engine.Sampler(model, diffusion, config)
         labels, seeds = [0] * s.batch, list(range(s.batch))
-        plain = Plain(model, s.dtype)
+        arms: dict[str, Arm | str] = {
+            OURS: lambda: sampler.sample(labels, seeds, stats=False),
+            "published eager": published_sampler(sampler, Plain(model, s.dtype), s, labels, seeds),
+        }
+        if s.dtype != torch.float32:
+            shipped, wide = Plain(model, torch.float32), replace(s, dtype=torch.float32)
+            arms["published eager float32"] = published_sampler(
+                sampler, shipped, wide, labels, seeds
+            )
+        count = 2 * s.batch * budget.macs_per_sample(s.config, [iters] * steps, True, guidance)
+        facts = {"steps": steps, "k": iters, "guidance": guidance, "batch": s.batch}
+        return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
-        def theirs() -> None:
-            keys = noise.as_keys(seeds).to(s.device)
-            x = noise.normals(keys, 0, 0, noise.SAMPLE_INIT, (s.config.in_channels,) + (
-                s.config.input_size,) * 2)  # fmt: skip
-            y = torch.tensor(labels, device=s.device)
-            null = torch.full_like(y, s.config.num_classes)
-            for index, (t, _) in enumerate(sampler.plan.steps):
-                times = torch.full_like(y, t)
-                if guidance == 1.0:
-                    out = plain(x.to(s.dtype), times, y, iters)
-                else:
-                    both = plain(
-                        torch.cat([x, x]).to(s.dtype), times.repeat(2), torch.cat([y, null]), iters
-                    )
-                    cond, free = both.chunk(2)
-                    out = engine.steps.guide(cond, free, guidance, None)
-                x = engine.steps.step(x, out.float(), sampler.rows[index], None)
-
-        def ours() -> None:
-            sampler.sample(labels, seeds, stats=False)
-
-        arms: dict[str, Arm | str] = {OURS: ours, "published eager": _no_grad(theirs)}
-        return Arms(arms, 0, 0, s.batch, {"steps": steps, "k": iters, "guidance": guidance})
-
-    return Row("sampler", f"{s.name} S={steps} k={iters} guidance {guidance:g}", build, 7)
+    return Row("sampler", f"{s.name} S={steps} k={iters} guidance {guidance:g}", build, 9, 5.0)
 
 
-def data() -> Row:
-    """Reading a batch of digits."""
+def published_sampler(
+    sampler: engine.Sampler, plain: Plain, s: Setting, labels: list[int], seeds: list[int]
+) -> Arm:
+    """The published loop: the whole network at every timestep, on [cond; null] under guidance."""
+    shape, guidance = (s.config.in_channels, *(s.config.input_size,) * 2), sampler.config.guidance
 
-    def build() -> Arms:
-        import numpy as np
+    def run() -> None:
+        x = noise.normals(noise.as_keys(seeds).to(s.device), 0, 0, noise.SAMPLE_INIT, shape)
+        y = torch.tensor(labels, device=s.device)
+        null = torch.full_like(y, s.config.num_classes)
+        for index, (t, k) in enumerate(sampler.plan.steps):
+            times = torch.full_like(y, t)
+            if guidance == 1.0:
+                out = plain(x.to(s.dtype), times, y, k)
+            else:
+                twice = torch.cat([x, x]).to(s.dtype), times.repeat(2), torch.cat([y, null])
+                cond, free = plain(*twice, k).chunk(2)
+                out = engine.steps.guide(cond, free, guidance, None)
+            x = engine.steps.step(x, out.float(), sampler.rows[index], None)
 
-        digits = open_dataset(DataConfig(kind="digits"))
-        ids = np.arange(256) % len(digits)
-        return Arms({OURS: lambda: digits.batch(ids)}, images=256)
+    return _no_grad(run)
 
-    return Row("data", "digits 256", build, 15)
+
+def skipped(suite: str, name: str, why: str) -> Row:
+    """A row that says why it is not measured."""
+    return Row(suite, name, lambda: Arms({OURS: why}))
+
+
+def data() -> list[Row]:
+    """Reading a batch: the built-in digits, and latents from shards with their checks done."""
+
+    def digits() -> Arms:
+        found = open_dataset(DataConfig(kind="digits"))
+        ids = np.arange(256) % len(found)
+        return Arms({OURS: lambda: found.batch(ids)}, images=256)
+
+    def latents() -> Arms:
+        folder = Path(tempfile.mkdtemp(prefix="fpdm-bench-"))
+        values = np.random.default_rng(0).standard_normal((1024, 4, 32, 32), dtype=np.float32)
+        batch = (values, np.zeros(1024, np.int64), None)
+        shards.write_shards(
+            [batch], folder / "latents", dtype="float16", latent_scale=0.18215, rows_per_shard=512
+        )
+        found = open_dataset(DataConfig(kind="latents", path=str(folder / "latents")))
+        ids = np.random.default_rng(1).integers(0, len(found), 256)
+        # mapped files live on until they are closed
+        shutil.rmtree(folder)
+        size = 256 * 4 * 32 * 32 * (2 + 4)
+        return Arms({OURS: lambda: found.batch(ids)}, bytes=size, images=256)
+
+    return [
+        Row("data", "digits 256", digits, 15, 2.0),
+        Row("data", "latents 256", latents, 15, 2.0),
+    ]
 
 
 def cpu_rows() -> list[Row]:
     """Everything that ``python -m bench`` times without a GPU."""
     device = torch.device("cpu")
     kinds = settings(device)
+    digits, _, small, small_bf16 = kinds
     rows = [row for s in kinds for row in operators(s)]
-    rows += [network(kinds[2]), network(kinds[1], 3)]
-    rows += [
-        sampling(Setting("digits", DIGITS, b, d, device), g, 10, 3)
-        for b, d, g in (
-            (1, torch.float32, 1.1), (8, torch.float32, 1.1), (64, torch.float32, 1.1),
-            (64, torch.float32, 1.0), (64, torch.bfloat16, 1.1),
-        )
-    ]  # fmt: skip
-    rows += [
-        training(kinds[2], 6, 6),
-        training(kinds[0], 1, 2, compile_too=False),
-        training(kinds[1], 1, 2, compile_too=False),
-    ]
-    return [*rows, optimizer("digits", DIGITS, device), optimizer("S/2", S2, device), data()]
+    rows += [row for s in (digits, small, small_bf16) for row in iteration(s)]
+    rows += [network(digits, 3), network(small, 8), network(small_bf16, 8, False)]
+    rows += [network(small, k, False) for k in (1, 4, 16)]
+    for batch in (1, 8, 64):
+        rows += [sampling(replace(digits, batch=batch), g, 5, 3) for g in (1.0, 1.1)]
+    rows.append(sampling(kinds[1], 1.1, 5, 3))
+    half = Setting("digits", DIGITS, 64, torch.float16, device)
+    why = "on a CPU float16 runs in plain PyTorch, which has no kernel of ours"
+    rows.append(skipped("sampler", f"{half.name} S=5 k=3 guidance 1.1", why))
+    rows += [training(digits, 1, 2), training(kinds[1], 1, 2, compile_too=False)]
+    modes = ("none", "elementwise", "full")
+    rows += [training(small, 1, 3, mode, compile_too=False) for mode in modes]
+    rows += [optimizer("digits", DIGITS, device), optimizer("S/2", S2, device)]
+    return [*rows, *third_party.rows(small), *data()]
 
 
 def gpu_rows() -> list[Row]:

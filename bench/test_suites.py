@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import suites
+from bench import rows, suites
 
 ROWS = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{r.suite}: {r.name}" for r in ROWS])
-def test_row(row: suites.Row, benchmark: Any) -> None:
+def test_row(row: rows.Row, benchmark: Any) -> None:
     """Our arm, with its counts in ``extra_info``."""
     arms = row.build()
-    run = arms.run[suites.OURS]
+    run = arms.run[rows.OURS]
     if isinstance(run, str):
         pytest.skip(run)
     benchmark.group = row.suite

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 Arm = Callable[[], object]
+# rounds: a median of fewer is one of its samples' luck
+LEAST = 5
 
 
 def synchronize() -> None:
@@ -85,6 +87,11 @@ class Times:
         return statistics.median(self.rounds)
 
     @property
+    def best(self) -> float:
+        """Seconds: what other programs add to a round is never negative."""
+        return min(self.rounds)
+
+    @property
     def spread(self) -> float:
         """Interquartile range over the median."""
         if len(self.rounds) < 4:
@@ -98,9 +105,13 @@ def ratio(arm: Times, ours: Times) -> float:
     return statistics.median(a / b for a, b in zip(arm.rounds, ours.rounds))
 
 
-def interleave(arms: dict[str, Arm], rounds: int, at_least: float = 2e-3) -> dict[str, Times]:
-    """Times of every arm, warmed, its order turned from round to round."""
+def interleave(
+    arms: dict[str, Arm], rounds: int, at_least: float = 2e-3, seconds: float = 60.0
+) -> dict[str, Times]:
+    """Times of every arm, warmed, its order turned from round to round: as many rounds as fit
+    ``seconds``, at least 5 and at most ``rounds``."""
     inner = {name: inner_calls(fn, at_least) for name, fn in arms.items()}
+    began = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     collecting = gc.isenabled()
@@ -108,6 +119,8 @@ def interleave(arms: dict[str, Arm], rounds: int, at_least: float = 2e-3) -> dic
     gc.disable()
     try:
         for index in range(rounds):
+            if index >= LEAST and time.perf_counter() - began > seconds:
+                break
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 times[name].append(once(arms[name], inner[name]))

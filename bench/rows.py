@@ -1,0 +1,85 @@
+"""What a row of the benchmark is: callables by name, ours first, and what one call costs by count.
+
+An arm that is a string says why it cannot run here; a row whose own arm is one says so as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.timing import Arm
+from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.model import build_model
+from fpdm.recipes import MODEL_PRESETS, RECIPES
+
+OURS = "fpdm"
+DIGITS = RECIPES["digits"].model
+S2 = MODEL_PRESETS["fpdm-s-2"]
+XL = MODEL_PRESETS["fpdm-xl-2"]
+
+
+@dataclass
+class Arms:
+    """Callables by name, ours first; FLOPs and bytes of one call of ours; images per call."""
+
+    run: dict[str, Arm | str]
+    flops: int = 0
+    bytes: int = 0
+    images: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Row:
+    """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``."""
+
+    suite: str
+    name: str
+    build: Callable[[], Arms]
+    rounds: int = 15
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Model, batch, dtype and device of a suite."""
+
+    label: str
+    config: ModelConfig
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """Such as ``S/2 B8 bfloat16``."""
+        return f"{self.label} B{self.batch} {dtype_name(self.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def randomised(config: ModelConfig, device: torch.device, **execution: Any) -> Any:
+    """An FPDM or DiT with every parameter random: adaLN-Zero would make the gates zero."""
+    torch.manual_seed(0)
+    model = build_model(config, ExecutionConfig(**execution)).to(device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+    return model
+
+
+def inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t, y."""
+    side = config.input_size
+    x = torch.randn(batch, config.in_channels, side, side, device=device)
+    t = torch.randint(0, 1000, (batch,), device=device)
+    return x, t, torch.randint(0, config.num_classes, (batch,), device=device)

@@ -1,0 +1,261 @@
+"""A planted slowdown is told and nothing else; bytes by hand; tables and page say what the JSON
+says."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import __main__ as bench
+from bench import cost, machine, operators, page, report, rows, suites, timing
+from fpdm.config import ConfigError, ModelConfig
+from fpdm.kernels import ops
+
+CPU = torch.device("cpu")
+# ten samples: two of them again are 1.2 times the loop
+SETTING = rows.Setting("test", ModelConfig(hidden_size=192, num_heads=4), 10, torch.float32, CPU)
+TINY = replace(SETTING, config=ModelConfig(input_size=8, hidden_size=16, num_heads=4))
+PLANTED = "gate_residual_backward"
+
+
+class Clock:
+    """Seconds that operators spend, with the noise of a shared machine: every call takes up to a
+    third longer, one in ten twice as long. Seeded, so that the tests always see the same noise."""
+
+    def __init__(self, seed: int) -> None:
+        self.now, self.random = 0.0, random.Random(seed)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        slower = 1 + abs(self.random.gauss(0, 0.1))
+        self.now += seconds * slower * (2 if self.random.random() < 0.1 else 1)
+
+    def operators(self, factor: float) -> SimpleNamespace:
+        """An operator set that computes nothing and takes a time by operator and sample."""
+
+        def make(seconds: float) -> Callable[..., Tensor]:
+            def call(x: Tensor, *_: Any, out: Tensor | None = None, **__: Any) -> Tensor:
+                self.spend(seconds * factor * len(x))
+                return x if out is None else out
+
+            return call
+
+        names = enumerate(operators.OPERATORS)
+        return SimpleNamespace(**{name: make(1e-3 * (1 + i)) for i, name in names})
+
+
+@pytest.fixture
+def sets(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
+    """Only the operators of one setting, on the clock above: ours and the plain ones."""
+    clock = Clock(0)
+    found = {"auto": clock.operators(1.0), "reference": clock.operators(2.5)}
+    monkeypatch.setattr(timing, "time", clock)
+    idle = SimpleNamespace(isenabled=bool, collect=int, disable=int)
+    monkeypatch.setattr(timing, "gc", idle)
+    monkeypatch.setattr(machine, "ceilings", lambda device: {"gemm float32": 1e11, "copy": 1e10})
+    monkeypatch.setattr(suites, "cpu_rows", lambda: list(operators.operators(TINY)))
+    monkeypatch.setattr(operators.ops, "resolve", lambda impl, *_: found[impl])
+    return found
+
+
+def slowed(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``fn`` whose loop over the batch runs 1.2 times."""
+
+    def run(*args: Any, out: Tensor) -> Tensor:
+        fn(*args, out=out)
+        part = len(out) // 5
+        fn(*(a[:part] if isinstance(a, Tensor) else a for a in args), out=out[:part])
+        return out
+
+    return run
+
+
+def test_a_slow_loop_is_told(
+    sets: dict[str, SimpleNamespace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    few = ["--rounds", "11", "--strict"]
+    assert bench.main([*few, "--out", str(before)]) == 0
+    found = json.loads(before.read_text())["rows"]
+    ours = {r["name"].rsplit(" ", 1)[1]: r["arms"]["fpdm"]["best_s"] for r in found}
+    assert 0.03 <= ours[PLANTED] / sum(ours.values()) <= 0.08
+    # the control: nothing was planted, nothing is told, however often it is measured
+    for _ in range(5):
+        assert bench.main([*few, "--out", str(after), "--against", str(before)]) == 0
+        assert "no row got slower" in capsys.readouterr().out
+    setattr(sets["auto"], PLANTED, slowed(getattr(sets["auto"], PLANTED)))
+    for _ in range(5):
+        assert bench.main([*few, "--out", str(after), "--against", str(before)]) == 1
+        told = [line for line in capsys.readouterr().out.splitlines() if "times slower" in line]
+        assert len(told) == 1
+        assert told[0].startswith(f"operators: {TINY.name} {PLANTED}: 1.")
+
+
+@pytest.mark.slow
+def test_a_slow_loop_is_told_of_a_real_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention on one thread in processor time, beside itself and plain PyTorch."""
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=time.process_time))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours = ops.resolve("auto", CPU, torch.float32)
+    slow = SimpleNamespace(**{**vars(ours), "attention": slowed(ours.attention)})
+    v = operators.tensors(SETTING)
+    sets = {"fpdm": ours, "plain PyTorch": ops.resolve("reference", CPU), "again": ours,
+            "planted": slow}  # fmt: skip
+    arms = {name: operators.calls(o, v, 4)["attention"].fn for name, o in sets.items()}
+    try:
+        times = timing.interleave(arms, 61, seconds=120.0)
+    finally:
+        torch.set_num_threads(threads)
+
+    def result(name: str) -> dict[str, Any]:
+        plain = times["plain PyTorch"].best
+        return {"rows": [row(plain / times[name].best)]}
+
+    assert not bench.slower(result("fpdm"), result("again"), 0.12)
+    assert bench.slower(result("fpdm"), result("planted"), 0.12)
+
+
+def row(ratio: float, name: str = "a") -> dict[str, Any]:
+    times = {"fpdm": 1.0, "plain PyTorch": ratio}
+    arms = {
+        n: {"median_s": 1e-3 * r, "best_s": 1e-3 * r, "spread": 0.01, "ratio": r}
+        for n, r in times.items()
+    }
+    return {"suite": "operators", "name": name, "arms": arms, "missing": {}}
+
+
+def test_what_slower_means() -> None:
+    old = {"rows": [row(3.0), row(2.0, "b")]}
+    assert not bench.slower(old, {"rows": [row(3.0 / 1.11), row(2.5, "b"), row(1.0, "new")]}, 0.12)
+    told = bench.slower(old, {"rows": [row(2.5), row(2.0, "b")]}, 0.12)
+    assert told == ["operators: a: 1.20 times slower against plain PyTorch"]
+
+
+def test_a_burst_is_measured_again_and_a_slowdown_stays() -> None:
+    old, calls = {"rows": [row(3.0)]}, []
+
+    def again(ratio: float) -> Callable[[], dict[str, Any]]:
+        return lambda: calls.append(ratio) or row(ratio)  # type: ignore[func-returns-value]
+
+    assert bench.confirm(old, row(3.0), again(1.0), 0.12) == row(3.0)
+    assert calls == []
+    assert bench.confirm(old, row(2.0), again(3.1), 0.12) == row(3.1)
+    assert len(calls) == 1
+    assert bench.confirm(old, row(2.5), again(2.4), 0.12) == row(2.5)
+    assert len(calls) == 3
+
+
+def test_against_what_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="expected a JSON file or a commit"):
+        bench.baseline("no-such-file-or-commit", machine.name())
+
+
+def test_a_baseline_that_fails_leaves_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel here")
+
+    arms = rows.Arms({"fpdm": lambda: None, "other": broken, "absent": "not installed"})
+    found = bench.run_row(rows.Row("data", "a", lambda: arms), 5, {})
+    assert list(found["arms"]) == ["fpdm"]
+    assert found["missing"] == {"other": "RuntimeError: no kernel here", "absent": "not installed"}
+    skipped = bench.run_row(suites.skipped("data", "b", "too slow"), 5, {})
+    assert report.reason(skipped) == "not measured: too slow"
+
+
+def test_rows_are_bounded_in_time() -> None:
+    calls: list[int] = []
+    times = timing.interleave({"a": lambda: calls.append(0)}, 1000, seconds=0.0)
+    assert len(times["a"].rounds) == timing.LEAST
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("adaln", 2), ("adaln_backward", 4), ("gate_residual", 3), ("gate_residual_backward", 3),
+     ("gate_residual_adaln", 4), ("gelu", 8), ("gelu_backward", 12), ("linear_add_gelu", 9),
+     ("linear_wgrad", 5), ("attention", 4), ("attention_backward", 8)],
+)  # fmt: skip
+def test_bytes_of_an_operator(name: str, units: int) -> None:
+    """Hand count in units of B T D elements, beside weights and vectors of each sample."""
+    s = replace(SETTING, batch=3)
+    call = operators.calls(None, operators.tensors(s), 4)[name]
+    t, d = s.config.tokens, s.config.hidden_size
+    weights = {"linear_add_gelu": 4 * d * d + 4 * d, "linear_wgrad": 2 * (4 * d * d + 4 * d)}
+    vectors = {"adaln": 2, "adaln_backward": 5, "gate_residual": 1, "gate_residual_backward": 3,
+               "gate_residual_adaln": 3}  # fmt: skip
+    beside = weights.get(name, 0) + vectors.get(name, 0) * s.batch * d
+    assert call.bytes == 4 * (units * s.batch * t * d + beside)
+
+
+def test_the_parts_of_an_iteration_add_up() -> None:
+    """Their FLOPs and, up to vectors and buffers shared between two parts, their bytes."""
+    s = replace(SETTING, batch=2)
+    found = [r.build() for r in operators.iteration(s)]
+    parts, whole = found[:-1], found[-1]
+    assert len(parts) == len(operators.PARTS)
+    assert sum(p.flops for p in parts) == whole.flops == cost.flops(cost.iteration(s.config, 2))
+    # proj writes z' and the next adaln's result, which the count writes and reads as one of two
+    assert sum(p.bytes for p in parts) == pytest.approx(whole.bytes, rel=0.06)
+
+
+RESULTS = machine.ROOT / "bench" / "results"
+
+
+def test_readme_is_what_render_writes() -> None:
+    text = (machine.ROOT / "README.md").read_text()
+    assert report.readme(text, RESULTS) == text
+    assert report.load(RESULTS)[1] is not None
+    # a number changed by hand is written over
+    head, block = text.split(report.BEGIN)
+    changed = block.replace("**14.2**", "**4.2**")
+    assert changed != block
+    assert report.readme(head + report.BEGIN + changed, RESULTS) == text
+
+
+def test_the_page_holds_every_picture_and_needs_no_other_file(
+    sets: dict[str, SimpleNamespace], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    assert bench.main(["--rounds", "5", "--strict", "--out", str(out)]) == 0
+    result, counted = json.loads(out.read_text()), report.load(RESULTS)[1]
+    names = {
+        "network": [f"S/2 B2 float32 k={k}" for k in (1, 4, 16)],
+        "sampler": [f"digits B{b} float32 S=5 k=3 guidance 1" for b in (1, 8)],
+        "training": ["S/2 B2 float32 n=1 m=3 full"],
+        "iteration": [f"S/2 B2 float32 {p}" for p in (*operators.PARTS, "whole")],
+    }
+    for suite, some in names.items():
+        for k, name in zip((1, 4, 16, *range(5)), some):
+            arms = row(2.0)["arms"]
+            arms["fpdm"]["peak_bytes"] = 1000
+            result["rows"].append({"suite": suite, "name": name, "arms": arms, "missing": {},
+                                   "k": k, "images": 2, "flops": 10, "bytes": 10,
+                                   "dtype": "float32"})  # fmt: skip
+    result["rows"].append({"suite": "data", "name": "a<b", "arms": {}, "missing": {"fpdm": "no"}})
+    text = page.page(result, counted)
+    for title in ("At a glance", "Parts of an iteration", "Cost against k", "Images per second",
+                  "Memory", "Other devices", "Operators", "Not measured"):  # fmt: skip
+        assert f"<h2>{title}" in text
+    assert text.count("<img") == text.count('src="data:image/svg+xml;base64,') == text.count("src=")
+    assert "http" not in text
+    assert "a&lt;b" in text
+    for r in result["rows"][:-1]:
+        assert f"<td>{r['name']}</td>" in text
+    # the README tells the machine, and a result of one suite has a page too
+    section = report.readme_section([result], counted)
+    assert f"commit {result['commit']}" in section
+    assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in section
+    one = {**result, "rows": [r for r in result["rows"] if r["suite"] == "training"]}
+    assert "<h2>Cost against k" not in page.page(one, None)
