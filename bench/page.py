@@ -275,7 +275,7 @@ def facts(result: dict[str, Any]) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "commit": result["commit"],
         "command": result["command"],
-        "load average before": result["load"],
+        "load average before": result.get("load"),
         "took": duration(result.get("seconds", 0.0)),
         "ceilings": ceilings(result),
     }

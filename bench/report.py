@@ -131,20 +131,49 @@ def unmeasured(result: dict[str, Any]) -> list[str]:
     return list(lines)
 
 
+def load_average(result: dict[str, Any]) -> str:
+    """Of the machine before the run, where it was written down."""
+    return (
+        f"; load average before it {result['load']:.1f}" if result.get("load") is not None else ""
+    )
+
+
+def measured_memory(rows: list[dict[str, Any]]) -> str:
+    """Peaks of bench.gpu's part memory: the allocator's, everything included."""
+    body = [
+        [
+            r["model"],
+            r["recompute"],
+            str(r["chunks"]),
+            f"{r['state_gb']:.2f}",
+            f"{r['peak_gb']:.2f}",
+        ]
+        for r in rows
+    ]
+    first = rows[0]
+    return (
+        f"Peak memory of a training step in GB by the allocator, with all state, at batch "
+        f"{first['batch']}, n = {first['n']}, m = {first['m']} (the paper: 10.2, DiT 25.2):\n\n"
+        f"{markdown(['model', 'recompute', 'chunks', 'state', 'peak'], body)}\n"
+    )
+
+
 def machine_section(result: dict[str, Any]) -> str:
     """What one machine measured, on what, against what."""
     v, cpu = result["versions"], result["processor"]
-    extra = "".join(f" and {p}" for p in ("triton",) if result.get("gpu") and p in v)
+    extra = f" and triton {v['triton']}" if result.get("gpu") and "triton" in v else ""
     where = f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores"
     for found in result["devices"].values():
         if isinstance(found, dict):
             where = f"{found['name']} ({found['memory_gib']} GiB), host {where}"
     parts = [
         f"### {result['machine']}\n",
-        f"{where}; Python {v['python']}, torch {v['torch']}{extra and ' ' + v['triton']}; commit "
-        f"{result['commit']}; `{result['command'].strip()}`; load average before it "
-        f"{result['load']:.1f}. Ceilings measured in the same run: {ceilings(result)}.\n",
+        f"{where}; Python {v['python']}, torch {v['torch']}{extra}; commit {result['commit']}; "
+        f"`{result['command'].strip()}`{load_average(result)}. Ceilings measured in the same run: "
+        f"{ceilings(result)}.\n",
     ]
+    if "note" in result:
+        parts.append(f"{result['note']}\n")
     for suite, title in TABLES.items():
         head, lines = suite_table(result, suite)
         if lines:
@@ -152,6 +181,8 @@ def machine_section(result: dict[str, Any]) -> str:
     head, lines = operator_table(result)
     if lines:
         parts.append(f"Operators, and plain PyTorch's time over ours:\n\n{markdown(head, lines)}\n")
+    if "memory" in result:
+        parts.append(measured_memory(result["memory"]))
     gone = unmeasured(result)
     if gone:
         parts.append(f"Not measured there: {'; '.join(gone)}.\n")
@@ -173,8 +204,8 @@ def counted_section(counted: dict[str, Any]) -> str:
     memory = (
         f"Memory of one training step in GB at batch {counted['batch']}, n = m = {counted['m']}, "
         f"bf16: counted storage by storage on fake tensors (`bench/memory.py`, commit "
-        f"{counted['commit']}), not measured on a GPU. The paper's code recomputes DiT and the pre "
-        f"and post blocks, not the iterations.\n\n{markdown(head, lines)}\n"
+        f"{counted['commit']}), without a library's workspaces. The paper's code recomputes DiT and "
+        f"the pre and post blocks, not the iterations.\n\n{markdown(head, lines)}\n"
     )
     batches = list(counted["model"])
     names = [n for n in counted["model"][batches[0]][0] if n != "device"]
