@@ -204,8 +204,8 @@ def counted_section(counted: dict[str, Any]) -> str:
     memory = (
         f"Memory of one training step in GB at batch {counted['batch']}, n = m = {counted['m']}, "
         f"bf16: counted storage by storage on fake tensors (`bench/memory.py`, commit "
-        f"{counted['commit']}), without a library's workspaces. The paper's code recomputes DiT and "
-        f"the pre and post blocks, not the iterations.\n\n{markdown(head, lines)}\n"
+        f"{counted['commit']}), without a library's workspaces. The paper's code recomputes DiT "
+        f"and the pre and post blocks, not the iterations.\n\n{markdown(head, lines)}\n"
     )
     batches = list(counted["model"])
     names = [n for n in counted["model"][batches[0]][0] if n != "device"]
