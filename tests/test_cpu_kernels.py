@@ -300,9 +300,10 @@ FAULTS = {
         "constexpr i64 CHUNK = 32;": "#define CHUNK i64(8 * omp_get_max_threads())",
     },
     "gemm.h": {
-        "constexpr i64 DEPTH = 512;": "#define DEPTH i64(64 * omp_get_max_threads())",
-        # panels multiplied while others still pack them
-        "team.barrier();\n            multiply<T>": "multiply<T>",
+        "c, first > 0);": "c, first > 0 || team.size > 2);",
+        # panels multiplied while others still pack them, however many rows there are
+        "OWN_PACKING = 96;": "OWN_PACKING = 96 << 20;",
+        "packers.barrier();\n            multiply<T>": "multiply<T>",
     },
     # 2^r to 1e-6
     "vec.h": {"6.931472029e-1f": "6.931480000e-1f"},

@@ -18,7 +18,7 @@ constexpr i64 BLOCKS = 8, DISTANCE = RUN + 16;
 // just packed come slowly
 constexpr i64 OWN_PACKING = 96;
 // tokens per partial sum of a weight gradient, whatever the number of threads
-constexpr i64 DEPTH = 512;
+constexpr i64 DEPTH = RUN;
 
 // What becomes of a tile: bias or addend, rounding, GELU or gate, store. T: dtype of the product,
 // O: of the output, Z: of the residual stream. Members are copied first: a store of bfloat16 might
@@ -121,10 +121,10 @@ void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b,
     using W = Word<T>;
     const T* x = static_cast<const T*>(l.x);
     const i64 depth = words<T>(l.depth), group = last - first;
-    RowBlocks blocks(l.rows);
+    const RowBlocks blocks(l.rows, team.size);
     // few rows: the panels are shared out instead
-    const Team all{0, 1}, by_rows = blocks.count >= 2 * team.size ? team : all,
-                          by_panels = blocks.count >= 2 * team.size ? all : team;
+    const bool few = blocks.count < 2 * team.size;
+    const Team by_rows = few ? Team{0, 1} : team, by_panels = few ? team : Team{0, 1};
     by_rows.runs(blocks.count, BLOCKS, [&](i64 top, i64 end) {
         for (i64 k = 0; k == 0 || k < depth; k += RUN) {
             const i64 run = min2(RUN, depth - k), from = k * PER_WORD<T>;
@@ -225,22 +225,8 @@ void linear_gate(const Linear& l, const Block& b) {
     linear_with<T>(l, StoreGate<Z, T>{l, b}, nothing, finish);
 }
 
-// db += the sum of the rows of dy for some columns, in runs of 16 rows
-template <class T>
-inline void add_bias(const T* dy, i64 stride, i64 depth, i64 n, float* db) {
-    columns(n, [=](i64 c, i64 k) {
-        vf total{};
-        for (i64 first = 0; first < depth; first += 16) {
-            vf run{};
-            for (i64 r = first; r < min2(depth, first + 16); r++)
-                run += get(dy + r * stride + c, k);
-            total += run;
-        }
-        put(db + c, get(db + c, k) + total, k);
-    });
-}
-
-// A thread's share of dW (outs,ins) += dy^T x, db += sum dy: tiles of outs x panels of ins
+// dW (outs,ins) += dy^T x in tiles of outs by ins. The threads share nothing but what they read:
+// each packs both operands, DEPTH tokens at a time, and adds to dW once.
 template <class T>
 struct WeightGradient {
     i64 rows, outs, ins;
@@ -250,50 +236,81 @@ struct WeightGradient {
     float* dbias;
 
     using W = Word<T>;
-    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS;
-    static constexpr i64 GROUP = PANEL_BYTES / (RIGHT * 4);
+    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS, HELD = 2 * BLOCKS;
 
-    // tokens first.. of panels [panel, end), in two packed operands of this thread's own
-    void run(Team team, i64 first, i64 panel, i64 end, W* left, W* right) const {
-        RowBlocks blocks(outs);
-        i64 n = min2(DEPTH, rows - first), panels = end - panel, units = blocks.count * panels;
-        i64 begin = team.index * units / team.size, stop = (team.index + 1) * units / team.size;
-        for (i64 i = begin; i < min2(stop, begin + panels); i++) {
-            i64 p = panel + i % panels;
-            pack_rows(x + first * ins + p * COLS, ins, n, ins - p * COLS,
-                      right + (p - panel) * RIGHT, COLS);
-        }
-        alignas(64) float c[ROWS * COLS];
-        for (i64 i = begin; i < stop; i++) {
-            i64 block = i / panels, p = panel + i % panels, o = blocks.first(block),
-                count = blocks.first(block + 1) - o;
-            const T* mine = dy + first * outs + o;
-            if (i == begin || p == panel) pack_rows(mine, outs, n, outs - o, left, ROWS);
-            if (dbias && p == 0) add_bias(mine, outs, n, count, dbias + o);
-            tile_for<2, true, W>(count)(words<T>(n), left, ROWS, right + (p - panel) * RIGHT, c,
-                                      false);
-            for (i64 r = 0; r < count; r++)
-                columns(min2<i64>(COLS, ins - p * COLS), [&](i64 j, i64 m) {
-                    float* into = dweight + (o + r) * stride + p * COLS + j;
-                    put(into, get(into, m) + load(c + r * COLS + j), m);
+    i64 group() const { return min2(ceil_div(ins, i64(COLS)), PANELS / 2); }
+    i64 size() const { return HELD * LEFT + group() * (RIGHT + HELD * ROWS * COLS) + 16; }
+
+    // this thread's share of panels [panel, end)
+    void run(Team team, i64 panel, i64 end, W* left) const {
+        W* right = left + HELD * LEFT + 16;
+        float* sums = reinterpret_cast<float*>(right + group() * RIGHT);
+        const RowBlocks blocks(outs, team.size);
+        const bool few = blocks.count < 2 * team.size;
+        const Team by_rows = few ? Team{0, 1} : team, by_panels = few ? team : Team{0, 1};
+        by_rows.runs(blocks.count, HELD, [&](i64 top, i64 bottom) {
+            for (i64 first = 0; first < rows; first += DEPTH) {
+                const i64 n = min2(DEPTH, rows - first);
+                pack_left(blocks, top, bottom, first, n, left);
+                if (dbias && panel == 0 && by_panels.index == 0)
+                    add_bias(blocks.first(top), blocks.first(bottom), first, n);
+                by_panels.each(end - panel, [&](i64 p) {
+                    i64 col = (panel + p) * COLS;
+                    W* b = right + p * RIGHT;
+                    pack_rows(x + first * ins + col, ins, n, ins - col, b, COLS);
+                    for (i64 i = top; i < bottom; i++) {
+                        i64 o = blocks.first(i), count = blocks.first(i + 1) - o;
+                        float* c = sums + ((i - top) * (end - panel) + p) * ROWS * COLS;
+                        tile_for<2, true, W>(count)(words<T>(n), left + (i - top) * LEFT, ROWS, b,
+                                                    c, first > 0);
+                        if (first + DEPTH >= rows) add(o, count, col, c);
+                    }
                 });
-        }
+            }
+        });
+    }
+
+    // some tokens of all blocks at a time: they lie side by side
+    void pack_left(const RowBlocks& blocks, i64 top, i64 bottom, i64 first, i64 n, W* left) const {
+        for (i64 t = 0; t < n; t += 16)
+            for (i64 i = top; i < bottom; i++)
+                pack_rows(dy + (first + t) * outs + blocks.first(i), outs, min2<i64>(16, n - t),
+                          outs - blocks.first(i), left + (i - top) * LEFT + words<T>(t) * ROWS,
+                          ROWS);
+    }
+
+    // db += the sum of some tokens, of sums of 16; the packing has just read them
+    void add_bias(i64 o, i64 end, i64 first, i64 n) const {
+        columns(end - o, [&](i64 j, i64 k) {
+            const T* p = dy + first * outs + o + j;
+            vf total{};
+            for (i64 t = 0; t < n; t += 16) {
+                vf run{};
+                for (i64 r = t; r < min2(n, t + 16); r++) run += get(p + r * outs, k);
+                total += run;
+            }
+            put(dbias + o + j, get(dbias + o + j, k) + total, k);
+        });
+    }
+
+    void add(i64 o, i64 count, i64 col, const float* c) const {
+        for (i64 r = 0; r < count; r++)
+            columns(min2<i64>(COLS, ins - col), [&](i64 j, i64 m) {
+                float* into = dweight + (o + r) * stride + col + j;
+                put(into, get(into, m) + load(c + r * COLS + j), m);
+            });
     }
 };
 
-// DEPTH tokens at a time; the threads share nothing but what they read
 template <class T>
 void wgrad(i64 rows, i64 outs, i64 ins, const T* dy, const T* x, float* dweight, i64 stride,
            float* dbias) {
-    using Job = WeightGradient<T>;
-    const Job job{rows, outs, ins, dy, x, dweight, stride, dbias};
-    const i64 panels = ceil_div(ins, i64(COLS)), part = Job::LEFT + min2(panels, Job::GROUP) * Job::RIGHT;
-    auto* memory = reinterpret_cast<Word<T>*>(scratch(size_t((part + 16) * most_threads()) * 4));
+    const WeightGradient<T> job{rows, outs, ins, dy, x, dweight, stride, dbias};
+    const i64 panels = ceil_div(ins, i64(COLS)), group = job.group(), size = job.size() + 16;
+    auto* memory = reinterpret_cast<Word<T>*>(scratch(size_t(size * most_threads()) * 4));
     parallel(rows * outs * ins / 32, [&](Team team) {
-        auto* left = memory + team.index * (part + 16);
-        for (i64 first = 0; first < rows; first += DEPTH)
-            for (i64 panel = 0; panel < panels; panel += Job::GROUP)
-                job.run(team, first, panel, min2(panels, panel + Job::GROUP), left, left + Job::LEFT + 16);
+        for (i64 panel = 0; panel < panels; panel += group)
+            job.run(team, panel, min2(panels, panel + group), memory + team.index * size);
     });
 }
 

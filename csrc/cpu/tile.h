@@ -82,10 +82,11 @@ inline Tile<W> tile_for(i64 n) {
     return tile<R, V, packed, W>;
 }
 
-// equal blocks of at most ROWS rows: block i starts at first(i)
+// equal blocks of at most ROWS rows, as many for every one of `shares`: block i starts at first(i)
 struct RowBlocks {
     i64 rows, count;
-    explicit RowBlocks(i64 n) : rows(n), count(ceil_div(n, i64(ROWS))) {}
+    explicit RowBlocks(i64 n, i64 shares = 1)
+        : rows(n), count(min2(n, ceil_div(ceil_div(n, i64(ROWS)), shares) * shares)) {}
     i64 first(i64 i) const { return i * rows / count; }
 };
 
