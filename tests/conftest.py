@@ -23,6 +23,15 @@ TINY_DIT = ModelConfig(
 )  # fmt: skip
 
 
+# a minute and more each: begun last, they would leave the other workers idle
+LONG = ("test_interpreter", "test_every_kernel", "test_dots_run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, in their order."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||, L2 over the whole tensor."""
     a, b = a.double(), b.double()

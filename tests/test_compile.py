@@ -17,6 +17,9 @@ import torch  # noqa: E402
 from bench import compile_gate as gate  # noqa: E402
 from fpdm.kernels import gemm  # noqa: E402
 
+# one worker: another would compile everything once more
+pytestmark = pytest.mark.xdist_group("compile gate")
+
 
 @pytest.fixture(scope="module", params=gate.ARCHITECTURES)
 def rows(request: pytest.FixtureRequest) -> list[gate.Resources]:
