@@ -28,7 +28,11 @@ FUSED = [c for c in CASES if c.op in ops.FUSED and not ("norms" in str(c) and " 
 
 
 @outside
-@pytest.mark.parametrize("tests", ["test_cases", "not test_cases and not test_many"])
+@pytest.mark.parametrize(
+    "tests",
+    ["test_cases and attention", "test_cases and not attention", "test_fused",
+     "not test_cases and not test_fused and not test_many"],
+)  # fmt: skip
 def test_interpreter(tests: str) -> None:
     run_inside(__file__, "-k", tests)
 
