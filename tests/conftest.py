@@ -24,7 +24,7 @@ TINY_DIT = ModelConfig(
 
 
 # a minute and more each: begun last, they would leave the other workers idle
-LONG = ("test_interpreter", "test_every_kernel", "test_dots_run")
+LONG = ("test_interpreter", "test_every_kernel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

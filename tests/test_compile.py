@@ -17,36 +17,21 @@ import torch  # noqa: E402
 from bench import compile_gate as gate  # noqa: E402
 from fpdm.kernels import gemm  # noqa: E402
 
-# one worker: another would compile everything once more
-pytestmark = pytest.mark.xdist_group("compile gate")
 
-
-@pytest.fixture(scope="module", params=gate.ARCHITECTURES)
-def rows(request: pytest.FixtureRequest) -> list[gate.Resources]:
-    return gate.compiled(request.param)
-
-
-def test_every_kernel_is_within_the_limits(rows: list[gate.Resources]) -> None:
-    found = [line for r in rows for line in gate.violations(r)]
-    assert found == []
-
-
-def test_every_kernel_is_in_the_table(rows: list[gate.Resources]) -> None:
-    """Registers may change with Triton; a kernel that comes or goes is a change to look at."""
-    arch = rows[0].arch
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_every_kernel(arch: int) -> None:
+    """Limits, the committed table, nothing that is never launched, dots on tensor cores: one test,
+    so that everything is compiled once."""
+    rows = gate.compiled(arch)
+    assert [line for r in rows for line in gate.violations(r)] == []
+    # registers may change with Triton; a kernel that comes or goes is a change to look at
     known = {key for key in gate.committed() if key[1] == arch}
     found = {r.key for r in rows}
     advice = "python -m bench.compile_gate --write"
     assert sorted(found - known) == [], f"not in {gate.TABLE.name}: {advice}"
     assert sorted(known - found) == [], f"only in {gate.TABLE.name}: {advice}"
-
-
-def test_every_kernel_is_launched(rows: list[gate.Resources]) -> None:
     assert gate.unlaunched(gate.kernel_modules(), rows) == set()
-
-
-def test_dots_run_on_tensor_cores(rows: list[gate.Resources]) -> None:
-    """And the gate knows a dot when it sees one."""
+    # the gate knows a dot when it sees one
     with_dot = {r.kernel for r in rows if r.dot}
     assert with_dot == {
         "attention._attention_forward", "attention._attention_backward_q",
@@ -55,7 +40,7 @@ def test_dots_run_on_tensor_cores(rows: list[gate.Resources]) -> None:
         "gemm_kernels.linear_gate_residual",
     }  # fmt: skip
     wgmma = {r.kernel for r in rows if r.instructions.get("HGMMA")}
-    assert wgmma == (with_dot if rows[0].arch == 90 else set())
+    assert wgmma == (with_dot if arch == 90 else set())
 
 
 def test_odd_gemms_compile() -> None:
