@@ -11,6 +11,7 @@ at the library for every GEMM of that size (bench/results/nvidia-h200/autotune.t
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch import nn
 
 from bench import cost, published, timing
 from bench.operators import operators
-from bench.rows import OURS, Arms, Row, Setting, inputs, randomised
-from bench.suites import Plain, gemms, network, optimizer
+from bench.rows import OURS, Arms, Row, Setting, dtype_name, inputs, randomised
+from bench.suites import Plain, gemms, network, optimizer, published_sampler
 from bench.timing import Arm
-from fpdm import engine, noise
+from fpdm import budget, engine
 from fpdm.batches import draw_iterations
 from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
@@ -38,33 +39,6 @@ def setting(batch: int, dtype: torch.dtype = torch.bfloat16) -> Setting:
     return Setting("XL/2", XL, batch, dtype, torch.device("cuda"))
 
 
-def published_sampler(
-    module: nn.Module, sampler: engine.Sampler, s: Setting, guidance: float, iters: int
-) -> Arm:
-    """The published loop: DDIM from the same noise, both branches of the guidance in one batch."""
-    seeds = list(range(s.batch))
-    keys = noise.as_keys(seeds).to(s.device)
-    shape = (s.config.in_channels, s.config.input_size, s.config.input_size)
-    y = torch.zeros(s.batch, dtype=torch.int64, device=s.device)
-    null = torch.full_like(y, s.config.num_classes)
-    dtype = next(module.parameters()).dtype
-
-    @torch.no_grad()
-    def run() -> None:
-        x = noise.normals(keys, 0, 0, noise.SAMPLE_INIT, shape)
-        for index, (t, _) in enumerate(sampler.plan.steps):
-            times = torch.full_like(y, t)
-            if guidance == 1.0:
-                out = module(x.to(dtype), times, y, iters).float()
-            else:
-                double = torch.cat([x, x]).to(dtype)
-                both = module(double, times.repeat(2), torch.cat([y, null]), iters).float()
-                out = engine.steps.guide(*both.chunk(2), guidance, None)
-            x = engine.steps.step(x, out, sampler.rows[index], None)
-
-    return run
-
-
 def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters: int = 8) -> Row:
     """Images from noise. ``compiled``: against torch.compile, else against eager PyTorch, and the
     time of our own launches without graphs."""
@@ -77,7 +51,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         def ours(graphs: str) -> tuple[engine.Sampler, Arm]:
             config = SamplerConfig(
                 steps=steps, iters=iters, guidance=guidance, batch=s.batch, graphs=graphs,  # type: ignore[arg-type]
-                dtype=str(s.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+                dtype=dtype_name(s.dtype),  # type: ignore[arg-type]
             )  # fmt: skip
             sampler = engine.Sampler(model, diffusion, config)
             run = partial(sampler.sample, labels, seeds, stats=False)
@@ -88,9 +62,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         sampler, run = ours("auto")
         plain = Plain(model, s.dtype).to(s.device)
         arms: dict[str, Arm | str] = {OURS: run}
-        branches = 1 if guidance == 1.0 else 2
-        wide = Setting(s.label, s.config, s.batch * branches, s.dtype, s.device)
-        one = gemms(wide, iters)
+        one = gemms(replace(s, batch=s.batch * (1 if guidance == 1.0 else 2)), iters)
         if s.batch == 1 and s.device.type == "cuda":
             # without the launches, as everything it is compared with
             one = timing.replayed(one, 1)
@@ -103,21 +75,21 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         if compiled:
             if s.batch == 1:
                 theirs = torch.compile(plain, mode="max-autotune", dynamic=False)
-                arms["published compiled"] = published_sampler(theirs, sampler, s, guidance, iters)
+                arms["published compiled"] = published_sampler(sampler, theirs, s, labels, seeds)
             else:
-                arms["published compiled"] = partial(
-                    Regions(), published_sampler(plain, sampler, s, guidance, iters)
-                )
+                eager = published_sampler(sampler, plain, s, labels, seeds)
+                arms["published compiled"] = partial(Regions(), eager)
         else:
             arms["fpdm without graphs"] = ours("off")[1]
-            arms["published eager"] = published_sampler(plain, sampler, s, guidance, iters)
+            arms["published eager"] = published_sampler(sampler, plain, s, labels, seeds)
             if s.batch == 1:  # as shipped; seconds for a large batch
+                shipped, wide = Plain(model, torch.float32), replace(s, dtype=torch.float32)
                 arms["published eager float32"] = published_sampler(
-                    Plain(model, torch.float32), sampler, s, guidance, iters
+                    sampler, shipped, wide, labels, seeds
                 )
-        macs = sum(p.flops for p in cost.iteration(s.config, s.batch * branches)) * iters * steps
+        count = 2 * s.batch * budget.macs_per_sample(s.config, [iters] * steps, True, guidance)
         facts = {"steps": steps, "k": iters, "guidance": guidance}
-        return Arms(arms, macs, 0, s.batch, facts, s.dtype)
+        return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
     return Row("sampler", name + (" compiled" if compiled else ""), build, 5)

@@ -166,11 +166,9 @@ def adaln_backward(
     )
     if not z.numel():
         return
-    part, tile = rows.workspace(z, 2, CHUNK), rows.tile(d)
-    # narrow rows: a step of the loop must not reach into the next program's tokens
-    tile = tile | {"ROWS": min(tile["ROWS"], CHUNK)}
+    part = rows.workspace(z, 2, CHUNK)
     _adaln_backward[(b * rows.chunks(t, CHUNK),)](
         dy, z, scale, dz, part, row_stride(scale), t,
-        **tile, CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
+        **rows.tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
     )  # fmt: skip
     rows.accumulate(part, dshift, dscale)

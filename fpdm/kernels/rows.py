@@ -31,9 +31,10 @@ CHUNK = 32
 
 @functools.cache
 def tile(width: int) -> dict[str, int]:
-    """ROWS and COLS for rows of ``width``: at most 16 pieces, 512 values in all up to D = 8192."""
+    """ROWS and COLS for rows of ``width``: at most 16 pieces, 512 values in all up to D = 8192; at
+    most 16 rows, which divide every chunk of tokens that a program sums."""
     cols = min(max(128, next_power_of_2(cdiv(width, 16))), _power(width))
-    return {"D": width, "ROWS": max(512 // cols, 1), "COLS": cols}
+    return {"D": width, "ROWS": min(max(512 // cols, 1), 16), "COLS": cols}
 
 
 def _power(width: int) -> int:
