@@ -223,13 +223,17 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def render(path: Path, whole: bool) -> None:
-    """The page beside the result, and with ``whole`` the README's tables. Raises ConfigError."""
-    if not path.is_file():
+    """The page beside the result; with ``whole`` of every committed one, and the README's tables.
+    Raises ConfigError."""
+    counted, paths = report.load(RESULTS)[1], [path]
+    if whole:
+        paths = sorted(RESULTS.glob("*/bench.json"))
+    if not all(p.is_file() for p in paths):
         raise ConfigError(f"--render: got no {path}, expected a result; run python -m bench")
-    result, counted = json.loads(path.read_text()), report.load(RESULTS)[1]
-    target = path.with_name("report.html")
-    target.write_text(page.page(result, counted))
-    print("wrote", target)
+    for p in paths:
+        target = p.with_name("report.html")
+        target.write_text(page.page(json.loads(p.read_text()), counted))
+        print("wrote", target)
     readme = machine.ROOT / "README.md"
     text = report.readme(readme.read_text(), RESULTS) if whole else None
     if text is not None:

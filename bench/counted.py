@@ -22,7 +22,7 @@ def curve(config: ModelConfig, batch: int) -> dict[str, list[list[float]]]:
     ms = (1, 4, 8, 12)
     found: dict[str, list[list[float]]] = {}
     for mode in MODES:
-        execution = ExecutionConfig(recompute=mode, backward_chunks=1 if mode == "none" else 4)
+        execution = ExecutionConfig(recompute=mode, chunks=1 if mode == "none" else 4)
         totals = [memory.training(config, batch, execution, 0, m).total for m in ms]
         found[f"recompute {mode}"] = [[m, t / memory.GB] for m, t in zip(ms, totals)]
     # the published loop is linear in m

@@ -126,7 +126,7 @@ def peak_of_step(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     model = build_model(config, ExecutionConfig(**execution)).cuda()
-    weights = PreparedWeights(model, dtype)
+    weights = PreparedWeights(model, dtype, accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
     x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))
     state = torch.cuda.memory_allocated() - before
@@ -156,7 +156,7 @@ def memory(out: Path) -> None:
                 with report.row(arm="fpdm", n=12, m=12, **facts) as found:
                     found |= peak_of_step(
                         MODEL_PRESETS[name], 12, 12, torch.bfloat16, recompute=mode,
-                        backward_chunks=chunks,
+                        chunks=chunks,
                     )  # fmt: skip
 
 

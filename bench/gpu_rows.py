@@ -163,8 +163,8 @@ def training(
 
     def build() -> Arms:
         chunks = 1 if recompute == "none" else 4
-        model = randomised(s.config, s.device, recompute=recompute, backward_chunks=chunks)
-        weights = PreparedWeights(model, s.dtype)
+        model = randomised(s.config, s.device, recompute=recompute, chunks=chunks)
+        weights = PreparedWeights(model, s.dtype, accumulate=True)
         x, t, y = inputs(s.config, s.batch, s.device)
         plain = Plain(model, torch.float32)
 

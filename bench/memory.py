@@ -40,7 +40,12 @@ class LiveBytes(TorchDispatchMode):
 
     INSIDE: ClassVar[dict[Any, Any]] = {
         op._opoverload: op._init_fn
-        for op in (fixed_point.iterate, fixed_point.unroll, fixed_point.unroll_backward)
+        for op in (
+            fixed_point.iterate,
+            fixed_point.unroll,
+            fixed_point.unroll_backward,
+            fixed_point.unroll_backward_,
+        )
     }
 
     def __init__(self) -> None:
@@ -177,7 +182,7 @@ def training(
     """Our training step; ``m`` and ``n`` are ignored by a DiT, where every block is unrolled."""
     with FakeTensorMode(allow_non_fake_inputs=True), shapes_only():
         model = build_model(config, execution)
-        weights = PreparedWeights(model, dtype)
+        weights = PreparedWeights(model, dtype, accumulate=True)
         side = config.input_size
         x = torch.empty(batch, config.in_channels, side, side)
         t, y = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
@@ -236,7 +241,7 @@ def table(batch: int = 64, m: int = 12) -> list[dict[str, Any]]:
         config = MODEL_PRESETS[name]
         for mode in ("none", "elementwise", "full"):
             chunks = 1 if mode == "none" else 4
-            execution = ExecutionConfig(recompute=mode, backward_chunks=chunks)
+            execution = ExecutionConfig(recompute=mode, chunks=chunks)
             found = training(config, batch, execution, m, m)
             rows.append({"model": name, "arm": f"fpdm {mode}", "chunks": chunks, **found.row()})
         found = plain(config, batch, m, m)

@@ -171,6 +171,8 @@ def cost_against_k(result: dict[str, Any]) -> str:
     """One evaluation against k: measured, and DiT as a level."""
     series: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows_of(result, "network"):
+        if "k" not in row:
+            continue
         setting = row["name"].rsplit(" k=", 1)[0]
         for name, arm in row["arms"].items():
             time = 1e3 * arm["median_s"] / row["images"]

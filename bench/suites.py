@@ -168,7 +168,7 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
 
     def build() -> Arms:
         model = randomised(s.config, s.device, recompute=recompute)
-        weights = PreparedWeights(model, s.dtype)
+        weights = PreparedWeights(model, s.dtype, accumulate=True)
         x, t, y = inputs(s.config, s.batch, s.device)
         plain = Plain(model, torch.float32)
 
@@ -204,7 +204,7 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
 def _dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
     config = dit(s.config, iters)
     model = randomised(config, s.device)
-    weights = PreparedWeights(model, s.dtype)
+    weights = PreparedWeights(model, s.dtype, accumulate=True)
     x, t, y = inputs(config, s.batch, s.device)
 
     def run() -> None:

@@ -109,14 +109,14 @@ class ExecutionConfig(Settings):
 
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
-    backward_chunks: int = 1  # parts of the batch it walks in turn: divides its working set
+    chunks: int = 1  # parts of the batch it walks in turn: divides its working set
     residual_dtype: Literal["compute", "float32"] = (
         "compute"  # of the iterate; no lower residual floor
     )
 
     def check(self) -> None:
         """At least one chunk."""
-        self.at_least(1, "backward_chunks")
+        self.at_least(1, "chunks")
 
 
 @dataclass(frozen=True)

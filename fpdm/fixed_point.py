@@ -5,7 +5,7 @@
     S-JFB (paper section 3.3): n iterations that store nothing, detach, then m with gradient.
     JFB: m = 1. Multi-step JFB: m = M. Full unrolling: n = 0, m = k, detach_init=False.
 
-``fpdm::iterate`` and ``fpdm::unroll`` / ``fpdm::unroll_backward`` are opaque to autograd and to
+``fpdm::iterate`` and ``fpdm::unroll`` / ``fpdm::unroll_backward(_)`` are opaque to autograd and to
 torch.compile: m is an integer argument, what the backward needs is returned in stacked buffers
 (ledger in fpdm.block), and the backward is analytic, built from ``step_backward``. Once
 differentiable.
@@ -104,11 +104,70 @@ def _kept_x(m: int, recompute: str) -> int:
     return 0 if recompute == "elementwise" else m - 1
 
 
+class _Kept(NamedTuple):
+    """Operands and what is kept for the backward, for all samples or a part of them."""
+
+    x: Tensor
+    i: Tensor | None
+    u: Tensor | None
+    mod: Tensor
+    xs: Tensor
+    slots: list[Activations]
+
+    def rows(self, part: slice) -> _Kept:
+        """The samples of ``part``."""
+        i, u = (None if t is None else t[part] for t in (self.i, self.u))
+        slots = [acts[part] for acts in self.slots]
+        return _Kept(self.x[part], i, u, self.mod[part], self.xs[:, part], slots)
+
+
+class _Run(NamedTuple):
+    """How forward and backward run: the same for every part of the batch."""
+
+    ops: Any
+    w: BlockWeights
+    heads: int
+    recompute: str
+    grads: BlockGrads | None = None
+    input_grad: bool = False
+
+
+def _slots(
+    residual: Tensor, compute: Tensor, recompute: str, injected: bool, shape: torch.Size, m: int
+) -> list[Activations]:
+    return [slot_views(residual[j], compute[j], recompute, injected, shape) for j in range(m)]
+
+
+def _parts(batch: int, chunks: int) -> list[slice]:
+    size = max(1, -(-batch // chunks))
+    return [slice(start, start + size) for start in range(0, batch, size)]
+
+
+def _walk_forward(run: _Run, k: _Kept, out: Tensor, table: Tensor) -> None:
+    """The m iterations; what they keep is written into ``k``, the norms into ``table`` (m,2,b)."""
+    m, src = len(k.slots), k.x
+    work = forward_workspace(src, k.mod.dtype, run.recompute)
+    ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(k.xs) else []
+    norms = table.new_empty(table.shape[1:]) if len(table) else None
+    for j, slot in enumerate(k.slots):
+        dst = out if j == m - 1 else (k.xs[j] if len(k.xs) else ping[j % 2])
+        acts = slot.update(work)
+        if run.recompute != "none":
+            acts.z2 = dst
+        if run.recompute == "full":
+            acts.z = dst
+        names = SAVED[run.recompute]
+        step_forward(run.ops, src, k.u, k.mod, run.w, run.heads, acts, dst, norms, names)
+        if norms is not None:
+            table[j] = norms
+        src = dst
+
+
 @torch.library.custom_op(
     "fpdm::unroll",
     mutates_args=(),
     schema="(Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] weights, "
-    "SymInt m, int heads, str impl, str recompute, int chunks, bool norms) "
+    "SymInt m, int heads, str impl, str recompute, int chunks, bool norms, bool accumulate) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def unroll(
@@ -124,6 +183,7 @@ def unroll(
     recompute: str,
     chunks: int,
     norms: bool,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """m >= 1 applications of the block with gradient.
 
@@ -131,7 +191,10 @@ def unroll(
     residual-dtype buffer (m, .), compute-dtype buffer (m, .)). The gradient reaches x, i, mod and
     ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights``
     are their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the
-    gradient of u flows to i, E and b1 in the backward, which walks the batch in ``chunks`` parts.
+    gradient of u flows to i, E and b1 in the backward. Forward and backward walk the batch in
+    ``chunks`` parts, one after another, which divides their working sets.
+    With ``accumulate`` the backward adds the gradients of ``params`` to the ``.grad`` that they
+    have, in place, and autograd is given none: no second buffer of their size.
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
@@ -142,20 +205,13 @@ def unroll(
     residual, compute = x.new_empty(m, nr * unit), mod.new_empty(m, nc * unit)
     table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
+    slots = _slots(residual, compute, recompute, injected, x.shape, m)
+    kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
+    run = _Run(operators, w, heads, recompute)
     with ops.no_autocast(x.device):
-        work = forward_workspace(x, mod.dtype, recompute)
-        src = x.contiguous()
-        ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(xs) else []
-        for j in range(m):
-            dst = out if j == m - 1 else (xs[j] if len(xs) else ping[j % 2])
-            acts = slot_views(residual[j], compute[j], recompute, injected, x.shape).update(work)
-            if recompute != "none":
-                acts.z2 = dst
-            if recompute == "full":
-                acts.z = dst
-            row = table[j] if norms else None
-            step_forward(operators, src, u, mod, w, heads, acts, dst, row, SAVED[recompute])
-            src = dst
+        # what keeps everything has no working set to divide
+        for part in _parts(b, 1 if recompute == "none" else chunks):
+            _walk_forward(run, kept.rows(part), out[part], table[:, :, part])
     return out, table, xs, residual, compute
 
 
@@ -173,6 +229,7 @@ def _(
     recompute: str,
     chunks: int,
     norms: bool,
+    accumulate: bool,
 ) -> tuple[Tensor, ...]:
     b, t, d = x.shape
     nr, nc = saved_units(recompute, u is not None)
@@ -185,49 +242,55 @@ def _(
     )
 
 
-class _Kept(NamedTuple):
-    """What a backward reads, for all samples or a part of them."""
-
-    x: Tensor
-    i: Tensor | None
-    u: Tensor | None
-    mod: Tensor
-    xs: Tensor
-    slots: list[Activations]
-
-    def rows(self, part: slice) -> _Kept:
-        """The samples of ``part``."""
-        i, u = (None if t is None else t[part] for t in (self.i, self.u))
-        slots = [acts[part] for acts in self.slots]
-        return _Kept(self.x[part], i, u, self.mod[part], self.xs[:, part], slots)
-
-
-class _Run(NamedTuple):
-    """How a backward runs: the same for every part of the batch."""
-
-    ops: Any
-    w: BlockWeights
-    heads: int
-    recompute: str
-    grads: BlockGrads | None
-    input_grad: bool
+_BACKWARD = (
+    "Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] weights, Tensor xs, "
+    "Tensor residual, Tensor compute, SymInt m, int heads, str impl, str recompute, int chunks, "
+    "bool input_grad"
+)
 
 
 @torch.library.custom_op(
     "fpdm::unroll_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor x, Tensor? i, Tensor? u, Tensor mod, Tensor[] params, Tensor[] "
-    "weights, Tensor xs, Tensor residual, Tensor compute, SymInt m, int heads, str impl, "
-    "str recompute, int chunks, bool weight_grads, bool input_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"(Tensor[] params, {_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def unroll_backward(
+    params: Sequence[Tensor], *operands: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(dx_0, di, dmod, dparams) of ``unroll``, given ``params`` to find gradients of (none: frozen
+    weights) and the operands of ``_backward``."""
+    sums = [torch.zeros_like(p, dtype=ops.accumulator(p.dtype)) for p in params]
+    found = _backward(sums, *operands)
+    return *found, [d.to(p.dtype) for d, p in zip(sums, params)]
+
+
+@unroll_backward.register_fake
+def _(params: Sequence[Tensor], *operands: Any) -> tuple[Any, ...]:
+    return *_backward_shapes(*operands), [p.new_empty(p.shape) for p in params]
+
+
+@torch.library.custom_op(
+    "fpdm::unroll_backward_",
+    mutates_args=("sums",),
+    schema=f"(Tensor(a!)[] sums, {_BACKWARD}) -> (Tensor, Tensor, Tensor)",
+)
+def unroll_backward_(sums: Sequence[Tensor], *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx_0, di, dmod) of ``unroll``; the gradients of its parameters are added to ``sums``."""
+    return _backward(sums, *operands)
+
+
+@unroll_backward_.register_fake
+def _(sums: Sequence[Tensor], *operands: Any) -> tuple[Tensor, ...]:
+    return _backward_shapes(*operands)
+
+
+def _backward(
+    sums: Sequence[Tensor],
     g: Tensor,
     x: Tensor,
     i: Tensor | None,
     u: Tensor | None,
     mod: Tensor,
-    params: Sequence[Tensor],
     weights: Sequence[Tensor],
     xs: Tensor,
     residual: Tensor,
@@ -237,36 +300,35 @@ def unroll_backward(
     impl: str,
     recompute: str,
     chunks: int,
-    weight_grads: bool,
     input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(dx_0, di, dmod, dparams) of ``unroll``; dx_0 is empty without ``input_grad``, di without
-    injection, dparams without ``weight_grads``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx_0, di, dmod); dx_0 is empty without ``input_grad``, di without injection.
 
-    Every weight gradient of the m iterations accumulates in one float32 buffer (float64 for float64
-    parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. u is read again only to
-    recompute in full, and may be None otherwise. The batch is walked in
-    ``chunks`` parts, one after another, which divides the working set.
+    Every weight gradient of the m iterations accumulates in its buffer of ``sums``, float32
+    (float64 for float64 parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. u is
+    read again only to recompute in full, and may be None otherwise.
     """
-    grads = None
-    if weight_grads:
-        sums = [torch.zeros_like(p, dtype=ops.accumulator(p.dtype)) for p in params]
-        grads = BlockGrads(*sums)
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
-    injected = i is not None
-    slots = [slot_views(residual[j], compute[j], recompute, injected, x.shape) for j in range(m)]
+    slots = _slots(residual, compute, recompute, i is not None, x.shape, m)
     kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
-    operators = ops.resolve(impl, x.device, mod.dtype)
+    operators, grads = ops.resolve(impl, x.device, mod.dtype), BlockGrads(*sums) if sums else None
     run = _Run(operators, BlockWeights(*weights), heads, recompute, grads, input_grad)
-    g = g.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    dx = x.new_empty(x.shape if input_grad else 0)
     di = x.new_empty(0) if i is None else torch.empty_like(i)
-    size = max(1, -(-len(x) // chunks))
     with ops.no_autocast(x.device):
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            _walk_back(run, kept.rows(part), g[part], dmod[part], di[part])
-    dparams = [d.to(p.dtype) for d, p in zip(grads or (), params) if d is not None]
-    return g if input_grad else x.new_empty(0), di, dmod.to(mod.dtype), dparams
+        for part in _parts(len(x), chunks):
+            # overwritten on the way, and g is the caller's
+            mine = dx[part] if input_grad else x.new_empty(x[part].shape)
+            _walk_back(run, kept.rows(part), mine.copy_(g[part]), dmod[part], di[part])
+    return dx, di, dmod.to(mod.dtype)
+
+
+def _backward_shapes(g: Tensor, x: Tensor, i: Any, u: Any, mod: Tensor, *rest: Any) -> Any:
+    return (
+        x.new_empty(x.shape if rest[-1] else 0),
+        x.new_empty(0) if i is None else i.new_empty(i.shape),
+        mod.new_empty(mod.shape),
+    )
 
 
 def _walk_back(run: _Run, k: _Kept, g: Tensor, dmod: Tensor, di: Tensor) -> None:
@@ -327,65 +389,48 @@ def _injection_gradients(run: _Run, i: Tensor, du: Tensor, di: Tensor) -> None:
     run.ops.linear_dgrad(wide, run.w.inj_e, out=di)
 
 
-@unroll_backward.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    i: Any,
-    u: Any,
-    mod: Tensor,
-    params: Any,
-    weights: Any,
-    xs: Tensor,
-    residual: Tensor,
-    compute: Tensor,
-    m: int,
-    heads: int,
-    impl: str,
-    recompute: str,
-    chunks: int,
-    weight_grads: bool,
-    input_grad: bool,
-) -> tuple[Any, ...]:
-    return (
-        x.new_empty(x.shape if input_grad else 0),
-        x.new_empty(0) if i is None else i.new_empty(i.shape),
-        mod.new_empty(mod.shape),
-        [p.new_empty(p.shape) for p in params] if weight_grads else [],
-    )
-
-
 def _unroll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, i, u, mod, params, weights, m, heads, impl, recompute, chunks, _ = inputs
+    x, i, u, mod, params, weights, m, heads, impl, recompute, chunks, _, accumulate = inputs
     _, table, xs, residual, compute = output
     ctx.mark_non_differentiable(table, xs, residual, compute)
     ctx.set_materialize_grads(False)
     # 2 U that nothing but a full recomputation reads again
     u = u if recompute == "full" else None
     ctx.save_for_backward(x, i, u, mod, xs, residual, compute, *params, *weights)
-    ctx.counts = (len(params), m, heads, impl, recompute, chunks)
+    ctx.counts = (len(params), accumulate, m, heads, impl, recompute, chunks)
 
 
 def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    count, *settings = ctx.counts
+    count, accumulate, *settings = ctx.counts
     x, i, u, mod, xs, residual, compute, *rest = ctx.saved_tensors
     params, weights = rest[:count], rest[count:]
     nothing = [None] * len(params), [None] * len(weights)
     if g is None:
-        return (None, None, None, None, *nothing, *[None] * 6)
-    wants_x, wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
-    dx, di, dmod, dparams = unroll_backward(
-        g, x, i, u, mod, params, weights, xs, residual, compute, *settings, wanted, wants_x
-    )
+        return (None, None, None, None, *nothing, *[None] * 7)
+    wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    operands = (g, x, i, u, mod, weights, xs, residual, compute, *settings, wants_x)
+    dparams = nothing[0]
+    if sums := _gradients_of(params) if accumulate and all(wanted) else []:
+        dx, di, dmod = unroll_backward_(sums, *operands)
+    else:
+        dx, di, dmod, found = unroll_backward(params if any(wanted) else [], *operands)
+        dparams = found or dparams
     return (
         dx if wants_x else None,
         di if i is not None else None,
         None,
         dmod,
-        dparams if wanted else nothing[0],
+        dparams,
         nothing[1],
-        *[None] * 6,
+        *[None] * 7,
     )
+
+
+def _gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that exist, to be added to; none unless all do, as float32 or wider."""
+    found = [p.grad for p in params]
+    usable = all(g is not None and g.dtype == ops.accumulator(g.dtype) for g in found)
+    return [g for g in found if g is not None] if usable else []
 
 
 unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
@@ -393,13 +438,14 @@ unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a block runs: heads, implementation, recompute mode, parts of the batch in the
-    backward."""
+    """How a block runs: heads, implementation, recompute mode, parts of the batch in the backward,
+    whether it adds to the parameters' gradients in place."""
 
     heads: int
     impl: str
     recompute: str
     chunks: int = 1
+    accumulate: bool = False
 
 
 def solve(
@@ -435,6 +481,7 @@ def solve(
         x, table, *_ = unroll(
             x.detach() if detach_init else x, i, constant, mod, list(params), flat, m,
             settings.heads, settings.impl, settings.recompute, settings.chunks, norms,
+            settings.accumulate,
         )  # fmt: skip
         tables.append(table)
     return x, torch.cat(tables) if tables else _norm_table(x, 0, norms)

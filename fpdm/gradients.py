@@ -49,7 +49,7 @@ class _Map:
         s = self.settings
         out, table, *_ = unroll(
             x, self.i, self.u, self.mod, list(self.params), list(self.weights), 1, s.heads, s.impl,
-            s.recompute, s.chunks, self.norms,
+            s.recompute, s.chunks, self.norms, s.accumulate,
         )  # fmt: skip
         return out, table
 

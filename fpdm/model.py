@@ -153,9 +153,11 @@ class _Transformer(nn.Module):
         if init is not None and tuple(init.shape) != tokens:
             raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
 
-    def _settings(self) -> Settings:
+    def _settings(self, w: WeightView) -> Settings:
         e = self.execution
-        return Settings(self.config.num_heads, e.impl, e.recompute, e.backward_chunks)
+        return Settings(
+            self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate
+        )  # fmt: skip
 
     def residual_dtype(self, w: WeightView) -> torch.dtype:
         """dtype of the iterates under the weights ``w``."""
@@ -182,7 +184,16 @@ class _Transformer(nn.Module):
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
         out, _ = fixed_point.solve(
-            h, None, None, vectors, params, w.block(name), 0, 1, self._settings(), detach_init=False
+            h,
+            None,
+            None,
+            vectors,
+            params,
+            w.block(name),
+            0,
+            1,
+            self._settings(w),
+            detach_init=False,
         )
         return out
 
@@ -293,7 +304,7 @@ class FPDM(_Transformer):
         names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
         out, norms = gradients.solve(
             x, i, u, vectors, [w.params[name] for name in names],
-            w.block("block_fixed_point", injected=True), n, m, self._settings(), gradient,
+            w.block("block_fixed_point", injected=True), n, m, self._settings(w), gradient,
             detach_init, stats,
         )  # fmt: skip
         return out, SolveStats.from_norms(norms) if stats else None

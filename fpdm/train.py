@@ -140,7 +140,7 @@ class Trainer:
         model.initialize(torch.Generator().manual_seed(config.train.seed))
         self.model = model.to(device)
         self.diffusion = Diffusion(config.diffusion, device=str(device))
-        self.prepared = PreparedWeights(self.model, DTYPES[config.train.precision])
+        self.prepared = PreparedWeights(self.model, DTYPES[config.train.precision], accumulate=True)
         self.optimizer = AdamWEMA(self.model, config.optim, self.prepared)
         t = config.train
         self.scaler = (

@@ -219,9 +219,15 @@ def test_readme_is_what_render_writes() -> None:
     assert report.load(RESULTS)[1] is not None
     # a number changed by hand is written over
     head, block = text.split(report.BEGIN)
-    changed = block.replace("**14.2**", "**4.2**")
+    changed = block.replace("**14.1**", "**4.1**")
     assert changed != block
     assert report.readme(head + report.BEGIN + changed, RESULTS) == text
+
+
+def test_every_committed_result_has_a_page() -> None:
+    for path in RESULTS.glob("*/bench.json"):
+        result = json.loads(path.read_text())
+        assert f"{result['machine']}" in page.page(result, None), path
 
 
 def test_the_page_holds_every_picture_and_needs_no_other_file(

@@ -137,7 +137,7 @@ def test_memory_at_the_papers_setting() -> None:
     """Batch 64, n = m = 12, bf16, everything included. The paper: 10.2 GB, and DiT 25.2 GB."""
     totals = {}
     for mode, chunks in (("elementwise", 4), ("full", 4)):
-        execution = ExecutionConfig(recompute=mode, backward_chunks=chunks)  # type: ignore[arg-type]
+        execution = ExecutionConfig(recompute=mode, chunks=chunks)  # type: ignore[arg-type]
         totals[mode] = memory.training(XL, 64, execution).total / memory.GB
     assert totals["elementwise"] <= 9.0
     assert totals["full"] <= 3.5
