@@ -3,6 +3,7 @@
     python -m bench.gpu profile --out DIR   device time by kernel: a loop of 8, a training step
     python -m bench.gpu memory --out DIR    peak memory of a training step with its optimiser state
     python -m bench.gpu digits --out DIR    300 steps of the digits in fp32, fp16 and bf16
+    python -m bench.gpu replays --out DIR   training micro-batches replayed against launched
     python -m bench.gpu syncs --out DIR     host synchronisations and launches of a sampler step
     python -m bench.gpu smoke               one small step, for compute-sanitizer
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import suites
+from bench import suites, timing
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.diffusion import Diffusion, DiffusionConfig
 from fpdm.model import FPDM, DiT, build_model
@@ -202,6 +203,61 @@ def digits(out: Path) -> None:
             found["scale"] = rows[-1]["scale"]
 
 
+# recipe, batch, (n, m), precision, execution
+REPLAYS: list[tuple[str, int, tuple[int, int], str, dict[str, Any]]] = [
+    ("digits", 64, (1, 2), "fp32", {}),
+    ("digits", 64, (1, 2), "bf16", {}),
+    ("imagenet256", 8, (5, 6), "bf16", {}),
+    ("imagenet256", 64, (5, 6), "bf16", {}),
+    ("imagenet256", 64, (5, 6), "bf16", {"recompute": "elementwise", "chunks": 4}),
+    ("imagenet256", 64, (5, 6), "bf16", {"recompute": "full", "chunks": 4}),
+]
+
+
+def replays(out: Path) -> None:
+    """A training micro-batch replayed as one graph against the same launched kernel by kernel."""
+    report = Report(out / "replays.json")
+    for recipe, batch, (n, m), precision, execution in REPLAYS:
+        facts = {"recipe": recipe, "batch": batch, "n": n, "m": m, "precision": precision}
+        with report.row(**facts, **execution) as found:
+            arms = {
+                mode: micro_step(recipe, batch, (n, m), precision, mode, execution)
+                for mode in ("off", "on")
+            }
+            times = timing.interleave(arms, 9)
+            found |= {f"{mode}_ms": 1e3 * t.median for mode, t in times.items()}
+            found["launched_over_replayed"] = timing.ratio(times["off"], times["on"])
+
+
+def micro_step(
+    recipe: str, batch: int, pair: tuple[int, int], precision: str, mode: str,
+    execution: dict[str, Any], kind: str = "cuda",
+) -> Callable[[], Any]:  # fmt: skip
+    """The trainer's micro-batch of one (n, m) on random data."""
+    from fpdm.batches import Draws
+    from fpdm.microstep import MicroStep
+    from fpdm.train import DTYPES
+
+    config, device = RECIPES[recipe], torch.device(kind)
+    train = replace(config.train, precision=precision, graphs=mode)
+    config = replace(config, train=train)
+    model = suites.randomised(config.model, device, **execution)
+    weights = PreparedWeights(model, DTYPES[precision], accumulate=True)
+    optimizer = AdamWEMA(model, OptimConfig(), weights)
+    step = MicroStep(model, Diffusion(config.diffusion, kind), weights, config, device)
+    x, t, y = suites.inputs(config.model, batch, device)
+    draws = Draws(t, torch.randn_like(x), y)
+
+    def run() -> Any:
+        optimizer.zero_grad()
+        return step(x, draws, *pair, 1.0)
+
+    # launched once, then captured
+    run()
+    run()
+    return run
+
+
 def syncs(out: Path) -> None:
     """A sampler's run under the profiler: every call that waits for the device, by name."""
     from torch.profiler import ProfilerActivity, profile
@@ -251,7 +307,8 @@ def smoke() -> None:
 
 
 PARTS = {
-    "profile": profile_parts, "memory": memory, "digits": digits, "syncs": syncs,
+    "profile": profile_parts, "memory": memory, "digits": digits, "replays": replays,
+    "syncs": syncs,
 }  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 #   tests      every gpu test, compute-sanitizer on one small step of each implementation (90 s)
 #   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
 #              the sampler, then python -m bench on operators, network and sampler (3 minutes)
-#   train      memory, 300 steps of the digits in three precisions, python -m bench on training and
-#              the optimiser (3 minutes)
+#   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python -m
+#              bench on training and the optimiser (4 minutes)
 #   compiled   the rows against torch.compile: mostly compilation (7 minutes)
 #
 # Each part is one call under 8 minutes on a machine with torch, triton, cupy and pytest. Results are
@@ -63,6 +63,7 @@ case "$part" in
   train)
     piece memory 60 "$python" -m bench.gpu memory --out "$out"
     piece digits 90 "$python" -m bench.gpu digits --out "$out"
+    piece replays 60 "$python" -m bench.gpu replays --out "$out"
     piece bench_train 200 "$python" -m bench --suite training optimizer --skip compiled \
       --out "$out/bench_train.json"
     ;;

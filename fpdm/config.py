@@ -109,7 +109,7 @@ class ExecutionConfig(Settings):
 
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
-    chunks: int = 1  # parts of the batch it walks in turn: divides its working set
+    chunks: int = 1  # parts of the batch that they walk in turn: divides the working set
     residual_dtype: Literal["compute", "float32"] = (
         "compute"  # of the iterate; no lower residual floor
     )
@@ -313,6 +313,7 @@ class TrainConfig(Settings):
     scale_growth_interval: int = 2000
     scale_floor: float = 1.0
     resume: Literal["auto", "never"] = "auto"
+    graphs: Literal["off", "auto", "on"] = "off"  # CUDA graphs of micro-batches; auto: where faster
     tensorboard: bool = False
     ddp_timeout_s: int = 600
 

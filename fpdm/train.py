@@ -35,8 +35,8 @@ from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.files import atomic_write
-from fpdm.gradients import Gradient
 from fpdm.kernels import ops
+from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
 from fpdm.runlog import Progress, RunDirectory
@@ -142,6 +142,7 @@ class Trainer:
         self.diffusion = Diffusion(config.diffusion, device=str(device))
         self.prepared = PreparedWeights(self.model, DTYPES[config.train.precision], accumulate=True)
         self.optimizer = AdamWEMA(self.model, config.optim, self.prepared)
+        self.micro = MicroStep(self.model, self.diffusion, self.prepared, config, device)
         t = config.train
         self.scaler = (
             LossScaler(t.scale_init, t.scale_growth_interval, t.scale_floor)
@@ -257,14 +258,11 @@ class Trainer:
             self.window.micro += 1
             self.window.n += n
             self.window.m += m
-            losses, residual = self._micro_step(step, micro, n, m)
-            rows = torch.stack([losses["loss"], losses["mse"], losses["vb"], residual])
-            self.optimizer.tail[:4] += rows.detach().sum(1) / self.config.train.batch
-            self._losses.append((micro.ids, losses["loss"].detach()))
+            rows = self._micro_step(step, micro, n, m)
+            self.optimizer.tail[:4] += rows.sum(1) / self.config.train.batch
+            self._losses.append((micro.ids, rows[0]))
 
-    def _micro_step(
-        self, step: int, micro: Micro, n: int, m: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _micro_step(self, step: int, micro: Micro, n: int, m: int) -> Tensor:
         train, device = self.config.train, self.ranks.device
         x0 = micro.x.to(device, non_blocking=True)
         y = micro.y.to(device, non_blocking=True)
@@ -272,23 +270,8 @@ class Trainer:
             train.seed, step, micro.slots, x0, y, self.config.diffusion.timesteps,
             train.label_dropout, self.config.model.num_classes,
         )  # fmt: skip
-        xt = self.diffusion.q_sample(x0, draws.t, draws.noise)
-        residual = torch.zeros(len(micro.slots), device=device)
-        if isinstance(self.model, FPDM):
-            fixed = self.config.fixed_point
-            solution = self.model.solve(
-                xt, draws.t, draws.y, m, n, weights=self.prepared,
-                detach_init=fixed.detach_init, stats=self._row_due(step + 1),
-                gradient=Gradient(fixed.gradient, fixed.implicit_iters, fixed.phantom_damping),
-            )  # fmt: skip
-            output = solution.output
-            if solution.stats is not None:
-                residual = solution.stats.residual[-1]
-        else:
-            output = self.model(xt, draws.t, draws.y, weights=self.prepared)
-        losses = self.diffusion.losses(output.float(), x0, xt, draws.t, draws.noise)
-        (losses["loss"].sum() * (self.scaler.scale / train.batch)).backward()
-        return losses, residual
+        scale = self.scaler.scale / train.batch
+        return self.micro(x0, draws, n, m, scale, self._row_due(step + 1))
 
     def _update(self, norm: float) -> None:
         optim, scale = self.config.optim, self.scaler.scale

@@ -29,6 +29,7 @@ class _Trace(TorchDispatchMode):
         super().__init__()
         self.static, self.calls = set(static), []
         self.made: dict[int, Tensor] = {}
+        self.bases: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -38,13 +39,26 @@ class _Trace(TorchDispatchMode):
         for t in tree_flatten((args, kwargs))[0]:
             found = isinstance(t, Tensor) and id(t) not in self.made
             if found and t.numel() and storage(t) not in self.static:
-                raise NotStatic(f"{func} reads {tuple(t.shape)}")
+                self._another_name(func, t)
         out = func(*args, **kwargs)
+        self._note(func, args, kwargs, out)
+        return out
+
+    def _another_name(self, func: Any, t: Tensor) -> None:
+        """What autograd saved of a result comes back as another tensor on the same storage."""
+        base = self.bases.get(storage(t))
+        if base is None or base.dtype != t.dtype:
+            raise NotStatic(f"{func} reads {tuple(t.shape)}")
+        where = (base, t.size(), t.stride(), t.storage_offset())
+        self._note(torch.ops.aten.as_strided.default, where, {}, t)
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         for t in tree_flatten(out)[0]:
             if isinstance(t, Tensor):
                 self.made.setdefault(id(t), t)
+                if t.numel():
+                    self.bases.setdefault(storage(t), t)
         self.calls.append((func, args, kwargs, out))
-        return out
 
 
 class _Recorded:
@@ -52,6 +66,12 @@ class _Recorded:
         self.backend, self.calls = backend, calls
 
     def replay(self) -> None:
+        # what was recorded is what autograd had made of the work
+        with torch._C._AutoDispatchBelowAutograd():
+            self._replay()
+        self.backend.clock += self.backend.replay_extra
+
+    def _replay(self) -> None:
         now: dict[int, Tensor] = {}
 
         def current(x: Any) -> Any:
@@ -62,7 +82,6 @@ class _Recorded:
             for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
                 if isinstance(old, Tensor):
                     now[id(old)] = new
-        self.backend.clock += self.backend.replay_extra
 
     def release(self) -> None:
         assert self.calls, "released twice"
@@ -92,9 +111,10 @@ class RecordingBackend:
         finally:
             for key, s in tensors.items():
                 s.copy_(before[key])
-        for t in trace.made.values():
-            if t.is_floating_point() and storage(t) not in trace.static:
-                t.fill_(torch.nan)
+        with torch.no_grad():
+            for t in trace.made.values():
+                if t.is_floating_point() and storage(t) not in trace.static:
+                    t.detach().fill_(torch.nan)
         self.alive += 1
         return _Recorded(self, trace.calls)
 

@@ -11,10 +11,16 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
+from fpdm.batches import Draws
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.graphs import CudaBackend, GraphCache, GraphKey
+from fpdm.microstep import MicroStep
+from fpdm.optim import AdamWEMA
+from fpdm.recipes import RECIPES
+from fpdm.train import DTYPES
+from fpdm.weights import PreparedWeights
 
 pytestmark = pytest.mark.gpu
 
@@ -201,3 +207,57 @@ def test_two_streams_share_a_sampler(model: Any) -> None:
                 found.append(s.sample(LABELS, [n, n, n]).x)
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(found, want))
+
+
+def micro_steps(mode: str, precision: str, **execution: Any) -> tuple[MicroStep, AdamWEMA]:
+    config = RECIPES["digits"]
+    fixed = replace(config.fixed_point, n_max=2, m_max=2)
+    train = replace(config.train, graphs=mode, precision=precision)
+    config = replace(config, fixed_point=fixed, train=train)
+    net = random_model(config.model, **execution).cuda()
+    weights = PreparedWeights(net, DTYPES[precision], accumulate=True)
+    optimizer = AdamWEMA(net, config.optim, weights)
+    diffusion = Diffusion(config.diffusion, "cuda")
+    return MicroStep(net, diffusion, weights, config, torch.device("cuda")), optimizer
+
+
+@pytest.mark.parametrize("execution", [{}, {"recompute": "elementwise", "chunks": 2}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_replayed_training_steps(mode: str, precision: str, execution: dict[str, Any]) -> None:
+    """Losses, gradients and weights bitwise those of eager steps, optimiser steps between."""
+    pairs = [(0, 1), (2, 1), (2, 2)] * 8
+    found = []
+    for how in (mode, "off"):
+        step, optimizer = micro_steps(how, precision, **execution)
+        rows = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for number, (n, m) in enumerate(pairs):
+                g = torch.Generator("cuda").manual_seed(number)
+                x0, noise = torch.randn(2, 16, 1, 8, 8, generator=g, device="cuda")
+                t, y = (torch.randint(0, top, (16,), generator=g, device="cuda")
+                        for top in (1000, 11))  # fmt: skip
+                optimizer.zero_grad()
+                rows.append(step(x0, Draws(t, noise, y), n, m, 4.0 + number))
+                rows.append(optimizer.gradients.clone())
+                optimizer.step(1e-3, 1 / (4.0 + number))
+        found.append([*rows, optimizer.flat["w"]])
+        if how == "on":
+            assert step.graphs is not None
+            assert (step.graphs.captures, step.graphs.replays) == (3, 21)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_training_graphs_give_their_memory_back() -> None:
+    step, _ = micro_steps("on", "bf16")
+    x0, noise = torch.randn(2, 256, 1, 8, 8, device="cuda")
+    t, y = (torch.zeros(256, dtype=torch.int64, device="cuda") for _ in range(2))
+    sizes = []
+    for _ in range(10):
+        for n, m in [(0, 1), (2, 1), (0, 2), (2, 2)] * 3:
+            step(x0, Draws(t, noise, y), n, m, 1.0)
+        step.release()
+        torch.cuda.empty_cache()
+        sizes.append(used())
+    assert max(sizes) - sizes[0] <= 0.1 * 2**30

@@ -1,0 +1,123 @@
+"""Forward, loss and backward of one micro-batch: launched kernel by kernel, or replayed.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps;   o = model(x_t, t, y; n, m)
+    p.grad += s d(sum_b loss_b)/dp                   s = loss scale / batch of the step
+
+On a GPU with ``train.graphs`` everything between the micro-batch and the gradients runs on buffers
+that stay and is one graph per (n, m), see fpdm.graphs. A small model, a small batch or a batch
+walked in many chunks needs less time on the device than the host needs to launch it; a replay needs
+the host once. The graphs share one memory pool, as large as the largest step needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fpdm import graphs
+from fpdm.batches import Draws
+from fpdm.config import Config, ConfigError
+from fpdm.diffusion import Diffusion
+from fpdm.gradients import Gradient
+from fpdm.graphs import GraphCache, GraphKey
+from fpdm.model import FPDM, DiT
+from fpdm.weights import PreparedWeights
+
+
+class _Held:
+    """Static copies of what a micro-batch brings: x_0, eps (B,C,h,w), t, y (B,), s (), and its
+    ``rows`` (4,B), see ``MicroStep``."""
+
+    def __init__(self, x0: Tensor, draws: Draws):
+        self.x0, self.t = torch.empty_like(x0), torch.empty_like(draws.t)
+        self.draws = Draws(self.t, torch.empty_like(draws.noise), torch.empty_like(draws.y))
+        self.scale = x0.new_zeros(())
+        self.rows = x0.new_zeros(4, len(x0))
+
+    def take(self, x0: Tensor, draws: Draws, scale: float) -> None:
+        self.x0.copy_(x0)
+        self.t.copy_(draws.t)
+        self.draws.noise.copy_(draws.noise)
+        self.draws.y.copy_(draws.y)
+        self.scale.fill_(scale)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.x0, self.t, self.draws.noise, self.draws.y, self.scale, self.rows]
+
+
+class MicroStep:
+    """What the trainer does with a micro-batch. ``weights`` are the trainer's; gradients arrive in
+    the ``.grad`` that the parameters have, whose addresses stay (fpdm.optim).
+
+    Raises ConfigError when ``config.train.graphs`` is ``on`` where nothing can be captured.
+    """
+
+    def __init__(
+        self,
+        model: FPDM | DiT,
+        diffusion: Diffusion,
+        weights: PreparedWeights,
+        config: Config,
+        device: torch.device,
+    ):
+        self.model, self.diffusion, self.weights, self.config = model, diffusion, weights, config
+        fixed, mode = config.fixed_point, config.train.graphs
+        self.gradient = Gradient(fixed.gradient, fixed.implicit_iters, fixed.phantom_damping)
+        found = None if mode == "off" else graphs.backend_for(device)
+        if found is None and mode == "on":
+            raise ConfigError(f"train.graphs: got on, expected auto or off on {device}")
+        pairs = (fixed.n_max - fixed.n_min + 1) * (fixed.m_max - fixed.m_min + 1)
+        # fewer than there are would be captured again and again
+        self.graphs = None if found is None else GraphCache(found, mode == "on", pairs)
+        self.held: _Held | None = None
+        self.key = GraphKey(
+            "micro-batch", 0, (), (), (weights.dtype,), str(device), model.execution.impl, 0,
+            graphs.addresses(weights),
+        )  # fmt: skip
+
+    def __call__(
+        self, x0: Tensor, draws: Draws, n: int, m: int, scale: float, stats: bool = False
+    ) -> Tensor:
+        """Adds the gradients of ``scale`` times the summed loss; rows (4,B) float32, not attached:
+        loss, mse, vb and, with ``stats`` (which runs eagerly), the last relative residual."""
+        if self.graphs is None or stats:
+            return self._run(x0, draws, n, m, x0.new_full((), scale), stats)
+        if self.held is None or self.held.x0.shape != x0.shape:
+            # the old buffers' graphs would write into freed memory
+            self.graphs.clear()
+            self.held = _Held(x0, draws)
+        held = self.held
+        held.take(x0, draws, scale)
+
+        def work() -> None:
+            held.rows.copy_(self._run(held.x0, held.draws, n, m, held.scale, False))
+
+        variant = (n, m) if isinstance(self.model, FPDM) else ()
+        key = replace(self.key, rows=len(x0), variant=variant, shape=tuple(x0.shape[1:]))
+        self.graphs.run(key, work)
+        return held.rows.clone()
+
+    def _run(self, x0: Tensor, d: Draws, n: int, m: int, scale: Tensor, stats: bool) -> Tensor:
+        xt = self.diffusion.q_sample(x0, d.t, d.noise)
+        residual = x0.new_zeros(len(x0))
+        if isinstance(self.model, FPDM):
+            solution = self.model.solve(
+                xt, d.t, d.y, m, n, weights=self.weights, stats=stats, gradient=self.gradient,
+                detach_init=self.config.fixed_point.detach_init,
+            )  # fmt: skip
+            output = solution.output
+            if solution.stats is not None:
+                residual = solution.stats.residual[-1]
+        else:
+            output = self.model(xt, d.t, d.y, weights=self.weights)
+        losses = self.diffusion.losses(output.float(), x0, xt, d.t, d.noise)
+        (losses["loss"].sum() * scale).backward()
+        return torch.stack([losses["loss"], losses["mse"], losses["vb"], residual]).detach()
+
+    def release(self) -> None:
+        """Give back graphs and buffers; they are made again when needed."""
+        self.held = None
+        if self.graphs is not None:
+            self.graphs.clear()
