@@ -140,6 +140,18 @@ def flops(parts: list[Part]) -> int:
     return sum(p.flops for p in parts)
 
 
+def training_flops(config: ModelConfig, batch: int, n: int, m: int) -> int:
+    """FLOPs of a training step's blocks and injection: n iterations, and m more and the pre and
+    post blocks with their backward. Of a GEMM that is twice its forward, of attention 2.5 times."""
+    t, d = config.tokens, config.hidden_size
+    ends, injection = config.pre_depth + config.post_depth, 3 * d * d
+    block, attention = 12 * d * d, 2 * t * d
+    forward = injection + ends * (block + attention) + (n + m) * (block + 4 * d * d + attention)
+    backward = 2 * injection + ends * (2 * block + 5 * attention // 2)
+    backward += m * (2 * (block + 4 * d * d) + 5 * attention // 2)
+    return 2 * batch * t * (forward + backward)
+
+
 def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsize: int) -> float:
     """Bytes of the element-wise parts in units of U."""
     unit = batch * config.tokens * config.hidden_size * itemsize

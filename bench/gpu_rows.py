@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench import cost, published, timing
-from bench.operators import operators
+from bench.operators import iteration, operators
 from bench.rows import OURS, Arms, Row, Setting, dtype_name, inputs, randomised
 from bench.suites import Plain, gemms, network, optimizer, published_sampler
 from bench.timing import Arm
@@ -191,12 +191,9 @@ def training(
             arms["published eager"] = theirs
         if compiled:
             arms["published compiled"] = partial(Regions(), theirs)
-        parts = []
-        for n, m in draws:
-            parts += [p for _ in range(n + m) for p in cost.iteration(s.config, s.batch)]
-            parts += [p for _ in range(m) for p in cost.iteration_backward(s.config, s.batch)]
+        count = sum(cost.training_flops(s.config, s.batch, n, m) for n, m in draws)
         facts = {"recompute": recompute, "draws": draws, "chunks": chunks}
-        return Arms(arms, cost.flops(parts), 0, s.batch * len(draws), facts, s.dtype)
+        return Arms(arms, count, 0, s.batch * len(draws), facts, s.dtype)
 
     n, m = (statistics.mean(pair[i] for pair in draws) for i in range(2))
     what = f"n={n:g} m={m:g}" + (f" over {len(draws)} draws" if len(draws) > 1 else "")
@@ -213,7 +210,7 @@ def drawn() -> list[tuple[int, int]]:
 def rows() -> list[Row]:
     """Everything, cheap rows first and compiled baselines last."""
     large, one = setting(64), setting(1)
-    found = list(operators(large))
+    found = [*operators(large), *iteration(large)]
     found += [network(large, full=False)]
     found += [sampling(large, 1.0, False), sampling(setting(8), 4.0, False)]
     found += [sampling(one, 4.0, False)]

@@ -193,10 +193,9 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
             arms["published compiled"] = lambda: theirs(optimised, s.dtype)
         if recompute == "none":
             arms |= _dit_training(s, n + m)
-        parts = [p for _ in range(n + m) for p in cost.iteration(s.config, s.batch)]
-        parts += [p for _ in range(m) for p in cost.iteration_backward(s.config, s.batch)]
+        count = cost.training_flops(s.config, s.batch, n, m)
         facts = {"n": n, "m": m, "recompute": recompute, "dit_blocks": dit(s.config, n + m).depth}
-        return Arms(arms, cost.flops(parts), 0, s.batch, facts, s.dtype)
+        return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     return Row("training", f"{s.name} n={n} m={m} {recompute}", build, 9, 8.0)
 

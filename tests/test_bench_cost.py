@@ -106,6 +106,17 @@ def test_the_hand_count_of_a_network() -> None:
     assert suites.network_flops(XL, 4, 8) == 2 * 4 * t * macs
 
 
+def test_the_hand_count_of_a_training_step() -> None:
+    """The parts counted by torch above, 12 D^2 + 2 T D MACs a token for an outer block, 3 D^2 for
+    the injection."""
+    t, d = 256, 1152
+    forward = cost.flops(cost.iteration(XL, 4))
+    backward = cost.flops(cost.iteration_backward(XL, 4))
+    macs = 2 * (36 * d * d + 7 * t * d) + 9 * d * d
+    want = 11 * forward + 6 * backward + 2 * 4 * t * macs
+    assert cost.training_flops(XL, 4, 5, 6) == want
+
+
 def test_backward_is_twice_the_forward() -> None:
     """Every GEMM has two gradients; attention's backward has five products for two."""
     forward, backward = cost.iteration(XL, 2), cost.iteration_backward(XL, 2)
