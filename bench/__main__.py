@@ -72,7 +72,7 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
             found["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             del alive[name]
     found |= told(alive[rows.OURS], arms.dtype)
-    if row.suite == "operators" and torch.cuda.is_available():
+    if row.suite in ("operators", "iteration") and torch.cuda.is_available():
         # a single one takes the host longer than the device
         times, uncaptured = timing.device_times(alive, rounds or row.rounds)
         found["missing"] |= uncaptured

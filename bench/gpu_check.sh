@@ -3,7 +3,7 @@
 #
 #   tests      every gpu test, compute-sanitizer on one small step of each implementation (90 s)
 #   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
-#              the sampler, then python -m bench on operators, network and sampler (3 minutes)
+#              the sampler, then python -m bench on operators, parts of an iteration, network and sampler (3 minutes)
 #   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python -m
 #              bench on training and the optimiser (4 minutes)
 #   compiled   the rows against torch.compile: mostly compilation (7 minutes)
@@ -57,7 +57,7 @@ case "$part" in
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
-    piece bench_sample 200 "$python" -m bench --suite operators network sampler --skip compiled \
+    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler --skip compiled \
       --out "$out/bench_sample.json"
     ;;
   train)
