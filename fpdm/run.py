@@ -245,11 +245,21 @@ class Run:
 
     def _watch(self, launch: Launch, rows: int) -> None:
         """Iterations until all slots are done, then what they hold to their rows."""
-        w, watch = self.w, self.w.watching
-        n, parity = self._follow(launch, rows)
+        w, watch, n, parity = self.w, self.w.watching, rows, 0
+        if not self._loop(rows):
+            n, parity = self._follow(launch, rows)
         stopping.collect(watch, torch.arange(n, device=w.j.device), w.z[parity])
         if self.s.plan.limit:
             watch.bank[:rows] -= watch.used[:rows]
+
+    def _loop(self, n: int) -> bool:
+        """The solve of n slots as one launch that ends on the device, where that can be had."""
+        left = self.w.watching.left
+        if self.cache is None or self.s.solver is not None or n > stopping.LOOP_ROWS:
+            return False
+        return self.cache.loop(
+            self._key("solve", n, ()), lambda: left[0] > 0, partial(self._step, n, 0, 0)
+        )
 
     def _follow(self, launch: Launch, n: int) -> tuple[int, int]:
         """The solve of n slots, one iteration after the other, the host following: at once and

@@ -14,7 +14,10 @@ the host reads at once, and takes the slots that go on to the front whenever one
 is carried along, so nothing needs freezing. On a GPU it reads the flag of iteration j - 1 after it
 has launched iteration j, so that it waits for nothing without work behind it in the queue, and
 compacts in buckets (``plan.bucket``), few shapes for few graphs: those of a bucket that are done
-are carried along until the next smaller one. Two branches of a sample stop apart: each is a fixed-point
+are carried along until the next smaller one. A solve of so few slots that compaction saves nothing
+(``LOOP_ROWS``) is one launch under graphs=on, where torch captures conditional WHILE nodes (2.14):
+the device repeats the iteration until no slot goes on, and the host learns nothing. Not measured
+yet, so graphs=auto leaves it alone. Two branches of a sample stop apart: each is a fixed-point
 problem of its own.
 
 n slots, R rows of the batch, all tensors of ``workspace.Watch``.
@@ -31,6 +34,7 @@ from fpdm.solvers import Best, Solver
 from fpdm.workspace import Watch
 
 LAG = {"cpu": 0, "cuda": 1}  # iterations between a decision and its reading
+LOOP_ROWS = 2  # most slots of a loop that ends on the device: more are worth compacting
 
 
 def begin(w: Watch, n: int, k: Tensor, reserve: Tensor, limit: int) -> None:
@@ -38,6 +42,7 @@ def begin(w: Watch, n: int, k: Tensor, reserve: Tensor, limit: int) -> None:
     adaptive) up to what the bank holds beyond ``reserve`` (n,), but at most the limit."""
     torch.arange(n, out=w.rows[:n])
     torch.arange(n, out=w.place[:n])
+    w.left.fill_(n)
     w.count[:n].zero_()
     w.done[:n].zero_()
     cap = (w.bank[:n] - reserve).clamp_max(limit) if limit else k.expand(n)

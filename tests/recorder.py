@@ -47,6 +47,9 @@ class _Trace(TorchDispatchMode):
         return out
 
 
+_LOOP = object()
+
+
 class _Recorded:
     def __init__(self, backend: RecordingBackend, calls: list[Any]):
         self.backend, self.calls = backend, calls
@@ -57,11 +60,21 @@ class _Recorded:
         def current(x: Any) -> Any:
             return now.get(id(x), x) if isinstance(x, Tensor) else x
 
-        for func, args, kwargs, out in self.calls:
-            again = func(*tree_map(current, args), **tree_map(current, kwargs))
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
-                if isinstance(old, Tensor):
-                    now[id(old)] = new
+        def run(calls: list[Any]) -> None:
+            for func, args, kwargs, out in calls:
+                if func is _LOOP:
+                    before, body, after = args
+                    more = current(before)
+                    while more:
+                        run(body)
+                        more = current(after)
+                    continue
+                again = func(*tree_map(current, args), **tree_map(current, kwargs))
+                for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                    if isinstance(old, Tensor):
+                        now[id(old)] = new
+
+        run(self.calls)
         self.backend.clock += self.backend.replay_extra
 
     def release(self) -> None:
@@ -72,10 +85,14 @@ class _Recorded:
 
 class RecordingBackend:
     """``statics`` gives the tensors whose storages stay. Every eager launch takes a second on its
-    clock, a replay ``1 + replay_extra``; ``late``: no time is known yet. ``fail`` captures fail."""
+    clock, a replay ``1 + replay_extra``; ``late``: no time is known yet. ``fail`` captures fail,
+    ``fail_loops``: those of loops. A loop's body runs once at its capture, whatever its flag."""
+
+    loops = True
 
     def __init__(self, statics: Callable[[], Iterable[Tensor]]):
-        self.statics = statics
+        self.statics, self.fail_loops = statics, False
+        self.trace: _Trace
         self.clock, self.replay_extra, self.late, self.fail = 0.0, 0.0, False, 0
         self.alive = self.emptied = 0
 
@@ -85,7 +102,7 @@ class RecordingBackend:
             raise RuntimeError("operation not permitted when\nstream is capturing")
         tensors = {storage(t): t.untyped_storage() for t in self.statics() if t.numel()}
         before = {key: s.clone() for key, s in tensors.items()}
-        trace = _Trace(set(tensors))
+        trace = self.trace = _Trace(set(tensors))
         try:
             with trace:
                 work()
@@ -97,6 +114,18 @@ class RecordingBackend:
                 t.fill_(torch.nan)
         self.alive += 1
         return _Recorded(self, trace.calls)
+
+    def loop(self, more: Callable[[], Tensor], body: Callable[[], None]) -> None:
+        if self.fail_loops:
+            raise RuntimeError("conditional nodes are not supported")
+        before, outer = more(), self.trace.calls
+        assert before.shape == ()
+        assert before.dtype == torch.bool
+        self.trace.calls = []
+        body()
+        after, inner = more(), self.trace.calls
+        self.trace.calls = outer
+        outer.append((_LOOP, (before, inner, after), {}, ()))
 
     def mark(self) -> float:
         self.clock += 0.5
