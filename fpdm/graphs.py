@@ -23,6 +23,7 @@ What a graph is belongs to a ``Backend``: CUDA's here, a recording one in the te
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import warnings
 from collections import OrderedDict
@@ -54,6 +55,17 @@ class GraphKey:
     impl: str
     buffers: int
     weights: tuple[int, ...]
+
+
+def global_settings() -> tuple[Any, ...]:
+    """What torch is told process-wide about how products and indexed writes are computed."""
+    matmul = torch.backends.cuda.matmul
+    # from torch 2.9 on; the older getter raises where a caller has set this one
+    precision = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return (
+        precision, matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
 def addresses(weights: WeightView) -> tuple[int, ...]:
@@ -247,17 +259,23 @@ class CudaBackend:
 
     @contextlib.contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        # thread_local: a thread that pins memory meanwhile must not spoil the capture
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        self.recording = graph
+        # a collection might destroy graphs or events of others, which a capture forbids
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            yield
-            graph.capture_end()
-        except BaseException:
-            self._abandon(graph)
-            raise
+            # thread_local: a thread that pins memory meanwhile must not spoil the capture
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            self.recording = graph
+            try:
+                yield
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
         finally:
             self.recording = None
+            if collects:
+                gc.enable()
 
     def loop(self, more: Callable[[], torch.Tensor], body: Callable[[], None]) -> None:
         """A WHILE node whose graph is ``body`` and the flag's next value."""

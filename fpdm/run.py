@@ -113,7 +113,9 @@ class Run:
             self.block = sampler.weights.block("block_fixed_point", injected=True)
             self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
         self.addresses: tuple[int, ...] = ()
+        self.settings: tuple[Any, ...] = ()
         if cache is not None:
+            self.settings = (self.recorded, *graphs.global_settings())
             positions = sampler.model.pos_embed.data_ptr()
             self.addresses = (positions, *graphs.addresses(sampler.weights))
 
@@ -136,9 +138,8 @@ class Run:
     def _key(self, piece: str, rows: int, variant: tuple[Any, ...]) -> graphs.GraphKey:
         c, s = self.s.model.config, self.s
         return graphs.GraphKey(
-            piece, rows, (*variant, self.recorded, torch.get_float32_matmul_precision()),
-            (c.tokens, c.hidden_size), (s.dtype, self.w.z[0].dtype), str(s.device), self.impl,
-            self.w.token, self.addresses,
+            piece, rows, (*variant, *self.settings), (c.tokens, c.hidden_size),
+            (s.dtype, self.w.z[0].dtype), str(s.device), self.impl, self.w.token, self.addresses,
         )  # fmt: skip
 
     @property

@@ -8,12 +8,20 @@ made are filled with NaN after the capture, since a replay makes them anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+from conftest import random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from fpdm import graphs
+from fpdm.config import DiffusionConfig, ModelConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
 
 
 def storage(t: Tensor) -> int:
@@ -136,3 +144,30 @@ class RecordingBackend:
 
     def release(self) -> None:
         self.emptied += 1
+
+
+def network(config: ModelConfig, seed: int = 0) -> Any:
+    """By the reference: the recorder sees torch's operators only."""
+    return random_model(config, seed, impl="reference")
+
+
+def make(
+    config: SamplerConfig, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Sampler, RecordingBackend]:
+    """A sampler on the CPU that records."""
+
+    def statics() -> list[Tensor]:
+        assert s._kept is not None
+        tables = [s.timesteps, s.counts, s.reserves, s.rows]
+        tables += [] if s.gammas is None else [s.gammas]
+        weights = [*s.weights.params.values(), *s.weights.copies.values(), s.model.pos_embed]
+        return [*s._kept.tensors(), *tables, *weights]
+
+    backend = RecordingBackend(statics)
+    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
+    s = Sampler(model, Diffusion(DiffusionConfig()), config)
+    return s, backend
+
+
+def eager(config: SamplerConfig, model: Any) -> Sampler:
+    return Sampler(model, Diffusion(DiffusionConfig()), replace(config, graphs="off"))

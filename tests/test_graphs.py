@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
-from recorder import NotStatic, RecordingBackend
+from recorder import NotStatic, RecordingBackend, eager, make, network
 from torch import Tensor
 
-from fpdm import graphs, run, steps, stopping
+from fpdm import engine, graphs, run, steps, stopping
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -47,33 +46,6 @@ CASES: dict[str, tuple[ModelConfig, SamplerConfig]] = {
     "adaptive": (SMALL, replace(BUSY, iters=4, tol=0.15, allocation="adaptive", steps=7)),
     "dit": (DIT, replace(BUSY, iters=None, reuse="none")),
 }
-
-
-def network(config: ModelConfig, seed: int = 0) -> Any:
-    """By the reference: the recorder sees torch's operators only."""
-    return random_model(config, seed, impl="reference")
-
-
-def make(
-    config: SamplerConfig, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Sampler, RecordingBackend]:
-    """A sampler on the CPU that records."""
-
-    def statics() -> list[Tensor]:
-        assert s._kept is not None
-        tables = [s.timesteps, s.counts, s.reserves, s.rows]
-        tables += [] if s.gammas is None else [s.gammas]
-        weights = [*s.weights.params.values(), *s.weights.copies.values(), s.model.pos_embed]
-        return [*s._kept.tensors(), *tables, *weights]
-
-    backend = RecordingBackend(statics)
-    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
-    s = Sampler(model, Diffusion(DiffusionConfig()), config)
-    return s, backend
-
-
-def eager(config: SamplerConfig, model: Any) -> Sampler:
-    return Sampler(model, Diffusion(DiffusionConfig()), replace(config, graphs="off"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,116 +157,6 @@ def test_dynamic_launches_are_caught(
 STRAY = torch.ones(3)
 
 
-# loops that end on the device
-
-LOOPS: dict[str, dict[str, Any]] = {
-    "alone": {"guidance": 1.0},
-    "both branches": {},
-    "interval": {"guidance_low": 0.3, "guidance_high": 0.7, "steps": 7},
-    "adaptive": {"allocation": "adaptive", "iters": 4},
-    "odd cap": {"tol": 1e-5, "iters": 5},
-}
-
-
-def looped(
-    case: str, rows: int, monkeypatch: pytest.MonkeyPatch, statistics: bool = True
-) -> tuple[str | None, Sampler]:
-    """None when loops of up to ``rows`` slots give what the host-followed iterations give, bit for
-    bit, else what differs; and the sampler that looped."""
-    model = network(SMALL)
-    config = replace(BUSY, iters=9, tol=0.15, batch=max(1, rows // 2), invariant=rows <= 2)
-    config = replace(config, **LOOPS[case])
-    monkeypatch.setattr(stopping, "LOOP_ROWS", rows)
-    monkeypatch.setattr(run, "bucket", lambda _: rows)  # the same rows to the end
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
-    plain, (s, _) = eager(config, model), make(config, model, monkeypatch)
-    for seeds in (SEEDS, range(7), SEEDS):
-        want, found = plain.sample(LABELS, seeds), s.sample(LABELS, seeds, stats=statistics)
-        if not torch.equal(found.stats.iterations, want.stats.iterations):
-            return "iterations", s
-        residuals = (x.stats.residual.nan_to_num(-1) for x in (found, want))
-        if statistics and not torch.equal(*residuals):
-            return "residuals", s
-        if not torch.equal(found.x, want.x):
-            return "samples", s
-    return None, s
-
-
-@pytest.mark.parametrize("rows", [2, 14])
-@pytest.mark.parametrize("case", LOOPS)
-def test_loops_equal_what_the_host_follows(
-    case: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong, s = looped(case, rows, monkeypatch)
-    assert wrong is None
-    assert s.graphs is not None
-    assert any(key.piece == "solve" for key in s.graphs.entries)
-    # a loop for every shape that came twice: from now on the host reads nothing
-    reads: list[int] = []
-    monkeypatch.setattr(stopping.Flag, "read", lambda self, j: reads.append(j))
-    found = s.sample(LABELS, SEEDS)
-    assert reads == []
-    assert len(found.stats.iterations[:, 0].unique()) > (case != "odd cap")
-    assert looped(case, rows, monkeypatch, statistics=False)[0] is None
-
-
-def never_comes_back(self: run.Run, n: int, parity: int, into: int | None, *rest: Any) -> None:
-    STEP(self, n, parity, 1 if (parity, into) == (0, 0) else into, *rest)
-
-
-def begins_without_a_flag(w: Any, n: int, *rest: Any) -> None:
-    left = w.left.clone()
-    BEGIN(w, n, *rest)
-    w.left.copy_(left)
-
-
-STEP, BEGIN = run.Run._step, stopping.begin
-
-
-@pytest.mark.parametrize(
-    ("where", "name", "fault"),
-    [(run.Run, "_step", never_comes_back), (stopping, "begin", begins_without_a_flag)],
-)
-def test_loops_that_differ_are_caught(
-    where: Any, name: str, fault: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Iterates that stay in the other buffer; a flag of the timestep before. Followed by the host,
-    both are right."""
-    wrong, s = looped("both branches", 2, monkeypatch)
-    assert wrong is None
-    want = s.sample(LABELS, SEEDS).x
-    monkeypatch.setattr(where, name, fault)
-    wrong, s = looped("both branches", 2, monkeypatch)
-    assert wrong is not None
-    assert s.graphs is not None
-    s.graphs.loops = False
-    assert torch.equal(s.sample(LABELS, SEEDS).x, want)
-
-
-def test_loops_only_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed one costs a warning, and no other graph; auto and solvers have none."""
-    model = network(SMALL)
-    config = replace(BUSY, iters=9, tol=0.15, invariant=True)
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
-    want = eager(config, model).sample(LABELS, SEEDS).x
-    s, backend = make(config, model, monkeypatch)
-    backend.fail_loops = True
-    with pytest.warns(UserWarning, match="capture of a loop failed, the host follows it now: cond"):
-        assert torch.equal(s.sample(LABELS, SEEDS).x, want)
-    assert s.graphs is not None
-    assert (s.graphs.broken, s.graphs.loops) == (False, False)
-    assert backend.alive == s.graphs.captures > 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(s.sample(LABELS, SEEDS).x, want)
-        for changes in ({"graphs": "auto"}, {"solver": "anderson"}):
-            s, backend = make(replace(config, **changes), model, monkeypatch)
-            assert s.graphs is not None
-            for _ in range(2):
-                s.sample(LABELS, SEEDS)
-            assert not any(e.graph for key, e in s.graphs.entries.items() if key.piece == "solve")
-
-
 # keys
 
 
@@ -345,8 +207,18 @@ def test_what_a_key_tells_apart() -> None:
     assert len(changes) == len(vars(key))
 
 
-def test_settings_that_the_captured_work_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The implementation, TF32 and statistics are decided at capture."""
+@pytest.fixture
+def precision() -> Iterator[Any]:
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    yield matmul
+    matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_settings_that_the_captured_work_depends_on(
+    monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    """Statistics, TF32 and reduced sums are decided at capture."""
     model = network(SMALL)
     s, _ = make(BUSY, model, monkeypatch)
     assert s.graphs is not None
@@ -354,14 +226,27 @@ def test_settings_that_the_captured_work_depends_on(monkeypatch: pytest.MonkeyPa
     seen = [len(s.graphs.entries)]
     s.sample(LABELS, SEEDS, stats=False)
     seen.append(len(s.graphs.entries))
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    try:
-        s.sample(LABELS, SEEDS)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    s.sample(LABELS, SEEDS)
     seen.append(len(s.graphs.entries))
-    assert seen == [seen[0] * i for i in (1, 2, 3)]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    s.sample(LABELS, SEEDS)
+    seen.append(len(s.graphs.entries))
+    assert seen == [seen[0] * i for i in (1, 2, 3, 4)]
+
+
+def test_both_ways_of_setting_tf32(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    """Where a caller uses torch's newer setting, the older getter raises."""
+    if not hasattr(precision, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    precision.fp32_precision = "ieee"
+    first = graphs.global_settings()
+    precision.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    assert graphs.global_settings() != first
+    s, _ = make(BUSY, network(SMALL), monkeypatch)
+    assert s.sample(LABELS[:2], SEEDS[:2]).x.isfinite().all()
 
 
 # the cache
@@ -496,6 +381,42 @@ def test_release_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     s.release()
     assert (s._kept, backend.alive) == (None, 0)
     assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+
+
+def test_a_kept_workspace_outlives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(SMALL)
+    s, _ = make(BUSY, model, monkeypatch)
+    with torch.inference_mode():
+        want = [s.sample(LABELS, SEEDS).x for _ in range(2)][-1]
+    assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+
+
+def test_streams_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call waits for what was launched before it, on whichever stream; buffers that stay are held
+    for the stream of every call."""
+
+    class Event:
+        waits = 0
+
+        def wait(self) -> None:
+            self.waits += 1
+
+    events: list[Event] = []
+    held: list[int] = []
+
+    def now(device: torch.device) -> Event:
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(engine, "_now", now)
+    monkeypatch.setattr(engine, "_hold", lambda buffers: held.append(len(buffers)))
+    s, _ = make(BUSY, network(SMALL), monkeypatch)
+    assert len(events) == 1  # tables and weights may be on their way still
+    for n in (1, 2):
+        s.sample(LABELS, SEEDS)
+        assert [e.waits for e in events] == [1] * n + [0]
+    assert s._kept is not None
+    assert held == [len(s._kept.tensors())] * 2
 
 
 def test_a_taken_workspace_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,6 +349,22 @@ def test_a_solver_in_the_loop(digits: Any) -> None:
     assert found.stats.iterations.unique().tolist() == [8]
 
 
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_what_the_caller_set_changes_nothing(digits: Any, solver: Any) -> None:
+    """Autocast and default dtype: neither what is launched nor the float32 sums of a solver."""
+    s = sampler(digits, replace(CONFIG, steps=2, solver=solver))
+    want = s.sample(LABELS[:4], SEEDS[:4])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(s.sample(LABELS[:4], SEEDS[:4]).x, want.x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = s.sample(LABELS[:4], SEEDS[:4])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.x, want.x)
+    assert found.stats.residual.dtype == torch.float32
+
+
 def test_only_a_tolerance_reads_the_device(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     read = stopping.Flag.read
