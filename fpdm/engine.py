@@ -16,14 +16,12 @@ the host follows the iterations at the distance that fpdm.stopping describes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ from torch import Tensor
 from fpdm import budget, graphs, solvers, steps
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
+from fpdm.kernels import ops
 from fpdm.model import FPDM, DiT
 from fpdm.plan import launches, most_iterations, reserves
 from fpdm.run import Run, SampleStats
@@ -130,7 +129,8 @@ class Sampler:
         self.launches = launches(ks, self.plan.branches, self.table_steps, KEPT[config.reuse])
         self.graphs = self._graphs()
         self._kept: Workspace | None = None
-        self._free: torch.cuda.Event | None = None
+        # behind what was launched for this sampler, its tables and casts first
+        self._free = _now(self.device)
         self._taken = threading.Lock()
 
     def _make_tables(self) -> None:
@@ -207,11 +207,15 @@ class Sampler:
         shape = (len(y), c.in_channels, c.input_size, c.input_size)
         _check_shape("noise", noise, shape)
         _check_shape("step_noise", step_noise, (len(self.plan.steps), *shape))
-        x = torch.empty(shape, device=self.device)
+        x = torch.empty(shape, dtype=torch.float32, device=self.device)
         found = self.statistics(len(y), stats)
         mine = self._taken.acquire(blocking=False)
         try:
-            with on_device(self.device):
+            # the caller's autocast is none of a captured launch's business, nor of a solver's
+            with ops.no_autocast(self.device):
+                if self._free is not None:
+                    # this call may be on another stream
+                    self._free.wait()
                 workspace = self._workspace(len(y), mine)
                 for start in range(0, len(y), self.batch):
                     part = slice(start, min(start + self.batch, len(y)))
@@ -235,7 +239,7 @@ class Sampler:
         """Empty ones of ``count`` samples."""
         s, branches = len(self.plan.steps), max(self.plan.branches)
         size = (s, max(self.most) if residuals else 0, count)
-        residual = torch.full(size, math.nan, device=self.device)
+        residual = torch.full(size, math.nan, dtype=torch.float32, device=self.device)
         iterations = torch.zeros((s, branches, count), dtype=torch.int64, device=self.device)
         return SampleStats(self.plan, residual, iterations)
 
@@ -245,12 +249,12 @@ class Sampler:
         config, sizes = self.model.config, self.sizes(count)
         if not mine or self.graphs is None:
             return Workspace.allocate(config, sizes)
-        if self._free is not None:
-            # the last call may have been on another stream
-            self._free.wait()
         if self._kept is None or self._kept.sizes.batch < sizes.batch:
             self._forget()
-            self._kept = Workspace.allocate(config, sizes)
+            # it outlives the caller's inference mode, outside of which it could not be written
+            with torch.inference_mode(False):
+                self._kept = Workspace.allocate(config, sizes)
+        _hold(self._kept.tensors())
         return self._kept
 
     def _forget(self) -> None:
@@ -267,11 +271,6 @@ class Sampler:
         )
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Streams, events and captures are those of ``device``."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _now(device: torch.device) -> torch.cuda.Event | None:
     """An event behind all that was launched so far on a GPU."""
     if device.type != "cuda":
@@ -279,6 +278,14 @@ def _now(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def _hold(buffers: Sequence[Tensor]) -> None:
+    """Whoever frees the buffers, the allocator waits for the current stream before it gives them to
+    that on which they were allocated."""
+    for buffer in buffers:
+        if buffer.is_cuda:
+            buffer.record_stream(torch.cuda.current_stream(buffer.device))
 
 
 def _usable_tolerance(tol: float, dtype: torch.dtype) -> float:

@@ -12,6 +12,9 @@ writes in place and keeps the keys.
     auto   3 eager launches are timed, then 3 replays; the graph is kept if it takes at most 95 % of
            the time, else dropped. Times are read when the device has them: nothing waits
 
+A loop (``on`` only) is a body that the device repeats while a flag of its own says so, captured
+where the backend can.
+
 At most ``limit`` keys are kept, the least recently used goes first. A capture that fails gives back
 its memory and that of all graphs, and everything runs eagerly from then on, after one warning.
 What a graph is belongs to a ``Backend``: CUDA's here, a recording one in the tests.
@@ -20,6 +23,7 @@ What a graph is belongs to a ``Backend``: CUDA's here, a recording one in the te
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import warnings
 from collections import OrderedDict
@@ -53,6 +57,17 @@ class GraphKey:
     weights: tuple[int, ...]
 
 
+def global_settings() -> tuple[Any, ...]:
+    """What torch is told process-wide about how products and indexed writes are computed."""
+    matmul = torch.backends.cuda.matmul
+    # from torch 2.9 on; the older getter raises where a caller has set this one
+    precision = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return (
+        precision, matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
 def addresses(weights: WeightView) -> tuple[int, ...]:
     """What a graph captured with ``weights`` reads: the object and the address of every tensor."""
     tensors = [*weights.copies.values(), *weights.params.values()]
@@ -70,7 +85,12 @@ class Captured(Protocol):
 
 
 class Backend(Protocol):
-    """What captures work and tells the time."""
+    """What captures work and tells the time. ``loops``: whether ``loop`` can be had."""
+
+    loops: bool
+
+    def loop(self, more: Callable[[], torch.Tensor], body: Callable[[], None]) -> None:
+        """Within a capture: ``body`` for as long as ``more``, a boolean () tensor, is true."""
 
     def capture(self, work: Callable[[], None]) -> Captured:
         """``work`` captured, not run. On failure gives back the memory, then raises."""
@@ -102,7 +122,7 @@ class GraphCache:
     def __init__(self, backend: Backend, always: bool, limit: int = GRAPHS):
         self.backend, self.always, self.limit = backend, always, limit
         self.entries: OrderedDict[GraphKey, _Entry] = OrderedDict()
-        self.broken = False
+        self.broken, self.loops = False, always and backend.loops
         self.captures = self.replays = self.evictions = 0
 
     def run(self, key: GraphKey, work: Callable[[], None]) -> None:
@@ -116,6 +136,30 @@ class GraphCache:
         if not self.always and not entry.settled:
             return self._trial(entry, work)
         return self._go(entry, work)
+
+    def loop(
+        self, key: GraphKey, more: Callable[[], torch.Tensor], body: Callable[[], None]
+    ) -> bool:
+        """Repeat ``body`` on the device while ``more()``, from the second time of a key on; False:
+        nothing was done, the caller is to follow the iterations himself."""
+        if self.broken or not self.loops:
+            return False
+        entry = self._entry(key)
+        entry.seen += 1
+        if entry.graph is None and entry.seen > 1:
+            try:
+                entry.graph = self.backend.capture(lambda: self.backend.loop(more, body))
+                self.captures += 1
+            except Exception as error:
+                self.loops, reason = False, " ".join(str(error).split())[:200]
+                warnings.warn(
+                    f"graphs: capture of a loop failed, the host follows it now: {reason}",
+                    stacklevel=4,
+                )
+        if entry.graph is None:
+            return False
+        self._go(entry, body)
+        return True
 
     def _warm_up(self) -> int:
         return 1 if self.always else 1 + TRIALS
@@ -190,9 +234,11 @@ class GraphCache:
 
 class CudaBackend:
     """CUDA graphs that share one memory pool: launches leave nothing in it between replays, which
-    follow one another on one stream."""
+    follow one another on one stream. Loops are conditional WHILE nodes (CUDA 12.4, torch 2.14)."""
 
     def __init__(self, device: torch.device):
+        self.loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
+        self.recording: Any = None
         self.device = torch.device("cuda", device.index or 0)
         self.stream = torch.cuda.Stream(self.device)
         self.pool: Any = None
@@ -213,14 +259,33 @@ class CudaBackend:
 
     @contextlib.contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        # thread_local: a thread that pins memory meanwhile must not spoil the capture
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        # a collection might destroy graphs or events of others, which a capture forbids
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            yield
-            graph.capture_end()
-        except BaseException:
-            self._abandon(graph)
-            raise
+            # thread_local: a thread that pins memory meanwhile must not spoil the capture
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            self.recording = graph
+            try:
+                yield
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+        finally:
+            self.recording = None
+            if collects:
+                gc.enable()
+
+    def loop(self, more: Callable[[], torch.Tensor], body: Callable[[], None]) -> None:
+        """A WHILE node whose graph is ``body`` and the flag's next value."""
+        graph = self.recording
+        graph.begin_capture_to_while_node(more())
+        try:
+            body()
+            graph.set_conditional_handle_for_current_node(more())
+        finally:
+            graph.end_capture_to_conditional_node()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Return the memory of a capture that failed. One that CUDA invalidated cannot be ended:

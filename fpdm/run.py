@@ -113,7 +113,9 @@ class Run:
             self.block = sampler.weights.block("block_fixed_point", injected=True)
             self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
         self.addresses: tuple[int, ...] = ()
+        self.settings: tuple[Any, ...] = ()
         if cache is not None:
+            self.settings = (self.recorded, *graphs.global_settings())
             positions = sampler.model.pos_embed.data_ptr()
             self.addresses = (positions, *graphs.addresses(sampler.weights))
 
@@ -131,13 +133,14 @@ class Run:
         """Do ``work``, which depends on nothing but the key's entries and static buffers."""
         if self.cache is None:
             return work()
+        return self.cache.run(self._key(piece, rows, variant), work)
+
+    def _key(self, piece: str, rows: int, variant: tuple[Any, ...]) -> graphs.GraphKey:
         c, s = self.s.model.config, self.s
-        key = graphs.GraphKey(
-            piece, rows, (*variant, self.recorded, torch.get_float32_matmul_precision()),
-            (c.tokens, c.hidden_size), (s.dtype, self.w.z[0].dtype), str(s.device), self.impl,
-            self.w.token, self.addresses,
+        return graphs.GraphKey(
+            piece, rows, (*variant, *self.settings), (c.tokens, c.hidden_size),
+            (s.dtype, self.w.z[0].dtype), str(s.device), self.impl, self.w.token, self.addresses,
         )  # fmt: skip
-        return self.cache.run(key, work)
 
     @property
     def fpdm(self) -> FPDM:
@@ -242,46 +245,73 @@ class Run:
         return src, dst
 
     def _watch(self, launch: Launch, rows: int) -> None:
-        """One iteration after the other until all slots are done, compacting in buckets."""
+        """Iterations until all slots are done, then what they hold to their rows."""
         w, watch, n, parity = self.w, self.w.watching, rows, 0
-        solver = None if self.s.solver is None else self.s.solver()
-        best = None if solver is None else Best(w.z[0][:n])
-        assert self.flag is not None
-        for j in range(self.s.most[launch.step]):
-            if solver is None or best is None:
-                self.launch("step", n, (parity,), partial(self._step, n, parity))
-            else:
-                self._step(n, parity, solver, best)
-            parity = 1 - parity
-            left = self.flag.read(j)
-            if left == 0:
-                break
-            if left is not None and bucket(left) < n:
-                others = (w.u, w.vectors[0])
-                stay = stopping.compact(watch, n, bucket(left), w.z[parity], others)
-                n = len(stay)
-                if solver is not None and best is not None:
-                    solver.select(stay)
-                    best.select(stay)
+        if not self._loop(rows):
+            n, parity = self._follow(launch, rows)
         stopping.collect(watch, torch.arange(n, device=w.j.device), w.z[parity])
         if self.s.plan.limit:
             watch.bank[:rows] -= watch.used[:rows]
 
+    def _loop(self, n: int) -> bool:
+        """The solve of n slots as one launch that ends on the device, where that can be had."""
+        left = self.w.watching.left
+        if self.cache is None or self.s.solver is not None or n > stopping.LOOP_ROWS:
+            return False
+        return self.cache.loop(
+            self._key("solve", n, ()), lambda: left[0] > 0, partial(self._step, n, 0, 0)
+        )
+
+    def _follow(self, launch: Launch, n: int) -> tuple[int, int]:
+        """The solve of n slots, one iteration after the other, the host following: at once and
+        without slots that are done where shapes need no graph, else late and in buckets. Returns
+        how many slots are left, and in which iterate buffer."""
+        w, parity = self.w, 0
+        solver = None if self.s.solver is None else self.s.solver()
+        best = None if solver is None else Best(w.z[0][:n])
+        assert self.flag is not None
+        exact = self.cache is None and self.flag.lag == 0
+        for j in range(self.s.most[launch.step]):
+            into = None if exact else 1 - parity
+            if solver is None or best is None:
+                self.launch("step", n, (parity,), partial(self._step, n, parity, into))
+            else:
+                self._step(n, parity, into, solver, best)
+            parity = 1 - parity
+            left = self.flag.read(j)
+            if left == 0:
+                break
+            if left is not None and (size := left if exact else bucket(left)) < n:
+                others = (w.u, w.vectors[0])
+                stay = stopping.compact(w.watching, n, size, w.z[parity], others)
+                n = len(stay)
+                if solver is not None and best is not None:
+                    solver.select(stay)
+                    best.select(stay)
+        return n, parity
+
     def _step(
-        self, n: int, parity: int, solver: Solver | None = None, best: Best | None = None
+        self,
+        n: int,
+        parity: int,
+        into: int | None,
+        solver: Solver | None = None,
+        best: Best | None = None,
     ) -> None:
-        """One iteration of n slots, its residuals, and who is done."""
+        """One iteration of n slots, its residuals, and who is done. The iterates go to the buffer
+        ``into``; None: no slot was done before, they are where f was written."""
         w, watch = self.w, self.w.watching
         norms = w.norms[: 2 * n].view(1, 2, n)
         src, dst = self._apply(n, parity, norms[0])
         r = SolveStats.from_norms(norms).residual[0]
         if self.recorded:
-            where = w.j * w.residual.shape[1] + watch.rows[:n]
-            told = torch.where(watch.done[:n], math.nan, r)
-            w.residual.view(-1).index_copy_(0, where, told)
-            w.j.add_(1)
+            place = watch.place[:n]
+            told = r if into is None else torch.where(watch.done[:n], math.nan, r)
+            w.residual.view(-1).index_copy_(0, place, told)
+            place.add_(w.residual.shape[1])
         if solver is None or best is None:
-            stopping.decide(watch, n, r, self.s.tol, src, dst)
+            out = None if into is None else w.z[into][:n]
+            stopping.decide(watch, n, r, self.s.tol, src, dst, out)
         else:
             stopping.propose(watch, n, r, self.s.tol, src, dst, solver, best)
 

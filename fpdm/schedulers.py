@@ -27,7 +27,8 @@ from torch import Tensor
 from fpdm.budget import Calibration
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
-from fpdm.engine import Sampler, check_labels, check_seeds, on_device
+from fpdm.engine import Sampler, check_labels, check_seeds
+from fpdm.kernels import ops
 from fpdm.model import FPDM, DiT
 from fpdm.noise import SAMPLE_INIT, as_keys, normals
 from fpdm.run import Run, SampleStats
@@ -125,7 +126,7 @@ class Denoiser:
         """The prediction at x (B,C,h,w) and timestep ``t``."""
         if tuple(x.shape) != self.shape:
             raise ConfigError(f"x: got shape {tuple(x.shape)}, expected {self.shape}")
-        with on_device(self.sampler.device):
+        with ops.no_autocast(self.sampler.device):
             self._advance(float(t), x)
             out = [run.predict(x[part], self.position) for run, part in zip(self.runs, self.parts)]
         self.position += 1

@@ -75,7 +75,7 @@ class Best:
     def __init__(self, like: Tensor):
         b, device = like.shape[0], like.device
         self.x = torch.empty_like(like)
-        self.residual = torch.full((b,), torch.inf, device=device)
+        self.residual = torch.full((b,), torch.inf, dtype=torch.float32, device=device)
         self.index = torch.full((b,), -1, dtype=torch.int64, device=device)
         self.count = 0
 

@@ -10,10 +10,14 @@ may borrow from later ones and easy ones leave more, and the sum is never exceed
 
 The device decides and freezes: a slot that is done keeps its iterate whatever else is launched, so
 when the host learns of it changes results by no more than the rounding of other shapes. On a CPU
-the host reads at once. On a GPU it reads the flag of iteration j - 1 after it has launched
-iteration j, so that it waits for nothing without work behind it in the queue. Then it takes the
-slots that go on to the front, in buckets (``plan.bucket``): those of a bucket that are done are
-carried along until the next smaller one. Two branches of a sample stop apart: each is a fixed-point
+the host reads at once, and takes the slots that go on to the front whenever one is done: nothing
+is carried along, so nothing needs freezing. On a GPU it reads the flag of iteration j - 1 after it
+has launched iteration j, so that it waits for nothing without work behind it in the queue, and
+compacts in buckets (``plan.bucket``), few shapes for few graphs: those of a bucket that are done
+are carried along until the next smaller one. A solve of so few slots that compaction saves nothing
+(``LOOP_ROWS``) is one launch under graphs=on, where torch captures conditional WHILE nodes (2.14):
+the device repeats the iteration until no slot goes on, and the host learns nothing. Not measured
+yet, so graphs=auto leaves it alone. Two branches of a sample stop apart: each is a fixed-point
 problem of its own.
 
 n slots, R rows of the batch, all tensors of ``workspace.Watch``.
@@ -30,31 +34,38 @@ from fpdm.solvers import Best, Solver
 from fpdm.workspace import Watch
 
 LAG = {"cpu": 0, "cuda": 1}  # iterations between a decision and its reading
+LOOP_ROWS = 2  # most slots of a loop that ends on the device: more are worth compacting
 
 
 def begin(w: Watch, n: int, k: Tensor, reserve: Tensor, limit: int) -> None:
     """All of n slots go on, up to ``k`` (1,) iterations, or where there is a ``limit`` (allocation
     adaptive) up to what the bank holds beyond ``reserve`` (n,), but at most the limit."""
     torch.arange(n, out=w.rows[:n])
+    torch.arange(n, out=w.place[:n])
+    w.left.fill_(n)
     w.count[:n].zero_()
     w.done[:n].zero_()
     cap = (w.bank[:n] - reserve).clamp_max(limit) if limit else k.expand(n)
     w.cap[:n].copy_(cap)
 
 
-def decide(w: Watch, n: int, r: Tensor, tol: float, src: Tensor, dst: Tensor) -> None:
-    """After an iteration from ``src`` to ``dst`` (n,T,D) with residuals r (n,): freeze the slots
-    that were done before, and mark those that are now."""
-    before = w.done[:n].clone()
+def decide(
+    w: Watch, n: int, r: Tensor, tol: float, src: Tensor, dst: Tensor, out: Tensor | None
+) -> None:
+    """After an iteration from ``src`` to ``dst`` (n,T,D) with residuals r (n,): mark the slots that
+    are done now, and freeze those that were before. ``out``, one of the two, receives the iterates;
+    None where no slot was done before: they are in ``dst``."""
+    before = None if out is None else w.done[:n].clone()
     _mark(w, n, r, tol)
-    dst.copy_(torch.where(before.view(-1, 1, 1), src, dst))
+    if before is not None and out is not None:
+        out.copy_(torch.where(before.view(-1, 1, 1), src, dst))
 
 
 def _mark(w: Watch, n: int, r: Tensor, tol: float) -> None:
     done, count = w.done[:n], w.count[:n]
     count.add_(~done)
     done.logical_or_((r <= tol) | (count >= w.cap[:n]))
-    w.left.copy_((~done).sum(dim=0, keepdim=True))
+    torch.sum(~done, dim=0, keepdim=True, out=w.left)
 
 
 def propose(
@@ -84,8 +95,9 @@ def compact(w: Watch, n: int, m: int, z: Tensor, others: Sequence[Tensor]) -> Te
     order = torch.argsort(w.done[:n].to(torch.uint8), stable=True)
     collect(w, order[m:], z)
     stay = order[:m]
-    for buffer in (z, *others, w.rows, w.count, w.cap, w.done):
+    for buffer in (z, *others, w.done):
         buffer[:m] = buffer.index_select(0, stay)
+    w.slots[:, :m] = w.slots.index_select(1, stay)
     return stay
 
 

@@ -21,7 +21,8 @@ from fpdm.budget import fixed_blocks
 from fpdm.config import ConfigError, ModelConfig, SamplerConfig
 from fpdm.files import atomic_write
 
-KS = (1, 2, 3, 4, 6, 8, 12, 18, 26)
+# between one pre and one post block, all but 1 divide the budgets: nothing is stranded
+KS = (1, 2, 3, 5, 8, 12, 18, 26, 33)
 BUDGETS = (140, 280, 560)
 
 
@@ -82,6 +83,12 @@ def asked(
     return points(model, budgets, ks, timesteps), seeds[0]
 
 
+def _text(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """As JSON with a line for every row."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return f'{{\n "settings": {json.dumps(settings)},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def run(
     wanted: Sequence[Point],
     seeds: Sequence[int],
@@ -108,13 +115,12 @@ def run(
                 continue
             row = {"budget": point.budget, "k": point.k, "steps": point.steps, "seed": seed,
                    "stranded": point.stranded, **measure(point, seed)}  # fmt: skip
-            rows.append(row)
+            rows = sorted([*rows, row], key=lambda r: (r["budget"], r["k"], r["seed"]))
             print(
                 f"{point.budget} blocks: {point.steps:>3} x k = {point.k:<3} seed {seed}  Frechet "
                 f"{row['frechet']:.3f}  accuracy {row['accuracy']:.4f}", flush=True,
             )  # fmt: skip
-            text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
-            atomic_write(path, text.encode())
+            atomic_write(path, _text(settings, rows).encode())
     if figures.plot_sweep(rows, out / "sweep.png", references):
         print(f"wrote {out}/sweep.json and sweep.png")
     return rows

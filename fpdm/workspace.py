@@ -42,13 +42,12 @@ class Sizes:
 
 @dataclass
 class Watch:
-    """Who is done, per slot (R,): ``rows`` of the batch that the slots hold, ``count`` iterations
-    run, ``cap`` of them, ``done``. Per row: ``bank``, iterations left in all, and ``used`` ones of
-    this timestep; ``result`` (R,T,D). ``left`` (1,): slots that go on."""
+    """Who is done. ``slots`` (4,R), one column per slot: ``rows`` of the batch that they hold,
+    ``count`` iterations run, ``cap`` of them, place of the next residual in the table; ``done``
+    (R,). Per row: ``bank``, iterations left in all, and ``used`` ones of this timestep; ``result``
+    (R,T,D). ``left`` (1,): slots that go on."""
 
-    rows: Tensor
-    count: Tensor
-    cap: Tensor
+    slots: Tensor
     done: Tensor
     bank: Tensor
     used: Tensor
@@ -58,11 +57,31 @@ class Watch:
     @classmethod
     def like(cls, z: Tensor) -> Watch:
         """Of an iterate z (R,T,D)."""
-        integers = [z.new_zeros(len(z), dtype=torch.int64) for _ in range(5)]
-        rows, count, cap, bank, used = integers
+        slots, bank, used, left = (
+            z.new_zeros(shape, dtype=torch.int64) for shape in ((4, len(z)), len(z), len(z), 1)
+        )
         done = z.new_zeros(len(z), dtype=torch.bool)
-        left = z.new_zeros(1, dtype=torch.int64)
-        return cls(rows, count, cap, done, bank, used, left, torch.empty_like(z))
+        return cls(slots, done, bank, used, left, torch.empty_like(z))
+
+    @property
+    def rows(self) -> Tensor:
+        """Of the slots."""
+        return self.slots[0]
+
+    @property
+    def count(self) -> Tensor:
+        """Of the slots."""
+        return self.slots[1]
+
+    @property
+    def cap(self) -> Tensor:
+        """Of the slots."""
+        return self.slots[2]
+
+    @property
+    def place(self) -> Tensor:
+        """Of the slots."""
+        return self.slots[3]
 
 
 @dataclass

@@ -8,12 +8,20 @@ made are filled with NaN after the capture, since a replay makes them anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+from conftest import random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from fpdm import graphs
+from fpdm.config import DiffusionConfig, ModelConfig, SamplerConfig
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
 
 
 def storage(t: Tensor) -> int:
@@ -61,6 +69,9 @@ class _Trace(TorchDispatchMode):
         self.calls.append((func, args, kwargs, out))
 
 
+_LOOP = object()
+
+
 class _Recorded:
     def __init__(self, backend: RecordingBackend, calls: list[Any]):
         self.backend, self.calls = backend, calls
@@ -77,11 +88,21 @@ class _Recorded:
         def current(x: Any) -> Any:
             return now.get(id(x), x) if isinstance(x, Tensor) else x
 
-        for func, args, kwargs, out in self.calls:
-            again = func(*tree_map(current, args), **tree_map(current, kwargs))
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
-                if isinstance(old, Tensor):
-                    now[id(old)] = new
+        def run(calls: list[Any]) -> None:
+            for func, args, kwargs, out in calls:
+                if func is _LOOP:
+                    before, body, after = args
+                    more = current(before)
+                    while more:
+                        run(body)
+                        more = current(after)
+                    continue
+                again = func(*tree_map(current, args), **tree_map(current, kwargs))
+                for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                    if isinstance(old, Tensor):
+                        now[id(old)] = new
+
+        run(self.calls)
 
     def release(self) -> None:
         assert self.calls, "released twice"
@@ -91,10 +112,14 @@ class _Recorded:
 
 class RecordingBackend:
     """``statics`` gives the tensors whose storages stay. Every eager launch takes a second on its
-    clock, a replay ``1 + replay_extra``; ``late``: no time is known yet. ``fail`` captures fail."""
+    clock, a replay ``1 + replay_extra``; ``late``: no time is known yet. ``fail`` captures fail,
+    ``fail_loops``: those of loops. A loop's body runs once at its capture, whatever its flag."""
+
+    loops = True
 
     def __init__(self, statics: Callable[[], Iterable[Tensor]]):
-        self.statics = statics
+        self.statics, self.fail_loops = statics, False
+        self.trace: _Trace
         self.clock, self.replay_extra, self.late, self.fail = 0.0, 0.0, False, 0
         self.alive = self.emptied = 0
 
@@ -104,7 +129,7 @@ class RecordingBackend:
             raise RuntimeError("operation not permitted when\nstream is capturing")
         tensors = {storage(t): t.untyped_storage() for t in self.statics() if t.numel()}
         before = {key: s.clone() for key, s in tensors.items()}
-        trace = _Trace(set(tensors))
+        trace = self.trace = _Trace(set(tensors))
         try:
             with trace:
                 work()
@@ -118,6 +143,18 @@ class RecordingBackend:
         self.alive += 1
         return _Recorded(self, trace.calls)
 
+    def loop(self, more: Callable[[], Tensor], body: Callable[[], None]) -> None:
+        if self.fail_loops:
+            raise RuntimeError("conditional nodes are not supported")
+        before, outer = more(), self.trace.calls
+        assert before.shape == ()
+        assert before.dtype == torch.bool
+        self.trace.calls = []
+        body()
+        after, inner = more(), self.trace.calls
+        self.trace.calls = outer
+        outer.append((_LOOP, (before, inner, after), {}, ()))
+
     def mark(self) -> float:
         self.clock += 0.5
         return self.clock
@@ -127,3 +164,30 @@ class RecordingBackend:
 
     def release(self) -> None:
         self.emptied += 1
+
+
+def network(config: ModelConfig, seed: int = 0) -> Any:
+    """By the reference: the recorder sees torch's operators only."""
+    return random_model(config, seed, impl="reference")
+
+
+def make(
+    config: SamplerConfig, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Sampler, RecordingBackend]:
+    """A sampler on the CPU that records."""
+
+    def statics() -> list[Tensor]:
+        assert s._kept is not None
+        tables = [s.timesteps, s.counts, s.reserves, s.rows]
+        tables += [] if s.gammas is None else [s.gammas]
+        weights = [*s.weights.params.values(), *s.weights.copies.values(), s.model.pos_embed]
+        return [*s._kept.tensors(), *tables, *weights]
+
+    backend = RecordingBackend(statics)
+    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
+    s = Sampler(model, Diffusion(DiffusionConfig()), config)
+    return s, backend
+
+
+def eager(config: SamplerConfig, model: Any) -> Sampler:
+    return Sampler(model, Diffusion(DiffusionConfig()), replace(config, graphs="off"))

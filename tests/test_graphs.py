@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
-from recorder import NotStatic, RecordingBackend
+from recorder import NotStatic, RecordingBackend, eager, make, network
 from torch import Tensor
 
-from fpdm import graphs, run, steps
+from fpdm import engine, graphs, run, steps, stopping
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -49,39 +48,14 @@ CASES: dict[str, tuple[ModelConfig, SamplerConfig]] = {
 }
 
 
-def network(config: ModelConfig, seed: int = 0) -> Any:
-    """By the reference: the recorder sees torch's operators only."""
-    return random_model(config, seed, impl="reference")
-
-
-def make(
-    config: SamplerConfig, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Sampler, RecordingBackend]:
-    """A sampler on the CPU that records."""
-
-    def statics() -> list[Tensor]:
-        assert s._kept is not None
-        tables = [s.timesteps, s.counts, s.reserves, s.rows]
-        tables += [] if s.gammas is None else [s.gammas]
-        weights = [*s.weights.params.values(), *s.weights.copies.values(), s.model.pos_embed]
-        return [*s._kept.tensors(), *tables, *weights]
-
-    backend = RecordingBackend(statics)
-    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
-    s = Sampler(model, Diffusion(DiffusionConfig()), config)
-    return s, backend
-
-
-def eager(config: SamplerConfig, model: Any) -> Sampler:
-    return Sampler(model, Diffusion(DiffusionConfig()), replace(config, graphs="off"))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_replays_equal_eager(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise, over batches, ragged ends, seeds and calls; every launch of the steady state is a
     replay."""
     kind, config = CASES[case]
     model = network(kind)
+    # who is compacted when decides the shapes, and shapes the rounding: late for both, as on a GPU
+    monkeypatch.setitem(stopping.LAG, "cpu", 1)
     plain, (s, backend) = eager(config, model), make(config, model, monkeypatch)
     assert plain.graphs is None
     assert s.graphs is not None
@@ -233,8 +207,18 @@ def test_what_a_key_tells_apart() -> None:
     assert len(changes) == len(vars(key))
 
 
-def test_settings_that_the_captured_work_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The implementation, TF32 and statistics are decided at capture."""
+@pytest.fixture
+def precision() -> Iterator[Any]:
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    yield matmul
+    matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_settings_that_the_captured_work_depends_on(
+    monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    """Statistics, TF32 and reduced sums are decided at capture."""
     model = network(SMALL)
     s, _ = make(BUSY, model, monkeypatch)
     assert s.graphs is not None
@@ -242,14 +226,27 @@ def test_settings_that_the_captured_work_depends_on(monkeypatch: pytest.MonkeyPa
     seen = [len(s.graphs.entries)]
     s.sample(LABELS, SEEDS, stats=False)
     seen.append(len(s.graphs.entries))
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    try:
-        s.sample(LABELS, SEEDS)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    s.sample(LABELS, SEEDS)
     seen.append(len(s.graphs.entries))
-    assert seen == [seen[0] * i for i in (1, 2, 3)]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    s.sample(LABELS, SEEDS)
+    seen.append(len(s.graphs.entries))
+    assert seen == [seen[0] * i for i in (1, 2, 3, 4)]
+
+
+def test_both_ways_of_setting_tf32(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    """Where a caller uses torch's newer setting, the older getter raises."""
+    if not hasattr(precision, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    precision.fp32_precision = "ieee"
+    first = graphs.global_settings()
+    precision.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    assert graphs.global_settings() != first
+    s, _ = make(BUSY, network(SMALL), monkeypatch)
+    assert s.sample(LABELS[:2], SEEDS[:2]).x.isfinite().all()
 
 
 # the cache
@@ -384,6 +381,42 @@ def test_release_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     s.release()
     assert (s._kept, backend.alive) == (None, 0)
     assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+
+
+def test_a_kept_workspace_outlives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(SMALL)
+    s, _ = make(BUSY, model, monkeypatch)
+    with torch.inference_mode():
+        want = [s.sample(LABELS, SEEDS).x for _ in range(2)][-1]
+    assert torch.equal(s.sample(LABELS, SEEDS).x, want)
+
+
+def test_streams_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call waits for what was launched before it, on whichever stream; buffers that stay are held
+    for the stream of every call."""
+
+    class Event:
+        waits = 0
+
+        def wait(self) -> None:
+            self.waits += 1
+
+    events: list[Event] = []
+    held: list[int] = []
+
+    def now(device: torch.device) -> Event:
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(engine, "_now", now)
+    monkeypatch.setattr(engine, "_hold", lambda buffers: held.append(len(buffers)))
+    s, _ = make(BUSY, network(SMALL), monkeypatch)
+    assert len(events) == 1  # tables and weights may be on their way still
+    for n in (1, 2):
+        s.sample(LABELS, SEEDS)
+        assert [e.waits for e in events] == [1] * n + [0]
+    assert s._kept is not None
+    assert held == [len(s._kept.tensors())] * 2
 
 
 def test_a_taken_workspace_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,11 +47,22 @@ def test_a_second_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows = sweep.run(wanted, range(2), measure, tmp_path, {"a": 1})
     assert calls == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert [r["frechet"] for r in rows] == [2.0, 3.0, 3.0, 4.0]
-    assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == rows
+    text = (tmp_path / "sweep.json").read_text()
+    assert json.loads(text) == {"settings": {"a": 1}, "rows": rows}
+    assert len(text.splitlines()) == 5 + len(rows)
+    # points that were left out before come where they belong
+    wider = sweep.points(DIGITS, (12, 140), (2,), 1000)
+    rows = sweep.run(wider, range(2), measure, tmp_path, {"a": 1})
+    assert [(r["budget"], r["k"], r["seed"]) for r in rows[:3]] == [
+        (12, 2, 0),
+        (12, 2, 1),
+        (140, 1, 0),
+    ]
+    assert len(calls) == 6
     assert (tmp_path / "sweep.png").read_bytes().startswith(figures.PNG_MAGIC)
     sweep.run(wanted[:1], range(1), measure, tmp_path, {"a": 2})
     assert calls[-1] == (1, 0)
-    assert len(calls) == 5
+    assert len(calls) == 7
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
