@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from contract import violation
-from interpreter import inside, outside, run_inside
+from interpreter import inside, larger_tiles, outside, run_inside
 from operator_cases import DTYPES, Case, Zone, fixed, generate, odd_attention, run_case
 from torch import Tensor
 
@@ -49,13 +49,15 @@ def operators(impl: str = "triton") -> Any:
 
 @inside
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_cases(case: Case) -> None:
+def test_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger_tiles(case.t, monkeypatch)
     assert run_case(operators(), case) == []
 
 
 @inside
 @pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fused(case: Case) -> None:
+def test_fused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger_tiles(case.t, monkeypatch)
     assert run_case(operators("triton-fused"), case) == []
 
 
