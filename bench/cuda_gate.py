@@ -5,9 +5,10 @@
 
 Every instantiation that a launcher can choose goes through the compiler that the package is built
 with (fpdm.kernels.cuda_compile), unless the package or the user's cache holds what that made of the
-same sources; the machine code is read back with the disassembler in the triton wheel. Limits: no stack, no local memory; shared memory of one block within the device, and
-within 96 KB; on sm_70 at least 8 resident warps per multiprocessor in attention and 16 elsewhere,
-and four HMMA.884 for every mma.m8n8k4 of the PTX, which tensor-core kernels have.
+same sources; the machine code is read back with the disassembler in the triton wheel. Limits: no
+stack, no local memory; shared memory of one block within the device, and within 96 KB; on sm_70 at
+least 8 resident warps per multiprocessor in attention and 16 elsewhere, and four HMMA.884 for every
+mma.m8n8k4 of the PTX, which tensor-core kernels have.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mine = long[worker::workers]
         order += [*mine, *itertools.islice(rest, max(share - len(mine), 0))]
     items[:] = [*order, *rest]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need walk over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def relative(a: Tensor, b: Tensor) -> float:

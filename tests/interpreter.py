@@ -74,5 +74,4 @@ def larger_tiles(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if tokens > 64:
         # 16 divides every chunk of tokens that a program sums
         monkeypatch.setattr(rows, "tile", lambda width: tile(width) | {"ROWS": 16})
-    if tokens > 256:
         monkeypatch.setattr(attention, "tiles", long)

@@ -7,17 +7,25 @@ made are filled with NaN after the capture, since a replay makes them anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 
 def storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """What is no list and no tuple in what an operator takes or returns."""
+    if isinstance(x, (list, tuple)):
+        for one in x:
+            yield from leaves(one)
+    else:
+        yield x
 
 
 class NotStatic(Exception):
@@ -35,12 +43,12 @@ class _Trace(TorchDispatchMode):
         if func is torch.ops.aten.lift_fresh.default:
             # a Python number on its way into an operator: a constant of the recording
             self.static.add(storage(args[0]))
-        for t in tree_flatten((args, kwargs))[0]:
+        for t in leaves((args, *kwargs.values())):
             found = isinstance(t, Tensor) and id(t) not in self.made
             if found and t.numel() and storage(t) not in self.static:
                 raise NotStatic(f"{func} reads {tuple(t.shape)}")
         out = func(*args, **kwargs)
-        for t in tree_flatten(out)[0]:
+        for t in leaves(out):
             if isinstance(t, Tensor):
                 self.made.setdefault(id(t), t)
         self.calls.append((func, args, kwargs, out))
@@ -55,11 +63,13 @@ class _Recorded:
         now: dict[int, Tensor] = {}
 
         def current(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(current, x))
             return now.get(id(x), x) if isinstance(x, Tensor) else x
 
         for func, args, kwargs, out in self.calls:
-            again = func(*tree_map(current, args), **tree_map(current, kwargs))
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+            again = func(*map(current, args), **{n: current(x) for n, x in kwargs.items()})
+            for old, new in zip(leaves(out), leaves(again), strict=True):
                 if isinstance(old, Tensor):
                     now[id(old)] = new
         self.backend.clock += self.backend.replay_extra
