@@ -1,13 +1,14 @@
 """Compile gate of csrc/cuda without a GPU: what every kernel takes of a device.
 
-    python -m bench.cuda_gate            builds, prints a summary and what breaks a limit
+    python -m bench.cuda_gate            prints a summary and what breaks a limit
     python -m bench.cuda_gate --write    ... and writes bench/tables/cuda_resources.json
 
 Every instantiation that a launcher can choose goes through the compiler that the package is built
-with (fpdm.kernels.cuda_compile), and its machine code is read back with the disassembler in the
-triton wheel. Limits: no stack, no local memory; shared memory of one block within the device, and
-within 96 KB; on sm_70 at least 8 resident warps per multiprocessor in attention and 16 elsewhere,
-and four HMMA.884 for every mma.m8n8k4 of the PTX, which tensor-core kernels have.
+with (fpdm.kernels.cuda_compile), unless the package or the user's cache holds what that made of the
+same sources; the machine code is read back with the disassembler in the triton wheel. Limits: no
+stack, no local memory; shared memory of one block within the device, and within 96 KB; on sm_70 at
+least 8 resident warps per multiprocessor in attention and 16 elsewhere, and four HMMA.884 for every
+mma.m8n8k4 of the PTX, which tensor-core kernels have.
 """
 
 from __future__ import annotations
@@ -133,8 +134,12 @@ def measure(
     included: Mapping[str, str] | None = None,
 ) -> dict[str, Resources]:
     """Resources of the kernels of one header, by name."""
-    kernels = cuda_kernels.of_source(source) if kernels is None else kernels
-    binary = cuda_compile.build(source, arch, kernels, included)
+    if kernels is None:
+        # as a device gets it
+        kernels = cuda_kernels.of_source(source)
+        binary = cuda_compile.load(source, divmod(int(arch.removeprefix("sm_")), 10))
+    else:
+        binary = cuda_compile.build(source, arch, kernels, included)
     mma = products(source, kernels, included) if arch == "sm_70" else {}
     read, found = read_back(binary.code), {}
     for name, entry in binary.entries.items():

@@ -74,7 +74,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         arms["gemm + attention"] = floor
         if compiled:
             if s.batch == 1:
-                theirs = torch.compile(plain, mode="max-autotune", dynamic=False)
+                theirs = published.optimised(plain, mode="max-autotune", dynamic=False)
                 arms["published compiled"] = published_sampler(sampler, theirs, s, labels, seeds)
             else:
                 eager = published_sampler(sampler, plain, s, labels, seeds)
@@ -102,7 +102,7 @@ class Regions:
         options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
         how: dict[str, Any] = {"options": options, "dynamic": False}
         names = ("block", "fixed_point_map", "_final")
-        self.compiled = {n: torch.compile(getattr(published, n), **how) for n in names}
+        self.compiled = {n: published.optimised(getattr(published, n), **how) for n in names}
 
     def __call__(self, fn: Arm) -> None:
         """``fn`` with them in place of the plain ones."""

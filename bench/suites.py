@@ -100,7 +100,7 @@ def compiled(module: nn.Module, args: tuple[Any, ...], freezing: bool = False) -
     from torch._inductor import config as inductor
 
     mode = "max-autotune-no-cudagraphs" if args[0].is_cuda else None
-    optimised = torch.compile(module.eval(), mode=mode)
+    optimised = published.optimised(module.eval(), mode=mode)
     run = _no_grad(lambda: optimised(*args))
     with inductor.patch(freezing=freezing):
         run()
@@ -189,7 +189,7 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
         if s.dtype != torch.float32:
             arms["published eager float32"] = lambda: theirs(plain, torch.float32)
         if compile_too:
-            optimised = torch.compile(plain)
+            optimised = published.optimised(plain)
             arms["published compiled"] = lambda: theirs(optimised, s.dtype)
         if recompute == "none":
             arms |= _dit_training(s, n + m)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,3 +35,43 @@ def run_inside(file: str, *options: str) -> str:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     return done.stdout[-2000:]
+
+
+def _patch_once() -> None:
+    """Triton patches its language anew at every call of a device function, which takes half of an
+    interpreted kernel's time; once for each function does the same."""
+    from triton.runtime import interpreter
+
+    patch: Callable[[Any], object] = interpreter._patch_lang
+    patched: set[Any] = set()
+
+    def once(fn: Any) -> SimpleNamespace:
+        if fn not in patched:
+            patched.add(fn)
+            patch(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = once
+
+
+if INSIDE:
+    _patch_once()
+
+
+def larger_tiles(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs for long sequences: the interpreter's time is per program, not per element.
+
+    Up to 64 tokens every tile is a GPU's; beyond, there are still several to a sample, and masks at
+    the ends."""
+    from fpdm.kernels import attention, rows
+
+    tile, tiles = rows.tile, attention.tiles
+
+    def long(t: int, *key: Any) -> dict[str, Any]:
+        large = {"M": 128, "N": 128, "EVEN": t % 128 == 0}
+        return {name: (warps, cut | large) for name, (warps, cut) in tiles(t, *key).items()}
+
+    if tokens > 64:
+        # 16 divides every chunk of tokens that a program sums
+        monkeypatch.setattr(rows, "tile", lambda width: tile(width) | {"ROWS": 16})
+        monkeypatch.setattr(attention, "tiles", long)

@@ -309,6 +309,12 @@ def odd_attention(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
             yield Case(op, dtypes[i % len(dtypes)], 2, 17, 2 * k, 2, layout="odd", seed=i)
 
 
+def infinite_products(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """Rows of Inf whose norms a fused GEMM sums, in a width that none of its blocks divides."""
+    for dtype in dtypes:
+        yield Case("linear_gate_residual", dtype, 2, 7, 48, variant=1, extreme="inf", where="x")
+
+
 def thin(cases: Sequence[Case]) -> dict[str, Counter[Any]]:
     """How many cases hold each value, by field."""
     fields = ("op", "dtype", "b", "t", "layout", "fresh", "extreme", "residual", "f")

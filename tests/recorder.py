@@ -7,7 +7,7 @@ made are filled with NaN after the capture, since a replay makes them anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from conftest import random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from fpdm import graphs
 from fpdm.config import DiffusionConfig, ModelConfig, SamplerConfig
@@ -26,6 +25,15 @@ from fpdm.engine import Sampler
 
 def storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """What is no list and no tuple in what an operator takes or returns."""
+    if isinstance(x, (list, tuple)):
+        for one in x:
+            yield from leaves(one)
+    else:
+        yield x
 
 
 class NotStatic(Exception):
@@ -44,7 +52,7 @@ class _Trace(TorchDispatchMode):
         if func is torch.ops.aten.lift_fresh.default:
             # a Python number on its way into an operator: a constant of the recording
             self.static.add(storage(args[0]))
-        for t in tree_flatten((args, kwargs))[0]:
+        for t in leaves((args, *kwargs.values())):
             found = isinstance(t, Tensor) and id(t) not in self.made
             if found and t.numel() and storage(t) not in self.static:
                 self._another_name(func, t)
@@ -57,11 +65,11 @@ class _Trace(TorchDispatchMode):
         base = self.bases.get(storage(t))
         if base is None or base.dtype != t.dtype:
             raise NotStatic(f"{func} reads {tuple(t.shape)}")
-        where = (base, t.size(), t.stride(), t.storage_offset())
+        where = (base, tuple(t.size()), t.stride(), t.storage_offset())
         self._note(torch.ops.aten.as_strided.default, where, {}, t)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        for t in tree_flatten(out)[0]:
+        for t in leaves(out):
             if isinstance(t, Tensor):
                 self.made.setdefault(id(t), t)
                 if t.numel():
@@ -86,6 +94,8 @@ class _Recorded:
         now: dict[int, Tensor] = {}
 
         def current(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(current, x))
             return now.get(id(x), x) if isinstance(x, Tensor) else x
 
         def run(calls: list[Any]) -> None:
@@ -97,8 +107,8 @@ class _Recorded:
                         run(body)
                         more = current(after)
                     continue
-                again = func(*tree_map(current, args), **tree_map(current, kwargs))
-                for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                again = func(*map(current, args), **{n: current(x) for n, x in kwargs.items()})
+                for old, new in zip(leaves(out), leaves(again), strict=True):
                     if isinstance(old, Tensor):
                         now[id(old)] = new
 

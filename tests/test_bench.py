@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench
-from bench import cost, machine, operators, page, report, rows, suites, timing
+from bench import cost, machine, operators, page, published, report, rows, suites, timing
 from fpdm.config import ConfigError, ModelConfig
 from fpdm.kernels import ops
 
@@ -265,3 +265,19 @@ def test_the_page_holds_every_picture_and_needs_no_other_file(
     assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in section
     one = {**result, "rows": [r for r in result["rows"] if r["suite"] == "training"]}
     assert "<h2>Cost against k" not in page.page(one, None)
+
+
+def test_a_compiled_baseline_never_goes_on_uncompiled() -> None:
+    """Three shapes where two may be compiled; torch alone would run the third in eager."""
+    config = torch._dynamo.config
+
+    def run(compiled: Callable[[Tensor], Tensor]) -> None:
+        torch._dynamo.reset()
+        for n in (2, 3, 4):
+            assert compiled(torch.ones(n)).shape == (n,)
+
+    how: dict[str, Any] = {"backend": "eager", "dynamic": False}
+    with config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        run(torch.compile(lambda x: x + 1, **how))
+        with pytest.raises(Exception, match="recompile_limit"):
+            run(published.optimised(lambda x: x + 1, **how))

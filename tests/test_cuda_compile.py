@@ -157,7 +157,11 @@ def test_nothing_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
 class Recorder:
     """CuPy, as far as the driver uses it; ``calls`` is what it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.Stream: Any = types.SimpleNamespace()
+        if version >= 14:
+            self.Stream.from_external = lambda stream: ("from_external", *stream.__cuda_stream__())
         self.calls: list[tuple[Any, ...]] = []
         self.cuda = self.driver = self.function = self
         self.attributes = {"MaxSharedMemoryPerBlockOptin": 98304}
@@ -186,13 +190,18 @@ class Recorder:
     def funcSetAttribute(self, *args: Any) -> None:
         self.calls.append(args)
 
-    def ExternalStream(self, pointer: int) -> int:
-        return pointer
+    def ExternalStream(self, pointer: int) -> tuple[str, int]:
+        assert self.version < 14, "deprecated"
+        return "ExternalStream", pointer
 
 
-def test_launch_through_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+STREAMS = {13: ("ExternalStream", 77), 14: ("from_external", 0, 77)}
+
+
+@pytest.mark.parametrize("version", STREAMS)
+def test_launch_through_cupy(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One load per header, the opt-in above 48 KB, the struct by value, torch's current stream."""
-    cupy, device = Recorder(), torch.device("cuda", 3)
+    cupy, device = Recorder(version), torch.device("cuda", 3)
     cuda_driver._stream.cache_clear()
     cuda_driver._shared_limit.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -210,7 +219,9 @@ def test_launch_through_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.launch(kernel, (1, 1), 128, [partial, None, 9, 1, 2], device)
     assert cupy.calls[:2] == [("load", b"code"), ("large", 8, 73728)]
     (symbol, grid, block, (value,), smem, on), again = cupy.calls[2:]
-    assert (symbol, grid, block, smem, on) == ("small", (5, 2, 1), (128, 1, 1), 0, 77)
+    assert (symbol, grid, block, smem, on) == (
+        "small", (5, 2, 1), (128, 1, 1), 0, STREAMS[version],
+    )  # fmt: skip
     assert again[1] == (1, 1, 1)
     assert value.shape == (1,)
     assert value.tobytes() == struct.pack("PPqii", partial.data_ptr(), 0, 9, 1, 2)

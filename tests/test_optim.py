@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, random_model
+from interpreter import INSIDE, outside, run_inside
 from torch import Tensor
 
+from fpdm import optim
 from fpdm.config import ConfigError, OptimConfig, UserError
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
 from fpdm.weights import PreparedWeights
 
-IMPLS = ("auto", "fused", "foreach", "single")
+# onepass: with its Triton kernel in the interpreter, and here with the same in plain PyTorch
+IMPLS = ("auto", "fused", "foreach", "single", "onepass")
+# the interpreter rounds to bfloat16 by cutting off
+HALF = torch.float16 if INSIDE else torch.bfloat16
 FULL = OptimConfig(lr=1e-2, weight_decay=0.1, ema_decay=0.9, beta2=0.99)
 
 
@@ -22,6 +28,34 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@outside
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_interpreter():
+    run_inside(__file__, "-k", "onepass")
+
+
+def plain_pass(w, g, a, v, e, copy, scalars):
+    """fpdm.kernels.adamw.adamw_."""
+    c, b1, r1, b2, r2, eps, shrink, lr, root, rest = scalars
+    g = c * g
+    a.mul_(b1).add_(r1 * g)
+    v.mul_(b2).add_(r2 * g * g)
+    w.mul_(shrink).sub_(lr * a / (v.sqrt() / root + eps))
+    e.add_(rest * (w - e))
+    if copy is not None:
+        copy.copy_(w)
+
+
+@pytest.fixture(autouse=True)
+def _one_pass(request, monkeypatch):
+    asked = getattr(request.node, "callspec", None)
+    if INSIDE:
+        # fewer programs, which is what the interpreter's time goes by
+        monkeypatch.setattr("fpdm.kernels.adamw.BLOCK", 2**14)
+    elif asked and asked.params.get("impl") == "onepass":
+        monkeypatch.setattr(optim, "_one_pass_on", lambda device: plain_pass)
 
 
 def gradients(optimizer: AdamWEMA, seed: int) -> None:
@@ -79,16 +113,19 @@ def forward(model, weights) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prepared_weights_are_never_stale(impl, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("fold", [False, True])
+@torch.no_grad()
+def test_prepared_weights_are_never_stale(impl, dtype, fold):
     model = random_model(TINY)
-    prepared = PreparedWeights(model, dtype)
+    prepared = PreparedWeights(model, dtype, fold)
     optimizer = AdamWEMA(model, OptimConfig(**{**vars(FULL), "impl": impl}), prepared)
 
     def same_as_fresh() -> bool:
         fresh = random_model(TINY, seed=9)
         fresh.load_state_dict(model.state_dict())
-        return torch.equal(forward(model, prepared), forward(fresh, PreparedWeights(fresh, dtype)))
+        again = PreparedWeights(fresh, dtype, fold)
+        return torch.equal(forward(model, prepared), forward(fresh, again))
 
     gradients(optimizer, 1)
     optimizer.step(1e-2)
@@ -108,9 +145,64 @@ def test_prepared_weights_are_never_stale(impl, dtype):
     assert torch.equal(forward(model, prepared), raw)
 
 
+@torch.no_grad()
+def test_a_stale_fold_would_be_seen(monkeypatch):
+    model = random_model(TINY)
+    prepared = PreparedWeights(model, HALF, fold=True)
+    optimizer = AdamWEMA(model, FULL, prepared)
+    monkeypatch.setattr(PreparedWeights, "fold", lambda self: None)
+    gradients(optimizer, 1)
+    optimizer.step(1e-2)
+    stale = forward(model, prepared)
+    monkeypatch.undo()
+    prepared.refresh()
+    assert not torch.equal(forward(model, prepared), stale)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_frozen_parameters_stay_and_their_copies_follow_a_load(impl):
+    """They lie behind the trained ones in the flat copies, where no step reaches."""
+    frozen = "x_embedder.proj.weight"
+
+    def made(seed: int) -> tuple[Any, PreparedWeights, AdamWEMA]:
+        model = random_model(TINY, seed)
+        model.get_parameter(frozen).requires_grad_(False)
+        prepared = PreparedWeights(model, HALF)
+        config = OptimConfig(**{**vars(FULL), "impl": impl, "ema_warmup": True})
+        return model, prepared, AdamWEMA(model, config, prepared)
+
+    def copies_follow(model: Any, prepared: PreparedWeights) -> None:
+        for name, p in model.named_parameters():
+            assert torch.equal(prepared.get(name), p.detach().to(HALF)), name
+
+    model, prepared, optimizer = made(0)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    for t in (1, 2):
+        gradients(optimizer, t)
+        optimizer.step(FULL.lr)
+    moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    assert moved == set(before) - {frozen} == set(optimizer.params)
+    w, e = oracle({k: before[k] for k in optimizer.params}, optimizer.config, 2)
+    for k, p in optimizer.params.items():
+        assert (p.detach().double() - w[k]).abs().max() < 2 * 4 * 2**-23
+        assert (optimizer.ema[k].double() - e[k]).abs().max() < 2 * 4 * 2**-23
+    copies_follow(model, prepared)
+    with optimizer.swapped():
+        copies_follow(model, prepared)
+    other, copies, loaded = made(4)
+    loaded.load_state(optimizer.state())
+    copies_follow(other, copies)
+    for one in (optimizer, loaded):
+        gradients(one, 3)
+        one.step(FULL.lr)
+    copies_follow(other, copies)
+    for k, p in model.named_parameters():
+        assert torch.equal(p, other.get_parameter(k)), k
+
+
 def test_a_stale_copy_would_be_seen():
     model = random_model(TINY)
-    prepared = PreparedWeights(model, torch.bfloat16)
+    prepared = PreparedWeights(model, HALF)
     optimizer = AdamWEMA(model, FULL, prepared=None)
     gradients(optimizer, 1)
     optimizer.step(1e-2)
@@ -256,6 +348,7 @@ def test_gradients_outside_the_buffer_would_be_seen(change, expected, monkeypatc
     assert norms != wanted or not same
 
 
+@outside
 def test_one_pass_needs_its_kernel():
     with pytest.raises(ConfigError, match="got onepass, which cannot run on cpu: "):
         AdamWEMA(random_model(TINY), OptimConfig(impl="onepass"))
@@ -304,18 +397,12 @@ def test_the_scale_neither_dies_nor_grows_without_end():
 
 def test_one_pass_knows_another_layout(monkeypatch):
     """A parameter frozen after the weights were prepared: every copy stays its own."""
-    from fpdm import optim
-
-    def pass_(w, g, a, v, e, copy, scalars):
-        if copy is not None:
-            copy.copy_(w)
-
-    monkeypatch.setattr(optim, "_one_pass_on", lambda device: pass_)
+    monkeypatch.setattr(optim, "_one_pass_on", lambda device: plain_pass)
     model = random_model(TINY)
-    prepared = PreparedWeights(model, torch.bfloat16)
+    prepared = PreparedWeights(model, HALF)
     model.x_embedder.proj.weight.requires_grad_(False)
     optimizer = AdamWEMA(model, OptimConfig(impl="onepass"), prepared)
     gradients(optimizer, 1)
     optimizer.step(1e-2)
     for name, p in model.named_parameters():
-        assert torch.equal(prepared.get(name), p.detach().bfloat16()), name
+        assert torch.equal(prepared.get(name), p.detach().to(HALF)), name

@@ -132,10 +132,25 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-@functools.lru_cache(maxsize=64)
+class _Handle:
+    """A stream that is not CuPy's, under the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """(version, address)."""
+        return 0, self.pointer
+
+
+# kept for good: CuPy 14's object may destroy the stream when it goes, which is torch's to do
+@functools.cache
 def _stream(pointer: int) -> Any:
     import cupy
 
+    # from CuPy 14 on, where ExternalStream is deprecated
+    if convert := getattr(cupy.cuda.Stream, "from_external", None):
+        return convert(_Handle(pointer))
     return cupy.cuda.ExternalStream(pointer)
 
 

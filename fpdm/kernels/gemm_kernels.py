@@ -183,6 +183,9 @@ def _gated(
     b_size = 0.0
     if p_prev is not None:
         b_new = b_out.to(tl.float32)
+        if N % (2 * COLS) != 0:
+            # columns beyond N repeat the last weight: perhaps Inf, which times a gate of 0 is NaN
+            b_new = tl.where(m, b_new, 0.0)
         b_diff = b_new - tl.load(p_prev + i_base + o, mask=m, other=0.0).to(tl.float32)
         b_moved = tl.sum(b_diff * b_diff, 1)
         b_size = tl.sum(b_new * b_new, 1)
