@@ -17,8 +17,9 @@ constexpr i64 BLOCKS = 8, DISTANCE = RUN + 16;
 // rows per thread from which every thread packs the weight for itself: words that another core has
 // just packed come slowly
 constexpr i64 OWN_PACKING = 96;
-// tokens per partial sum of a weight gradient, whatever the number of threads
-constexpr i64 DEPTH = RUN;
+// of a weight gradient: tokens per partial sum, whatever the number of threads; blocks of outs and
+// panels of ins whose sums are unfinished at a time
+constexpr i64 DEPTH = 128, HELD = 32, GROUP = 12;
 
 // What becomes of a tile: bias or addend, rounding, GELU or gate, store. T: dtype of the product,
 // O: of the output, Z: of the residual stream. Members are copied first: a store of bfloat16 might
@@ -236,9 +237,9 @@ struct WeightGradient {
     float* dbias;
 
     using W = Word<T>;
-    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS, HELD = 2 * BLOCKS;
+    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS;
 
-    i64 group() const { return min2(ceil_div(ins, i64(COLS)), PANELS / 2); }
+    i64 group() const { return min2(ceil_div(ins, i64(COLS)), GROUP); }
     i64 size() const { return HELD * LEFT + group() * (RIGHT + HELD * ROWS * COLS) + 16; }
 
     // this thread's share of panels [panel, end)
