@@ -4,7 +4,7 @@ A kernel sees addresses, not tensors: what torch would refuse, it would read or 
 reads metadata only: no synchronisation, no allocation. It knows no implementation, so Triton,
 csrc/cuda and csrc/cpu share it. What passed is remembered by everything that it depends on, since
 the same operands come back step after step: 4 instead of 40 microseconds, in a loop whose kernels
-take 20 to 100. They seldom come back to the same addresses, which count only where bytes are shared.
+take 20 to 100. They seldom have the same addresses, which count only where bytes may be shared.
 
 Layout rule of all operators: an operand is contiguous, except that the rows of a two-dimensional
 one may lie at any distance (a chunk of (B,6D), one vector expanded over the batch, a column slice
@@ -101,7 +101,7 @@ def _check(
     may_alias: Collection[tuple[str, str]],
     align: int,
 ) -> tuple[int, ...]:
-    """The check itself: bytes from the first to the last of every operand, 0 where there is none."""
+    """The check itself. Returns bytes from first to last of every operand, 0 where not given."""
     spans = [_span(op, device, align, o) for o in inputs]
     for operand in outputs:
         span = _span(op, device, align, operand)
@@ -184,7 +184,8 @@ def _overlap(a: Span, b: Span) -> bool:
 
 def _allow(op: str, out: Span, other: Span, may_alias: Collection[tuple[str, str]]) -> None:
     a, b = out[4], other[4]
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     declared = (out[5], other[5]) in may_alias or (other[5], out[5]) in may_alias
     if not declared:
         _refuse(op, out[5], f"memory shared with {other[5]}", "memory of its own")
