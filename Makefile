@@ -4,23 +4,29 @@
 #
 # Each sets up a virtual environment from pinned requirements first, when it is missing or old.
 # Variables: PYTHON (the interpreter it is made with), VENV (where), PIP_ARGS (for pip install),
-# TRAIN_ARGS (--section.key value ...), PYTEST_ARGS, BENCH_ARGS.
+# PRECISION (of training and sampling: bf16, fp32, or fp16 on a GPU before sm_80), TRAIN_ARGS
+# (--section.key value ...), PYTEST_ARGS, BENCH_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+PRECISION ?= bf16
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 RUN := runs/digits
+SAMPLED_fp32 := float32
+SAMPLED_bf16 := bfloat16
+SAMPLED_fp16 := float16
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
 .PHONY: train test bench clean
 
 train: $(VENV)/.run
-	$(PY) -m fpdm.train digits --train.out $(dir $(RUN)) --train.name $(notdir $(RUN)) $(TRAIN_ARGS)
+	$(PY) -m fpdm.train digits --train.out $(dir $(RUN)) --train.name $(notdir $(RUN)) \
+		--train.precision $(PRECISION) --sample.dtype $(SAMPLED_$(PRECISION)) $(TRAIN_ARGS)
 	$(PY) -m fpdm.evaluate $(RUN)
 	@echo "the digits it draws: $$(ls $(RUN)/samples/*.png | tail -n 1)"
 

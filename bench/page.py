@@ -16,7 +16,8 @@ BLUE, RED, GREY = "#2b6cb0", "#c53030", "#cbd5e0"
 COLOURS = {
     LIBRARY: "#c53030", "plain PyTorch": "#a0aec0", "published eager": "#4a5568",
     "published eager float32": "#a0aec0", "published compiled": "#dd6b20",
-    "published frozen": "#b7791f", "DiT by fpdm": "#2f855a", "DiT eager": "#9ae6b4",
+    "published, map compiled": "#dd6b20", "published frozen": "#b7791f", "DiT by fpdm": "#2f855a",
+    "DiT eager": "#9ae6b4",
     "fused": "#805ad5", "foreach": "#d53f8c", "onepass": "#00a3c4",
 }  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;

@@ -70,8 +70,10 @@ def forward(
     no_grad_iters: int = 0,
     init: Tensor | None = None,
     detach_init: bool = True,
+    f: Callable[..., Tensor] = fixed_point_map,
 ) -> tuple[Tensor, Tensor]:
-    """(output (B,2C,h,w), solution (B,T,D)); FPDM and DiT state dicts alike."""
+    """(output (B,2C,h,w), solution (B,T,D)); FPDM and DiT state dicts alike. ``f``: the map, or
+    that compiled."""
     heads, p = config.num_heads, config.patch_size
     emb = timestep_features(t).to(w["pos_embed"].dtype)
     emb = _linear(w, "t_embedder.mlp.2", F.silu(_linear(w, "t_embedder.mlp.0", emb)))
@@ -89,10 +91,10 @@ def forward(
     i = _linear(w, "block_pre_projection", z)
     z = z if init is None else init
     for _ in range(no_grad_iters):
-        z = fixed_point_map(w, z, i, c, heads)
+        z = f(w, z, i, c, heads)
     z = z.detach() if detach_init else z
     for _ in range(iters):
-        z = fixed_point_map(w, z, i, c, heads)
+        z = f(w, z, i, c, heads)
     solution = z
     for index in range(config.post_depth):
         z = block(w, f"blocks_post.{index}", z, c_pp, heads)

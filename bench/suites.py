@@ -30,14 +30,17 @@ from fpdm.optim import AdamWEMA
 from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
 
+# of csrc/cpu
+DTYPES = (torch.float32, torch.bfloat16)
+
 
 def settings(device: torch.device) -> list[Setting]:
     """The models of the operator and iteration suites: small ones on a CPU, XL/2 on a GPU."""
     if device.type == "cuda":
         halves = (torch.bfloat16, torch.float16)
         return [Setting("XL/2", XL, b, d, device) for b in (2, 64) for d in halves]
-    kinds, dtypes = (("digits", DIGITS, 64), ("S/2", S2, 2)), (torch.float32, torch.bfloat16)
-    return [Setting(label, c, b, d, device) for label, c, b in kinds for d in dtypes]
+    kinds = (("digits", DIGITS, 64), ("S/2", S2, 2))
+    return [Setting(label, c, b, d, device) for label, c, b in kinds for d in DTYPES]
 
 
 class Plain(nn.Module):
@@ -51,10 +54,13 @@ class Plain(nn.Module):
                 name.replace(".", "__"), nn.Parameter(value.detach().to(dtype, copy=True))
             )
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, iters: int, free: int = 0) -> Tensor:
-        """(B,2C,h,w)."""
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, iters: int, free: int = 0,
+        f: Callable[..., Tensor] = published.fixed_point_map,
+    ) -> Tensor:  # fmt: skip
+        """(B,2C,h,w); ``f``: the map, or that compiled."""
         state = {n: getattr(self, n.replace(".", "__")) for n in self.names}
-        return published.forward(state, self.config, x, t, y, iters, free)[0]
+        return published.forward(state, self.config, x, t, y, iters, free, f=f)[0]
 
 
 def dit(config: ModelConfig, iters: int) -> ModelConfig:
@@ -115,8 +121,9 @@ def attempt(make: Callable[[], Arm]) -> Arm | str:
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def network(s: Setting, iters: int = 8, full: bool = True) -> Row:
-    """The whole network once, without gradient; ``full``: compiled baselines and DiT too."""
+def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True) -> Row:
+    """The whole network once, without gradient; ``full``: compiled baselines too, ``with_dit``: and
+    DiT."""
 
     def build() -> Arms:
         model = randomised(s.config, s.device)
@@ -136,7 +143,7 @@ def network(s: Setting, iters: int = 8, full: bool = True) -> Row:
             if s.device.type == "cpu":
                 frozen = Plain(model, s.dtype)
                 arms["published frozen"] = attempt(lambda: compiled(frozen, args, True))
-            arms |= _dit_arms(s, iters)
+            arms |= _dit_arms(s, iters) if with_dit else {}
         count = network_flops(s.config, s.batch, iters)
         facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
@@ -163,11 +170,14 @@ def _no_grad(fn: Arm) -> Arm:
     return run
 
 
-def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: bool = True) -> Row:
-    """Forward and backward of one step."""
+def training(
+    s: Setting, n: int, m: int, recompute: str = "none", compile_too: str = "", chunks: int = 1
+) -> Row:
+    """Forward and backward of one step. ``compile_too``: of the published model also the ``whole``
+    compiled, or the ``map`` alone, whose compilation takes as long whatever n and m are."""
 
     def build() -> Arms:
-        model = randomised(s.config, s.device, recompute=recompute)
+        model = randomised(s.config, s.device, recompute=recompute, chunks=chunks)
         weights = PreparedWeights(model, s.dtype, accumulate=True)
         x, t, y = inputs(s.config, s.batch, s.device)
         plain = Plain(model, torch.float32)
@@ -176,10 +186,10 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
             model.zero_grad(set_to_none=False)
             model(x, t, y, m, n, weights=weights).float().square().mean().backward()
 
-        def theirs(module: nn.Module, dtype: torch.dtype) -> None:
+        def theirs(module: nn.Module, dtype: torch.dtype, **compiled: Any) -> None:
             plain.zero_grad(set_to_none=False)
             with torch.autocast(s.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out = module(x, t, y, m, n)
+                out = module(x, t, y, m, n, **compiled)
             out.float().square().mean().backward()
 
         arms: dict[str, Arm | str] = {
@@ -188,16 +198,21 @@ def training(s: Setting, n: int, m: int, recompute: str = "none", compile_too: b
         }
         if s.dtype != torch.float32:
             arms["published eager float32"] = lambda: theirs(plain, torch.float32)
-        if compile_too:
+        if compile_too == "whole":
             optimised = published.optimised(plain)
             arms["published compiled"] = lambda: theirs(optimised, s.dtype)
+        if compile_too == "map":
+            f = published.optimised(published.fixed_point_map)
+            arms["published, map compiled"] = lambda: theirs(plain, s.dtype, f=f)
         if recompute == "none":
             arms |= _dit_training(s, n + m)
         count = cost.training_flops(s.config, s.batch, n, m)
-        facts = {"n": n, "m": m, "recompute": recompute, "dit_blocks": dit(s.config, n + m).depth}
+        facts = {"n": n, "m": m, "recompute": recompute, "chunks": chunks,
+                 "dit_blocks": dit(s.config, n + m).depth}  # fmt: skip
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
-    return Row("training", f"{s.name} n={n} m={m} {recompute}", build, 9, 8.0)
+    name = f"{s.name} n={n} m={m} {recompute}" + (f", {chunks} chunks" if chunks > 1 else "")
+    return Row("training", name, build, 9, 8.0)
 
 
 def _dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
@@ -326,17 +341,19 @@ def cpu_rows() -> list[Row]:
     digits, _, small, small_bf16 = kinds
     rows = [row for s in kinds for row in operators(s)]
     rows += [row for s in (digits, small, small_bf16) for row in iteration(s)]
-    rows += [network(digits, 3), network(small, 8), network(small_bf16, 8, False)]
+    larger = replace(small_bf16, batch=8)
+    rows += [network(digits, 3), network(small, 8, False), network(larger, 8, with_dit=False)]
     rows += [network(small, k, False) for k in (1, 4, 16)]
+    rows += [network(Setting("XL/2", XL, 1, d, device), 8, False) for d in DTYPES]
     for batch in (1, 8, 64):
         rows += [sampling(replace(digits, batch=batch), g, 5, 3) for g in (1.0, 1.1)]
     rows.append(sampling(kinds[1], 1.1, 5, 3))
     half = Setting("digits", DIGITS, 64, torch.float16, device)
     why = "on a CPU float16 runs in plain PyTorch, which has no kernel of ours"
     rows.append(skipped("sampler", f"{half.name} S=5 k=3 guidance 1.1", why))
-    rows += [training(digits, 1, 2), training(kinds[1], 1, 2, compile_too=False)]
-    modes = ("none", "elementwise", "full")
-    rows += [training(small, 1, 3, mode, compile_too=False) for mode in modes]
+    rows += [training(digits, 1, 2, compile_too="whole"), training(kinds[1], 1, 2)]
+    rows += [training(small, 1, 3, "none", "map"), training(small, 1, 3, "full")]
+    rows += [training(small, 1, 3, "elementwise"), training(larger, 6, 6, "elementwise", "map", 2)]
     rows += [optimizer("digits", DIGITS, device), optimizer("S/2", S2, device)]
     return [*rows, *third_party.rows(small), *data()]
 

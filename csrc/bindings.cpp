@@ -58,8 +58,8 @@ void gate_residual_backward(i64 b, i64 t, i64 d, int zt, int type, i64 dout, i64
 
 void gelu(int type, i64 n, i64 x, i64 out) { active->gelu(type, n, at(x), at(out)); }
 
-void gelu_backward(int type, i64 n, i64 dy, i64 x, i64 out) {
-    active->gelu_backward(type, n, at(dy), at(x), at(out));
+void gelu_backward(int type, i64 n, i64 dy, i64 x, i64 out, i64 total) {
+    active->gelu_backward(type, n, at(dy), at(x), at(out), floats(total));
 }
 
 void linear(int type, int out_type, bool transposed, i64 rows, i64 cols, i64 depth, i64 x,

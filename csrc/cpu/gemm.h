@@ -17,8 +17,9 @@ constexpr i64 BLOCKS = 8, DISTANCE = RUN + 16;
 // rows per thread from which every thread packs the weight for itself: words that another core has
 // just packed come slowly
 constexpr i64 OWN_PACKING = 96;
-// tokens per partial sum of a weight gradient, whatever the number of threads
-constexpr i64 DEPTH = RUN;
+// of a weight gradient: tokens per partial sum, whatever the number of threads; blocks of outs and
+// panels of ins whose sums are unfinished at a time
+constexpr i64 DEPTH = 128, HELD = 32, GROUP = 12;
 
 // What becomes of a tile: bias or addend, rounding, GELU or gate, store. T: dtype of the product,
 // O: of the output, Z: of the residual stream. Members are copied first: a store of bfloat16 might
@@ -147,7 +148,8 @@ void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b,
     });
 }
 
-// before(team) and after(team) run in the same team, around the product
+// before(team) and after(team) run in the same team, around the product, and wait for the others
+// where they need them
 template <class T, class Epilogue, class Before, class After>
 void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After after) {
     using W = Word<T>;
@@ -159,7 +161,6 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
         scratch(size_t(threads * held + (shared ? 1 : threads) * packed + 16) * 4));
     parallel(l.rows * l.cols * l.depth / 32, [&](Team team) {
         before(team);
-        team.barrier();
         const Team packers = shared ? team : Team{0, 1};
         W *mine = memory + team.index * held,
           *b = memory + threads * held + (shared ? 0 : team.index * packed);
@@ -172,7 +173,6 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
             multiply<T>(team, l, first, last, b, {rows, sums}, epilogue);
             packers.barrier();
         }
-        team.barrier();
         after(team);
     });
 }
@@ -199,6 +199,7 @@ void adaln_linear(const Linear& l, const Block& b) {
             adaln_row(static_cast<const Z*>(b.z) + i * d, row<T>(b.shift, s), row<T>(b.scale, s),
                       static_cast<T*>(b.y) + i * d, d);
         });
+        team.barrier();
     };
     linear_with<T>(l, Store<T, T>{l}, normalise, nothing);
 }
@@ -210,6 +211,8 @@ void linear_gate(const Linear& l, const Block& b) {
     float* squares =
         b.norms ? reinterpret_cast<float*>(scratch<1>(size_t(l.rows) * 8 + 8)) : nullptr;
     auto finish = [&](Team team) {
+        if (!b.y && !b.norms) return;
+        team.barrier();
         team.each(l.rows, [&](i64 i) {
             i64 s = i / b.rows.tokens;
             const Z* z = static_cast<const Z*>(b.z_out) + i * d;
@@ -236,9 +239,9 @@ struct WeightGradient {
     float* dbias;
 
     using W = Word<T>;
-    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS, HELD = 2 * BLOCKS;
+    static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS;
 
-    i64 group() const { return min2(ceil_div(ins, i64(COLS)), PANELS / 2); }
+    i64 group() const { return min2(ceil_div(ins, i64(COLS)), GROUP); }
     i64 size() const { return HELD * LEFT + group() * (RIGHT + HELD * ROWS * COLS) + 16; }
 
     // this thread's share of panels [panel, end)

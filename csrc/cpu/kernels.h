@@ -68,7 +68,7 @@ struct Variant {
     void (*gate_residual_backward)(const Rows&, const void* dout, const void* y, Vector gate,
                                    Sum dgate, void* out);
     void (*gelu)(int type, i64 n, const void* x, void* out);
-    void (*gelu_backward)(int type, i64 n, const void* dy, const void* x, void* out);
+    void (*gelu_backward)(int type, i64 n, const void* dy, const void* x, void* out, float* total);
     void (*linear)(const Linear&);
     void (*adaln_linear)(const Linear&, const Block&);
     void (*linear_gate)(const Linear&, const Block&);

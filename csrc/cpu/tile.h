@@ -182,10 +182,13 @@ inline void pack_columns(const T* src, i64 stride, i64 depth, i64 n, Word<T>* ds
 // one row as words along the sum
 template <class T>
 inline void copy_row(const T* src, i64 depth, Word<T>* dst) {
-    if constexpr (PER_WORD<T> == 1)
+    if constexpr (PER_WORD<T> == 1) {
         columns(depth, [=](i64 c, i64 n) { put(dst + c, get(src + c, n), n); });
-    else
-        pack_columns(src, depth, depth, 1, dst, 1);
+    } else {
+        // pairs lie in memory as they do in words
+        __builtin_memcpy(dst, src, size_t(depth) * sizeof(T));
+        if (depth % 2) dst[depth / 2] = src[depth - 1].bits;
+    }
 }
 
 }  // namespace FPDM_ISA

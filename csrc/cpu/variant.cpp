@@ -7,26 +7,28 @@
 namespace fpdm {
 namespace FPDM_ISA {
 
-// out[i] = f(a[i], x[i])
+// out[i] = f(a[i], x[i]); total[i] += out[i], as it is stored, where there is a total
 template <class T, class F>
-inline void each_element(i64 n, const void* a, const void* x, void* out, F f) {
+inline void each_element(i64 n, const void* a, const void* x, void* out, float* total, F f) {
     parallel(n * 8, [&](Team team) {
         team.each(ceil_div(n, i64(LANES)), [&](i64 i) {
             i64 c = i * LANES, m = min2<i64>(LANES, n - c);
             vf v = get(static_cast<const T*>(x) + c, m);
-            put(static_cast<T*>(out) + c, f(get(static_cast<const T*>(a) + c, m), v), m);
+            const vf y = f(get(static_cast<const T*>(a) + c, m), v);
+            put(static_cast<T*>(out) + c, y, m);
+            if (total) put(total + c, get(total + c, m) + rounded<T>(y), m);
         });
     });
 }
 
 template <class T>
 void gelu_all(i64 n, const void* x, void* out) {
-    each_element<T>(n, x, x, out, [](vf, vf v) { return gelu<T>(v); });
+    each_element<T>(n, x, x, out, nullptr, [](vf, vf v) { return gelu<T>(v); });
 }
 
 template <class T>
-void gelu_backward_all(i64 n, const void* dy, const void* x, void* out) {
-    each_element<T>(n, dy, x, out, [](vf g, vf v) { return g * gelu_slope<T>(v); });
+void gelu_backward_all(i64 n, const void* dy, const void* x, void* out, float* total) {
+    each_element<T>(n, dy, x, out, total, [](vf g, vf v) { return g * gelu_slope<T>(v); });
 }
 
 template <class T>
@@ -66,7 +68,9 @@ const Variant variant = {
         BY_TYPES(r, gate_residual_backward, r, dout, y, gate, dgate, out);
     },
     [](int type, i64 n, P x, void* out) { BY_TYPE(type, gelu_all, n, x, out); },
-    [](int type, i64 n, P dy, P x, void* out) { BY_TYPE(type, gelu_backward_all, n, dy, x, out); },
+    [](int type, i64 n, P dy, P x, void* out, float* total) {
+        BY_TYPE(type, gelu_backward_all, n, dy, x, out, total);
+    },
     [](const Linear& l) { BY_TYPE(l.type, linear, l); },
     [](const Linear& l, const Block& b) { BY_TYPES(b.rows, adaln_linear, l, b); },
     [](const Linear& l, const Block& b) { BY_TYPES(b.rows, linear_gate, l, b); },

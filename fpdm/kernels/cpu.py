@@ -148,9 +148,9 @@ def gelu_backward(
     outputs: list[Operand] = [("out", out, x.shape, (x.dtype,))]
     outputs.append(("total", total, x.shape, (torch.float32,)))
     check("gelu_backward", DEVICE, inputs, outputs, {("out", "dy"), ("out", "x")})
-    native.gelu_backward(CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr())
-    if total is not None:
-        total.add_(out)
+    native.gelu_backward(
+        CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr(), _at(total)
+    )
     return out
 
 

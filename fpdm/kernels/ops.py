@@ -158,10 +158,17 @@ def resolve(impl: str, device: torch.device | str, dtype: torch.dtype | None = N
     return _operator_set(_chosen(impl, device, dtype))
 
 
-@contextlib.contextmanager
-def no_autocast(device: torch.device) -> Iterator[None]:
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The operators choose their dtypes themselves: autocast must not choose again inside. Triton
     launches on the current device, so it is made the operands'."""
+    if device.type != "cuda" and not torch.is_autocast_enabled(device.type):
+        # nothing to turn off: small models call this 60 times a step
+        return contextlib.nullcontext()
+    return _no_autocast(device)
+
+
+@contextlib.contextmanager
+def _no_autocast(device: torch.device) -> Iterator[None]:
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here, torch.autocast(device.type, enabled=False):
         yield
