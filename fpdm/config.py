@@ -21,23 +21,10 @@ from fpdm import settings
 from fpdm.settings import ConfigError, Settings, UserError
 
 __all__ = [
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DiffusionConfig",
-    "ExecutionConfig",
-    "FixedPointConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "SamplerConfig",
-    "TrainConfig",
-    "UserError",
-    "diff",
-    "from_dict",
-    "load_config",
-    "to_dict",
-    "to_yaml",
-]
+    "Config", "ConfigError", "DataConfig", "DiffusionConfig", "ExecutionConfig", "FixedPointConfig",
+    "ModelConfig", "OptimConfig", "SamplerConfig", "TrainConfig", "UserError", "diff", "from_dict",
+    "load_config", "to_dict", "to_yaml",
+]  # fmt: skip
 
 Recompute = Literal["none", "elementwise", "full"]
 Impl = Literal["auto", "reference", "triton", "triton-fused", "cuda", "cpu"]
@@ -398,6 +385,7 @@ RESUME_FREE: Mapping[str, str] = {
     "train.grid_per_class": "size of pictures",
     "train.max_nonfinite": "when to give up",
     "train.resume": "asked of this session only",
+    "train.graphs": "how the same work is launched",
     "train.tensorboard": "a copy of the metrics",
     "train.ddp_timeout_s": "when to give up",
 }

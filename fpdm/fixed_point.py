@@ -427,10 +427,11 @@ def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that exist, to be added to; none unless all do, as float32 or wider."""
-    found = [p.grad for p in params]
-    usable = all(g is not None and g.dtype == ops.accumulator(g.dtype) for g in found)
-    return [g for g in found if g is not None] if usable else []
+    """The gradients that exist, to be added to; none unless all do, dense, as float32 or wider."""
+    # while torch.compile traces, parameters are no leaves
+    found = [g for p in params if p.is_leaf and (g := p.grad) is not None]
+    wide = all(g.dtype == ops.accumulator(g.dtype) and g.is_contiguous() for g in found)
+    return found if wide and len(found) == len(params) else []
 
 
 unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
@@ -438,8 +439,8 @@ unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
 
 @dataclass(frozen=True)
 class Settings:
-    """How a block runs: heads, implementation, recompute mode, parts of the batch in the backward,
-    whether it adds to the parameters' gradients in place."""
+    """How a block runs: heads, implementation, recompute mode, parts that the batch is walked in,
+    whether the backward adds to the parameters' gradients in place."""
 
     heads: int
     impl: str

@@ -248,9 +248,11 @@ class CudaBackend:
         """``work`` captured; see ``Backend``. Waits for the device."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
+        # a capture cannot ask for what eager work left in the allocator's cache
+        torch.cuda.empty_cache()
         with torch.cuda.stream(self.stream):
-            # the library's workspace must not live in the graphs' pool
-            torch.cuda.current_blas_handle()
+            # cuBLAS takes its workspace for this stream from the pool: when a graph's reset frees
+            # it (torch from #175276 on), only another capture gets it, which is replayed in turn
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             with self._recording(graph):
                 work()

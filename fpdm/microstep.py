@@ -6,7 +6,9 @@
 On a GPU with ``train.graphs`` everything between the micro-batch and the gradients runs on buffers
 that stay and is one graph per (n, m), see fpdm.graphs. A small model, a small batch or a batch
 walked in many chunks needs less time on the device than the host needs to launch it; a replay needs
-the host once. The graphs share one memory pool, as large as the largest step needs.
+the host once. The graphs share one memory pool. As its largest buffer grows with m and cannot be
+given back, the first graph is one of the largest m; until then, and while a pair is new, steps are
+launched, beside the pool: there must be room for two.
 """
 
 from __future__ import annotations
@@ -72,9 +74,26 @@ class MicroStep:
         # fewer than there are would be captured again and again
         self.graphs = None if found is None else GraphCache(found, mode == "on", pairs)
         self.held: _Held | None = None
+        self.params = list(model.parameters())
         self.key = GraphKey(
-            "micro-batch", 0, (), (), (weights.dtype,), str(device), model.execution.impl, 0,
-            graphs.addresses(weights),
+            "micro-batch", 0, (), (), (weights.dtype,), str(device), model.execution.impl, 0, ()
+        )  # fmt: skip
+
+    def _key_of(self, x0: Tensor, n: int, m: int) -> GraphKey | None:
+        """Of a micro-batch; None where it cannot be a graph: no gradient to add to, or none of the
+        largest m before it."""
+        assert self.graphs is not None
+        largest = isinstance(self.model, DiT) or m == self.config.fixed_point.m_max
+        if not (largest or self.graphs.captures):
+            return None
+        grads = [p.grad for p in self.params if p.requires_grad]
+        found = tuple(g.data_ptr() for g in grads if g is not None)
+        if len(found) < len(grads):
+            return None
+        return replace(
+            self.key, rows=len(x0), shape=tuple(x0.shape[1:]),
+            variant=(*((n, m) if isinstance(self.model, FPDM) else ()), *graphs.global_settings()),
+            weights=(*graphs.addresses(self.weights), *found),
         )  # fmt: skip
 
     def __call__(
@@ -82,7 +101,8 @@ class MicroStep:
     ) -> Tensor:
         """Adds the gradients of ``scale`` times the summed loss; rows (4,B) float32, not attached:
         loss, mse, vb and, with ``stats`` (which runs eagerly), the last relative residual."""
-        if self.graphs is None or stats:
+        key = None if self.graphs is None or stats else self._key_of(x0, n, m)
+        if self.graphs is None or key is None:
             return self._run(x0, draws, n, m, x0.new_full((), scale), stats)
         if self.held is None or self.held.x0.shape != x0.shape:
             # the old buffers' graphs would write into freed memory
@@ -94,8 +114,6 @@ class MicroStep:
         def work() -> None:
             held.rows.copy_(self._run(held.x0, held.draws, n, m, held.scale, False))
 
-        variant = (n, m) if isinstance(self.model, FPDM) else ()
-        key = replace(self.key, rows=len(x0), variant=variant, shape=tuple(x0.shape[1:]))
         self.graphs.run(key, work)
         return held.rows.clone()
 

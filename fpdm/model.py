@@ -155,9 +155,7 @@ class _Transformer(nn.Module):
 
     def _settings(self, w: WeightView) -> Settings:
         e = self.execution
-        return Settings(
-            self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate
-        )  # fmt: skip
+        return Settings(self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate)
 
     def residual_dtype(self, w: WeightView) -> torch.dtype:
         """dtype of the iterates under the weights ``w``."""
@@ -184,17 +182,9 @@ class _Transformer(nn.Module):
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
         out, _ = fixed_point.solve(
-            h,
-            None,
-            None,
-            vectors,
-            params,
-            w.block(name),
-            0,
-            1,
-            self._settings(w),
+            h, None, None, vectors, params, w.block(name), 0, 1, self._settings(w),
             detach_init=False,
-        )
+        )  # fmt: skip
         return out
 
     def _final(self, z: Tensor, vectors: Tensor, w: WeightView) -> Tensor:

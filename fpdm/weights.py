@@ -57,8 +57,9 @@ class WeightView:
 
     ``accumulate``: the backward adds gradients of the blocks' weights to the ``.grad`` that the
     parameters have, in place, instead of returning them for autograd to add. Same sums, one buffer
-    and two passes over it less; ``torch.autograd.grad`` and gradient hooks do not see them. A block
-    with a parameter that is frozen or has no gradient yet goes through autograd as always.
+    and two passes over it less. Any backward through the model then writes them, also one that asks
+    for other inputs, and ``torch.autograd.grad`` and gradient hooks do not see them. A block with a
+    parameter that is frozen or has no dense gradient yet goes through autograd as always.
     """
 
     accumulate = False

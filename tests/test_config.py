@@ -271,11 +271,11 @@ def test_a_bad_yaml_is_one_line_that_names_the_file(text: str, words: str, tmp_p
 def test_diff_names_what_a_resumed_run_may_not_change() -> None:
     old = load_config("digits", ["--optim.lr_final", "none", "--optim.lr", "0.001"])
     free = ["--train.steps", "9", "--train.keep", "9", "--sample.iters", "9", "--train.out", "x"]
-    free += ["--optim.lr_final", "none", "--optim.lr", "0.001"]
+    free += ["--train.graphs", "auto", "--optim.lr_final", "none", "--optim.lr", "0.001"]
     assert diff(old, load_config("digits", free), c.RESUME_FREE) == []
     new = load_config("digits", [*free[:-1], "0.5", "--train.seed", "3"])
     assert diff(old, new, c.RESUME_FREE) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
-    assert len(diff(old, new)) == 6
+    assert len(diff(old, new)) == 7
     # the learning rate depends on the number of steps once it decays
     decays = load_config("digits", ["--optim.lr_final", "0"])
     longer = load_config("digits", ["--optim.lr_final", "0", "--train.steps", "9"])
@@ -283,6 +283,10 @@ def test_diff_names_what_a_resumed_run_may_not_change() -> None:
         f"train.steps: {RECIPES['digits'].train.steps} -> 9"
     ]
     assert diff(to_dict(old), new, c.RESUME_FREE) == diff(old, new, c.RESUME_FREE)
+    # a run from before there was such a setting
+    older = to_dict(old)
+    del older["train"]["graphs"]
+    assert diff(older, old, c.RESUME_FREE) == []
 
 
 def test_resume_free_names_exist_and_have_reasons() -> None:

@@ -15,7 +15,14 @@ from bench import published as plain
 from bench.memory import LiveBytes
 from fpdm.block import BlockWeights
 from fpdm.config import ExecutionConfig, ModelConfig
-from fpdm.fixed_point import Settings, iterate, solve, unroll, unroll_backward
+from fpdm.fixed_point import (
+    Settings,
+    iterate,
+    solve,
+    unroll,
+    unroll_backward,
+    unroll_backward_,
+)
 from fpdm.model import FPDM
 from fpdm.weights import PreparedWeights
 
@@ -367,7 +374,8 @@ def test_backward_working_set(recompute: str, kept: int, dtype: torch.dtype, uni
 
 @pytest.mark.parametrize("recompute", MODES)
 def test_backward_in_chunks(recompute: str) -> None:
-    """The gradients of the whole batch, whatever the parts; more parts than samples are fine."""
+    """The gradients and norms of the whole batch, whatever the parts; more parts than samples are
+    fine."""
     p = problem(b=3)
     for leaf in leaves(p):
         leaf.requires_grad_()
@@ -375,8 +383,8 @@ def test_backward_in_chunks(recompute: str) -> None:
     found = []
     for chunks in (1, 2, 5):
         args = (p["x"], p["i"], u, p["mod"], p["params"], weights, 3, 2, "auto", recompute)
-        out = unroll(*args, chunks, False, False)[0]
-        found.append(torch.autograd.grad(out.square().sum(), leaves(p)))
+        out, norms, *_ = unroll(*args, chunks, True, False)
+        found.append((*torch.autograd.grad(out.square().sum(), leaves(p)), norms))
     for other in found[1:]:
         for a, b in zip(found[0], other):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -442,6 +450,24 @@ def test_gradients_accumulate_in_place(start: float | None, frozen: str) -> None
             assert torch.equal(a.grad, b.grad), name
 
 
+@pytest.mark.parametrize("kind", ["strided", "half"])
+def test_gradients_that_cannot_be_added_to(kind: str) -> None:
+    """Such a block goes through autograd."""
+    model, found = random_model(SMALL), []
+    for accumulate in (False, True):
+        for name, q in model.named_parameters():
+            q.grad = torch.zeros_like(q)
+            if name == "block_fixed_point.attn.qkv.weight" and kind == "strided":
+                q.grad = torch.zeros_like(q.t()).t()
+        if kind == "half":
+            model.bfloat16()
+        weights = PreparedWeights(model, next(model.parameters()).dtype, accumulate=accumulate)
+        x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        model(x, *PAIRS, 2, 1, weights=weights).float().square().sum().backward()
+        found.append([q.grad.clone() for q in model.parameters() if q.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_accumulating_needs_no_second_buffer() -> None:
     """The backward's peak falls by the gradients of the block, which autograd would add."""
     p = at_xl_ratio(torch.float32, b=1)
@@ -469,6 +495,14 @@ def test_opcheck(recompute: str) -> None:
     u, weights = addend(p, torch.float32), operator_weights(p, torch.float32)
     args = (p["x"], p["i"], u, p["mod"], p["params"], weights, 2, 2, "auto", recompute, 1, True)
     torch.library.opcheck(unroll, (*args, False))
+    with torch.no_grad():
+        out, _, *saved = unroll(*args, False)
+    plain = [q.detach() for q in p["params"]]
+    operands = (out, p["x"].detach(), p["i"].detach(), u, p["mod"].detach(), weights, *saved)
+    how = (2, 2, "auto", recompute, 1, True)
+    torch.library.opcheck(unroll_backward, (plain, *operands, *how))
+    sums = [torch.zeros_like(q) for q in plain]
+    torch.library.opcheck(unroll_backward_, (sums, *operands, *how))
     torch.library.opcheck(
         iterate, (p["x"].detach(), u, p["mod"].detach(), weights, 2, 2, "auto", True)
     )

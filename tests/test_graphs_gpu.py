@@ -136,6 +136,24 @@ def test_a_failed_capture_releases_its_pool() -> None:
     assert (y.tolist(), fresh.captures, fresh.broken) == ([4.0] * 4, 1, False)
 
 
+def test_a_dropped_graph_leaves_the_others_theirs() -> None:
+    """Products of graphs on one stream share cuBLAS's workspace, which a reset frees."""
+    a, b = torch.randn(2, 2048, 2048, device="cuda", dtype=torch.bfloat16)
+    found, want = torch.empty_like(a), a @ b
+    cache = GraphCache(CudaBackend(a.device), always=True)
+    for number in (1, 2):
+        for _ in range(2):
+            cache.run(key(number), lambda: torch.mm(a, b, out=found))
+    cache._drop(cache.entries.pop(key(1)))
+    torch.cuda.empty_cache()
+    junk = [torch.full((2**25,), 255, dtype=torch.uint8, device="cuda") for _ in range(8)]
+    for _ in range(3):
+        found.zero_()
+        cache.run(key(2), lambda: torch.mm(a, b, out=found))
+        assert torch.equal(found, want)
+    assert all((x == 255).all() for x in junk)
+
+
 def test_an_error_of_the_work_itself() -> None:
     y = torch.zeros(4, device="cuda")
     broken = [False]
@@ -227,7 +245,7 @@ def micro_steps(mode: str, precision: str, **execution: Any) -> tuple[MicroStep,
 @pytest.mark.parametrize("mode", ["on", "auto"])
 def test_replayed_training_steps(mode: str, precision: str, execution: dict[str, Any]) -> None:
     """Losses, gradients and weights bitwise those of eager steps, optimiser steps between."""
-    pairs = [(0, 1), (2, 1), (2, 2)] * 8
+    pairs = [(2, 2), (2, 1), (0, 1)] * 8
     found = []
     for how in (mode, "off"):
         step, optimizer = micro_steps(how, precision, **execution)
@@ -246,7 +264,7 @@ def test_replayed_training_steps(mode: str, precision: str, execution: dict[str,
         found.append([*rows, optimizer.flat["w"]])
         if how == "on":
             assert step.graphs is not None
-            assert (step.graphs.captures, step.graphs.replays) == (3, 21)
+            assert (step.graphs.captures, step.graphs.replays) == (3, 19)
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
