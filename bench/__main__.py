@@ -288,7 +288,6 @@ def main(argv: list[str]) -> int:
     if args.render:
         render(path, args.out is None)
         return 0
-    machine.keep_freed_memory()
     old = baseline(args.against, machine.name()) if args.against else None
     result = measure(args, path, old)
     print(report.table(result))

@@ -5,7 +5,6 @@ FPDM_COMMIT names the commit where the files were copied without their history.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -129,15 +128,3 @@ def ceilings(device: torch.device) -> dict[str, float]:
     best = min(once(lambda: target.copy_(source)) for _ in range(6))
     found["copy"] = 2 * source.nbytes / best
     return found
-
-
-def keep_freed_memory() -> None:
-    """glibc returns large blocks to the system and faults them in again, or keeps them, by what
-    was freed before: the same baseline took 60 % longer in one process than in the next. Here all
-    is kept, as in a program that has run for a while. Nothing on other systems."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
-        most = 2**31 - 1
-        for parameter, value in ((trim_threshold, most), (mmap_threshold, most), (arena_max, 1)):
-            library.mallopt(parameter, value)
