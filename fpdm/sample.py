@@ -412,15 +412,19 @@ def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
 
 
 def residual_table(plan: Sequence[tuple[int, int]], residual: Tensor) -> list[str]:
-    """Mean relative residual |f(x)-x| / |f(x)| of the first and last iteration that any image ran,
-    per timestep."""
+    """Relative residual |f(x)-x| / |f(x)| of the first and last iteration that any image ran, per
+    timestep: means over the images that ran it."""
     cells = []
     for (t, _), row in zip(plan, residual):
         ran = row[~row.isnan()].tolist()
         if ran:
             cells.append(f"{t:4d} {len(ran):2d} {ran[0]:.0e}>{ran[-1]:.0e}")
     lines = [cells[i : i + 4] for i in range(0, len(cells), 4)]
-    head = ["residual   t, iterations, first > last (mean over the images)"] if lines else []
+    head = (
+        ["residual   t, most iterations of an image, first > last (mean over those still running)"]
+        if lines
+        else []
+    )
     return head + ["           " + "   ".join(line) for line in lines]
 
 

@@ -100,14 +100,20 @@ def run(
     """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png, which shows
     the Frechet distances ``references`` too.
 
-    Rows of an earlier run with the same settings are kept; other settings start anew.
+    Rows of an earlier run with the same settings are kept. Raises ConfigError where there are some
+    of others.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "sweep.json"
     rows: list[dict[str, Any]] = []
     if path.is_file():
         old = json.loads(path.read_text())
-        rows = old["rows"] if old.get("settings") == settings else []
+        rows = old["rows"]
+        if old.get("settings") != settings:
+            raise ConfigError(
+                f"--out: got {out}, whose sweep.json has {len(rows)} rows of another model or "
+                "other settings; expected another directory"
+            )
     known = {(r["budget"], r["k"], r["seed"]) for r in rows}
     for point in wanted:
         for seed in seeds:

@@ -37,7 +37,12 @@ LONG = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, dealt out: xdist begins with a quarter of a worker's share, in order."""
+    """Long tests first, dealt out: xdist begins with a quarter of a worker's share, in order. What
+    needs a GPU is skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long = [item for item in items if item.name.startswith(LONG)]
     rest = iter([item for item in items if not item.name.startswith(LONG)])

@@ -60,9 +60,9 @@ def test_a_second_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]
     assert len(calls) == 6
     assert (tmp_path / "sweep.png").read_bytes().startswith(figures.PNG_MAGIC)
-    sweep.run(wanted[:1], range(1), measure, tmp_path, {"a": 2})
-    assert calls[-1] == (1, 0)
-    assert len(calls) == 7
+    with pytest.raises(ConfigError, match="6 rows of another model or other settings; expected"):
+        sweep.run(wanted[:1], range(1), measure, tmp_path, {"a": 2})
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["rows"]) == len(calls) == 6
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
