@@ -248,6 +248,8 @@ class CudaBackend:
         """``work`` captured; see ``Backend``. Waits for the device."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
+        # this thread's handle, which a capture could not make; on the caller's stream
+        torch.cuda.current_blas_handle()
         # a capture cannot ask for what eager work left in the allocator's cache
         torch.cuda.empty_cache()
         with torch.cuda.stream(self.stream):
