@@ -130,8 +130,6 @@ class Trainer:
     def _build(self) -> None:
         config, device = self.config, self.ranks.device
         check_machine(config, self.ranks.world, device)
-        if self.ranks.rank == 0:
-            self.directory.prepare()
         self.data = open_dataset(config.data)
         check_data(config, self.data)
         self.impl = ops.choose(config.execution.impl, device, DTYPES[config.train.precision])
@@ -152,6 +150,8 @@ class Trainer:
         # here, so that a plan which cannot be met is refused before the first step
         self.sampler = Sampler(self.model, self.diffusion, config.sample)
         if self.ranks.rank == 0:
+            # only now: a start that is refused leaves no empty directories
+            self.directory.prepare()
             self._resume()
         self.loader = Loader(self.data, config, self.ranks)
 
