@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench import counted, machine, page, report, rows, suites, timing
+from bench import counted, gpu_rows, machine, page, report, rows, suites, timing
 from bench.memory import LiveBytes
 from fpdm.cli import run_main
 from fpdm.config import ConfigError
@@ -110,7 +110,7 @@ def timed(row: rows.Row, alive: dict[str, timing.Arm], rounds: int) -> dict[str,
     places = PLACES.get(row.suite, 1)
     # all alive, so that each has memory of its own
     others = [row.build().run for _ in range(places - 1)]
-    each = max(timing.LEAST, -(-rounds // places))
+    each = -(-rounds // places)
     found = [
         timing.interleave(arms, each, seconds=row.seconds / places)
         for arms in (alive, *({n: run[n] for n in alive} for run in others))
@@ -142,7 +142,7 @@ def told(fn: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
 
 def chosen(args: argparse.Namespace) -> list[rows.Row]:
     """The rows asked for. Raises ConfigError when there are none."""
-    known = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
+    known = gpu_rows.rows() if torch.cuda.is_available() else suites.cpu_rows()
     found = [r for r in known if r.suite in (args.suite or r.suite)]
     found = [r for r in found if re.search(args.row or "", r.name)]
     found = [r for r in found if not (args.skip and re.search(args.skip, r.name))]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from fpdm import budget
 from fpdm.config import ModelConfig
 
 Style = Literal["published", "library", "fused"]
@@ -141,15 +142,11 @@ def flops(parts: list[Part]) -> int:
 
 
 def training_flops(config: ModelConfig, batch: int, n: int, m: int) -> int:
-    """FLOPs of a training step's blocks and injection: n iterations, and m more and the pre and
-    post blocks with their backward. Of a GEMM that is twice its forward, of attention 2.5 times."""
-    t, d = config.tokens, config.hidden_size
-    ends, injection = config.pre_depth + config.post_depth, 3 * d * d
-    block, attention = 12 * d * d, 2 * t * d
-    forward = injection + ends * (block + attention) + (n + m) * (block + 4 * d * d + attention)
-    backward = 2 * injection + ends * (2 * block + 5 * attention // 2)
-    backward += m * (2 * (block + 4 * d * d) + 5 * attention // 2)
-    return 2 * batch * t * (forward + backward)
+    """FLOPs of a training step: n iterations, and m more, the pre and post blocks and the injection
+    with their backward. Of a GEMM that is twice its forward, of attention 2.5 times."""
+    forward, kept = (budget.macs_per_sample(config, [k], False, 1.0) for k in (n + m, m))
+    blocks, attention = config.pre_depth + config.post_depth + m, 2 * config.tokens**2
+    return 2 * batch * (forward + 2 * kept + blocks * attention * config.hidden_size // 2)
 
 
 def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsize: int) -> float:

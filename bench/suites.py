@@ -358,11 +358,4 @@ def cpu_rows() -> list[Row]:
     return [*rows, *third_party.rows(small), *data()]
 
 
-def gpu_rows() -> list[Row]:
-    """XL/2 on one GPU, compiled baselines last: bench.gpu_rows."""
-    from bench import gpu_rows as module
-
-    return module.rows()
-
-
-__all__ = ["OURS", "Arms", "Row", "cpu_rows", "gpu_rows"]
+__all__ = ["OURS", "Arms", "Row", "cpu_rows"]

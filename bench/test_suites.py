@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import rows, suites
+from bench import gpu_rows, rows, suites
 
-ROWS = suites.gpu_rows() if torch.cuda.is_available() else suites.cpu_rows()
+ROWS = gpu_rows.rows() if torch.cuda.is_available() else suites.cpu_rows()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{r.suite}: {r.name}" for r in ROWS])

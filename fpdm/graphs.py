@@ -105,6 +105,10 @@ class Backend(Protocol):
         """All graphs are gone: give back what they shared."""
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 @dataclass
 class _Entry:
     """What is known about a key. ``graph`` once captured; ``settled``: no more trials."""
@@ -151,9 +155,9 @@ class GraphCache:
                 entry.graph = self.backend.capture(lambda: self.backend.loop(more, body))
                 self.captures += 1
             except Exception as error:
-                self.loops, reason = False, " ".join(str(error).split())[:200]
+                self.loops = False
                 warnings.warn(
-                    f"graphs: capture of a loop failed, the host follows it now: {reason}",
+                    f"graphs: capture of a loop failed, the host follows it now: {_line(error)}",
                     stacklevel=4,
                 )
         if entry.graph is None:
@@ -210,7 +214,7 @@ class GraphCache:
             return
         except Exception as error:
             # a failure half-way must not end what runs eagerly without trouble
-            reason = " ".join(str(error).split())[:200]
+            reason = _line(error)
         # only now, as the error's frames held what the work had allocated
         self.clear()
         self.broken, entry.settled = True, True

@@ -13,8 +13,6 @@ launched, beside the pool: there must be room for two.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -33,20 +31,20 @@ class _Held:
     ``rows`` (4,B), see ``MicroStep``."""
 
     def __init__(self, x0: Tensor, draws: Draws):
-        self.x0, self.t = torch.empty_like(x0), torch.empty_like(draws.t)
-        self.draws = Draws(self.t, torch.empty_like(draws.noise), torch.empty_like(draws.y))
+        self.x0 = torch.empty_like(x0)
+        self.draws = Draws(*map(torch.empty_like, (draws.t, draws.noise, draws.y)))
         self.scale = x0.new_zeros(())
         self.rows = x0.new_zeros(4, len(x0))
 
     def take(self, x0: Tensor, draws: Draws, scale: float) -> None:
         self.x0.copy_(x0)
-        self.t.copy_(draws.t)
+        self.draws.t.copy_(draws.t)
         self.draws.noise.copy_(draws.noise)
         self.draws.y.copy_(draws.y)
         self.scale.fill_(scale)
 
     def tensors(self) -> list[Tensor]:
-        return [self.x0, self.t, self.draws.noise, self.draws.y, self.scale, self.rows]
+        return [self.x0, *vars(self.draws).values(), self.scale, self.rows]
 
 
 class MicroStep:
@@ -75,9 +73,6 @@ class MicroStep:
         self.graphs = None if found is None else GraphCache(found, mode == "on", pairs)
         self.held: _Held | None = None
         self.params = list(model.parameters())
-        self.key = GraphKey(
-            "micro-batch", 0, (), (), (weights.dtype,), str(device), model.execution.impl, 0, ()
-        )  # fmt: skip
 
     def _key_of(self, x0: Tensor, n: int, m: int) -> GraphKey | None:
         """Of a micro-batch; None where it cannot be a graph: no gradient to add to, or none of the
@@ -90,10 +85,11 @@ class MicroStep:
         found = tuple(g.data_ptr() for g in grads if g is not None)
         if len(found) < len(grads):
             return None
-        return replace(
-            self.key, rows=len(x0), shape=tuple(x0.shape[1:]),
-            variant=(*((n, m) if isinstance(self.model, FPDM) else ()), *graphs.global_settings()),
-            weights=(*graphs.addresses(self.weights), *found),
+        pair = (n, m) if isinstance(self.model, FPDM) else ()
+        return GraphKey(
+            "micro-batch", len(x0), (*pair, *graphs.global_settings()), tuple(x0.shape[1:]),
+            (self.weights.dtype,), str(x0.device), self.model.execution.impl, 0,
+            (*graphs.addresses(self.weights), *found),
         )  # fmt: skip
 
     def __call__(

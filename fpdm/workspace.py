@@ -43,11 +43,15 @@ class Sizes:
 @dataclass
 class Watch:
     """Who is done. ``slots`` (4,R), one column per slot: ``rows`` of the batch that they hold,
-    ``count`` iterations run, ``cap`` of them, place of the next residual in the table; ``done``
+    ``count`` iterations run, ``cap`` of them, ``place`` of the next residual in the table; ``done``
     (R,). Per row: ``bank``, iterations left in all, and ``used`` ones of this timestep; ``result``
     (R,T,D). ``left`` (1,): slots that go on."""
 
     slots: Tensor
+    rows: Tensor
+    count: Tensor
+    cap: Tensor
+    place: Tensor
     done: Tensor
     bank: Tensor
     used: Tensor
@@ -60,28 +64,10 @@ class Watch:
         slots, bank, used, left = (
             z.new_zeros(shape, dtype=torch.int64) for shape in ((4, len(z)), len(z), len(z), 1)
         )
+        rows, count, cap, place = slots.unbind()
         done = z.new_zeros(len(z), dtype=torch.bool)
-        return cls(slots, done, bank, used, left, torch.empty_like(z))
-
-    @property
-    def rows(self) -> Tensor:
-        """Of the slots."""
-        return self.slots[0]
-
-    @property
-    def count(self) -> Tensor:
-        """Of the slots."""
-        return self.slots[1]
-
-    @property
-    def cap(self) -> Tensor:
-        """Of the slots."""
-        return self.slots[2]
-
-    @property
-    def place(self) -> Tensor:
-        """Of the slots."""
-        return self.slots[3]
+        result = torch.empty_like(z)
+        return cls(slots, rows, count, cap, place, done, bank, used, left, result)
 
 
 @dataclass
