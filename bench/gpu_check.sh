@@ -3,7 +3,8 @@
 #
 #   tests      every gpu test, compute-sanitizer on one small step of each implementation (90 s)
 #   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
-#              the sampler, then python -m bench on operators, parts of an iteration, network and sampler (3 minutes)
+#              the sampler, then python -m bench on operators, parts of an iteration, network and
+#              sampler (3 minutes)
 #   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python -m
 #              bench on training and the optimiser (4 minutes)
 #   compiled   the rows against torch.compile: mostly compilation (7 minutes)
