@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fpdm import budget, graphs, steps, stopping
-from fpdm.block import BlockWeights, step_forward
+from fpdm.block import BlockWeights, has_loop, iterate_forward
 from fpdm.config import SamplerConfig
 from fpdm.fixed_point import SolveStats
 from fpdm.kernels import ops
@@ -221,37 +221,53 @@ class Run:
 
     def _group(self, n: int, size: int) -> None:
         """``size`` iterations from the first iterate buffer on."""
-        w, norms = self.w, None
-        if self.recorded:
-            norms = w.norms[: size * 2 * n].view(size, 2, n)
-        for i in range(size):
-            self._apply(n, i % 2, None if norms is None else norms[i])
+        w = self.w
+        norms = w.norms[: size * 2 * n].view(size, 2, n) if self.recorded else None
+        self._apply(n, 0, norms, size)
         if norms is not None:
             index = w.j + torch.arange(size, device=w.j.device)
             w.residual[:, :n].index_copy_(0, index, SolveStats.from_norms(norms).residual)
             w.j.add_(size)
 
-    def _apply(self, n: int, parity: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One iteration of the first n rows between the two iterate buffers: (x_j, f(x_j))."""
-        w, acts = self.w, self.w.acts[:n]
-        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
-        acts.z = acts.z2 = dst
+    def _apply(self, n: int, parity: int, norms: Tensor | None, k: int = 1) -> None:
+        """k iterations of the first n rows, from the iterate buffer ``parity`` to the other and
+        back; ``norms`` (k,2,n)."""
+        x, other, u, mod = self._operands(n, parity)
         assert self.block is not None
-        with ops.no_autocast(dst.device):
-            step_forward(
-                self.ops, src, w.u[:n], w.vectors[0][:n], self.block, self.heads, acts, dst,
-                norms=norms,
-            )  # fmt: skip
-        return src, dst
+        with ops.no_autocast(x.device):
+            iterate_forward(
+                self.ops, x, (other, x), u, mod, self.block, self.heads, self.w.acts[:n], k, norms
+            )
+
+    def _operands(self, n: int, parity: int = 0) -> tuple[Tensor, ...]:
+        """Of the first n rows: x, the buffer for f(x), u, modulation."""
+        w = self.w
+        return w.z[parity][:n], w.z[1 - parity][:n], w.u[:n], w.vectors[0][:n]
 
     def _watch(self, launch: Launch, rows: int) -> None:
         """Iterations until all slots are done, then what they hold to their rows."""
         w, watch, n, parity = self.w, self.w.watching, rows, 0
-        if not self._loop(rows):
+        if self._at_once(launch, rows):
+            n = 0
+        elif not self._loop(rows):
             n, parity = self._follow(launch, rows)
         stopping.collect(watch, torch.arange(n, device=w.j.device), w.z[parity])
         if self.s.plan.limit:
             watch.bank[:rows] -= watch.used[:rows]
+
+    def _at_once(self, launch: Launch, n: int) -> bool:
+        """The solve of n slots as one call on the host, collected, where that can be had."""
+        w, block = self.w, self.block
+        x, other, u, mod = self._operands(n)
+        direct = self.s.solver is None and self.cache is None and stopping.LAG[x.device.type] == 0
+        if block is None or not (direct and has_loop(self.ops, x.dtype, mod.dtype)):
+            return False
+        self.ops.solve(
+            x, (other, x), u, mod, block, self.heads, w.acts[:n], self.s.most[launch.step],
+            w.watching, self.s.tol, w.norms[: 2 * n].view(2, n),
+            w.residual if self.recorded else None,
+        )  # fmt: skip
+        return True
 
     def _loop(self, n: int) -> bool:
         """The solve of n slots as one launch that ends on the device, where that can be had."""
@@ -302,7 +318,8 @@ class Run:
         ``into``; None: no slot was done before, they are where f was written."""
         w, watch = self.w, self.w.watching
         norms = w.norms[: 2 * n].view(1, 2, n)
-        src, dst = self._apply(n, parity, norms[0])
+        self._apply(n, parity, norms)
+        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
         r = SolveStats.from_norms(norms).residual[0]
         if self.recorded:
             place = watch.place[:n]

@@ -18,6 +18,7 @@ from conftest import (
     relative,
     tiny_dit,
     tiny_model,
+    watch_iterations,
     worst_relative,
 )
 from torch import Tensor
@@ -441,19 +442,14 @@ class Counted:
     """Applications of the block, and rows of every iteration, while the sampler runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.pre_post, self.rows = 0, list[int]()
-        step_forward = fixed_point.step_forward
+        self.pre_post, self.rows = 0, watch_iterations(monkeypatch)
+        iterate_forward = fixed_point.iterate_forward
 
         def outside(*args: Any, **kw: Any) -> Tensor:
             self.pre_post += 1
-            return step_forward(*args, **kw)
+            return iterate_forward(*args, **kw)
 
-        def inside(ops: Any, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-            self.rows.append(len(x))
-            return step_forward(ops, x, *args, **kw)
-
-        monkeypatch.setattr(fixed_point, "step_forward", outside)
-        monkeypatch.setattr(run, "step_forward", inside)
+        monkeypatch.setattr(fixed_point, "iterate_forward", outside)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +497,8 @@ def test_random_budgets_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
             guidance=rng.choice([1.0, 2.0]), guidance_low=rng.choice([0.0, 0.5]),
         )  # fmt: skip
         s = sampler(config, model)
-        blocks.pre_post, blocks.rows = 0, []
+        blocks.pre_post = 0
+        blocks.rows.clear()
         used = s.sample(LABELS[:4], SEEDS[:4]).stats.iterations
         assert blocks.pre_post == 3 * count
         full = sum(4 * k * b for (_, k), b in zip(s.plan.steps, s.plan.branches))
@@ -564,16 +561,16 @@ def test_without_residuals(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) 
     # nothing is computed: no iteration is asked for norms
     asked: list[bool] = []
     if model is SMALL:
-        step_forward = run.step_forward
+        iterate_forward = run.iterate_forward
 
-        def watched(*args: Any, norms: Tensor | None, **kw: Any) -> Any:
-            asked.append(norms is not None)
-            return step_forward(*args, norms=norms, **kw)
+        def watched(*args: Any) -> Any:
+            asked.append(args[-1] is not None)
+            return iterate_forward(*args)
 
-        monkeypatch.setattr(run, "step_forward", watched)
+        monkeypatch.setattr(run, "iterate_forward", watched)
         s.sample([0], [0], stats=False)
         s.sample([0], [0])
-        assert asked == [False] * 8 + [True] * 8
+        assert asked == [False] * 4 + [True] * 4
 
 
 def test_step_noise_is_copied_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

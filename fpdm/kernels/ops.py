@@ -96,7 +96,17 @@ def _operator_set(impl: str) -> SimpleNamespace:
         if impl.endswith("-fused") and name in FUSED:
             fn = functools.partial(fn, fused=True)
         found[name] = _counted(name, "library" if name in library else impl, fn)
-    return SimpleNamespace(name=impl, **found)
+    return SimpleNamespace(name=impl, **found, **_loop(impl))
+
+
+def _loop(impl: str) -> dict[str, Callable[..., Any]]:
+    """Where whole loops are one call (``loops`` says for which dtypes): ``iterate`` and ``solve``,
+    and ``pack`` for the weights that they read."""
+    if impl != "cpu":
+        return {}
+    cpu, loop = (importlib.import_module(f"fpdm.kernels.{name}") for name in ("cpu", "cpu_loop"))
+    counted = {name: _counted(name, impl, getattr(loop, name)) for name in ("iterate", "solve")}
+    return {"loops": loop.loops, "pack": cpu.pack, **counted}
 
 
 def unavailable(
