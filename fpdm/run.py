@@ -17,6 +17,7 @@ of the workspace, weights and the sampler's tables, and of what its graph key sa
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ class Run:
             self.ops = ops.resolve(self.impl, device, sampler.dtype)
             self.block = sampler.weights.block("block_fixed_point", injected=True)
             self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
+        # one launch from tokens to the next timestep, where there is such a kernel
+        self.fused: Any = None
+        if self.block is not None and self.impl in ops.TRITON:
+            self.fused = importlib.import_module("fpdm.kernels.update")
         self.addresses: tuple[int, ...] = ()
         self.settings: tuple[Any, ...] = ()
         if cache is not None:
@@ -356,33 +361,46 @@ class Run:
         """The guided output of n rows (B,2C,h,w) fp32; their solutions become the latest."""
         s, w = self.s, self.w
         if isinstance(s.model, FPDM):
-            final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
-            out = s.model.decode(final, w.modulation(n), weights=s.weights).float()
-            for old, new in zip(w.solutions[:0:-1], w.solutions[-2::-1]):
-                old[:n] = new[:n]
-            if w.solutions:
-                w.solutions[0][:n] = final
+            out = s.model.unpatchify(self._tokens(s.model, launch, n)).float()
         else:
             t = s.timesteps.index_select(0, w.step).expand(n)
             out = s.model(self.inputs(launch.branches), t, w.y[:n], weights=s.weights).float()
         if launch.branches == 1:
             return out
         cond, null = out.chunk(2)
-        return steps.guide(
-            cond, null, s.config.guidance, s.config.guidance_channels, s.config.guidance_rescale
-        )
+        g = s.guidance
+        return steps.guide(cond, null, g.scale, g.channels, g.rescale)
+
+    def _tokens(self, model: FPDM, launch: Launch, n: int) -> Tensor:
+        """Tokens of the output of n rows (n,T,p p 2C); their solutions become the latest."""
+        s, w = self.s, self.w
+        final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
+        tokens = model.decode_tokens(final, w.modulation(n), weights=s.weights)
+        for old, new in zip(w.solutions[:0:-1], w.solutions[-2::-1]):
+            old[:n] = new[:n]
+        if w.solutions:
+            w.solutions[0][:n] = final
+        return tokens
 
     def _update(self, launch: Launch, n: int, noisy: bool) -> None:
         s, w, b = self.s, self.w, self.count
-        out = self._output(launch, n)
-        z = w.noise[:b] if self.step_noise is not None else None
-        if z is None and noisy:
-            z = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)
-        row = s.rows.index_select(0, w.step)[0]
-        if s.table.multistep:
-            before = w.x0[:b].clone()
-            w.x0[:b] = steps.denoised(w.x[:b], out, row)
-            w.x[:b] = steps.step(w.x[:b], out, row, z, before)
+        given = self.step_noise is not None
+        x, before = w.x[:b], w.x0[:b] if s.table.multistep else None
+        noise = w.noise[:b] if given else None
+        if self.fused is not None:
+            self.fused.update_(
+                self._tokens(self.fpdm, launch, n), x, s.rows, w.step, s.model.config.patch_size,
+                s.guidance if launch.branches > 1 else None,
+                w.keys[:b] if noisy and not given else None, SAMPLE_STEP, noise, before,
+            )  # fmt: skip
         else:
-            w.x[:b] = steps.step(w.x[:b], out, row, z)
+            out = self._output(launch, n)
+            if noisy and not given:
+                noise = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)
+            row = s.rows.index_select(0, w.step)[0]
+            last = None
+            if before is not None:
+                last = before.clone()
+                before.copy_(steps.denoised(x, out, row))
+            x.copy_(steps.step(x, out, row, noise, last))
         w.step.add_(1)

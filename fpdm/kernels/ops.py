@@ -36,6 +36,7 @@ OPERATORS = (
     "attention", "attention_backward",
     "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln",
 )  # fmt: skip
+TRITON = ("triton", "triton-fused")
 FUSED = ("linear_add_gelu", "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln")
 _REQUESTED = os.environ.get("FPDM_IMPL") or "auto"
 
