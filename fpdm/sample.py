@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from fpdm import calibration, figures, steps
 from fpdm.budget import Calibration
-from fpdm.cli import run_main
+from fpdm.cli import run_main, unknown_option
 from fpdm.config import (
     ConfigError,
     SamplerConfig,
@@ -79,6 +79,14 @@ class Made:
 
 class _Parser(argparse.ArgumentParser):
     """Mistakes become one ConfigError, like every other mistake of a user."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = self._option_string_actions
+        for token in args or ():
+            # before argparse, which takes the value of an unknown option for the source
+            if token.startswith("--") and token.partition("=")[0] not in known:
+                raise unknown_option(token, known)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
