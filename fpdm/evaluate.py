@@ -332,7 +332,7 @@ def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], see
     """One sample per label; sample i has seed ``seed + i``."""
     sampler = source.sampler(config)
     total = len(labels) * len(sampler.plan.steps)
-    with tqdm(total=total, unit="step", desc="sampling", disable=None) as bar:
+    with tqdm(total=total, unit="step", desc="sampling", leave=None, disable=None) as bar:
         seeds = range(seed, seed + len(labels))
         return sampler.sample(labels, seeds, progress=bar.update, stats=False).x.cpu()
 

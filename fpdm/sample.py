@@ -19,7 +19,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
     p.add_argument(
         "--compare", choices=("none", "full", "blend", "extrapolate"),
-        help="a report with the same images under this reuse beside them",
+        help="a report, and numbers, with the same images under this reuse beside them",
     )  # fmt: skip
     return p
 
@@ -271,7 +271,8 @@ def report(
     sampler: Sampler, other: Sampler | None, made: Made, request: Request, path: Path
 ) -> None:
     """``path``: residuals and iterations of the first images that were made, or of the first that
-    were there, drawn again for it as they are by an ``other`` sampler."""
+    were there, drawn again for it as they are by an ``other`` sampler, with which they are compared
+    in numbers too."""
     ids = made.traced or request.ids[:REPORTED]
     labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
     runs = {}
@@ -282,6 +283,8 @@ def report(
             found = stats.residual.cpu(), stats.iterations[:, 0].cpu()
         runs[f"reuse {s.config.reuse}"] = found
     timesteps = [t for t, _ in sampler.plan.steps]
+    if other is not None:
+        print("\n".join(comparison(runs)))
     if figures.plot_report(runs, timesteps, path, sampler.tol):
         print(f"wrote      {path}")
 
@@ -325,6 +328,24 @@ def residual_table(plan: Sequence[tuple[int, int]], residual: Tensor) -> list[st
         else []
     )
     return head + ["           " + "   ".join(line) for line in lines]
+
+
+def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Where the runs differ: title -> residual (S,K,B), iterations (S,B), without the first
+    timestep, in which there is nothing to reuse."""
+    lines = ["compared   after the first timestep: mean iterations, median residual first > last"]
+    base = 0.0
+    for title, (residual, ran) in runs.items():
+        later = slice(1 if len(ran) > 1 else 0, None)
+        values, count = residual[later], ran[later]
+        last = values.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
+        first, final = values[:, 0].nanmedian(), last.nanmedian()
+        mean = count.double().mean().item()
+        base = base or mean
+        saved = f"  {abs(1 - mean / base):.0%} {'fewer' if mean < base else 'more'}"
+        line = f"           {title:<18}{mean:6.1f}  {first:.0e}>{final:.0e}"
+        lines.append(line + (saved if mean != base else ""))
+    return lines
 
 
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -440,10 +441,34 @@ def test_report(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(drawn[0][0]["reuse none"][0][..., :2], drawn[1][0]["reuse none"][0])
 
 
+def test_comparison() -> None:
+    """Medians over images and timesteps but the first, of what an image ran."""
+    nan = float("nan")
+    residual = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.5, 0.7], [nan, 0.1]]])
+    other = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.2, 0.3], [nan, nan]]])
+    runs = {
+        "reuse none": (residual, torch.tensor([[2, 2], [1, 2]])),
+        "reuse full": (other, torch.tensor([[2, 2], [1, 1]])),
+    }
+    head, *lines = sample.comparison(runs)
+    assert "after the first timestep" in head
+    assert [line.split(None, 2)[2] for line in lines] == [
+        "1.5  5e-01>1e-01", "1.0  2e-01>2e-01  33% fewer",
+    ]  # fmt: skip
+    lines = sample.comparison(dict(reversed(runs.items())))
+    assert lines[2].endswith("50% more")
+    alone = {title: (values[:1], ran[:1]) for title, (values, ran) in runs.items()}
+    assert sample.comparison(alone)[1].split()[2:] == ["2.0", "9e+00>9e+00"]
+
+
 def test_report_picture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(source), "--out", str(tmp_path / "out"), "--count", "2"]
     main([*argv, "--compare", "extrapolate"])
-    assert f"wrote      {tmp_path / 'out' / 'report.png'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"wrote      {tmp_path / 'out' / 'report.png'}" in told
+    assert re.findall(r"^ +(reuse \w+) +2\.0  \S+>\S+$", told, re.M) == [
+        "reuse none", "reuse extrapolate",
+    ]  # fmt: skip
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
     told = complain([*argv, "--compare", "none"], capsys)
     assert "compare: got none, the run's own, expected another reuse" in told
