@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -33,6 +34,36 @@ def test_both_forms_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed" not in text
     with pytest.raises(ConfigError, match="--jsn"):
         info.main(["--jsn"])
+
+
+BUILT = {"compiler": "c++ 12", "variants": {"avx2": [], "portable": []}}
+
+
+@pytest.mark.parametrize(
+    ("there", "record", "says"),
+    [
+        (True, {"cpu": BUILT}, "c++ 12: avx2 portable"),
+        (True, None, "built, with no record beside it (_build.json) of how"),
+        (True, {"cpu": {"missing": "no c++"}}, "built, with no record"),
+        (False, {"cpu": BUILT}, "missing, though _build.json records a build: c++ 12"),
+        (False, {"cpu": {"missing": "no c++"}}, "not built: no c++"),
+        (False, None, "not built: this installation was never built"),
+    ],
+)
+def test_what_was_built(there: bool, record: Any, says: str, tmp_path: Path) -> None:
+    """By the file that is there, not by the record alone: either comes without the other."""
+    if there:
+        (tmp_path / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
+    if record is not None:
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert info.native(tmp_path)["csrc/cpu"].startswith(says)
+
+
+def test_no_heading_is_empty() -> None:
+    report = info.collect()
+    assert all(report.values())
+    assert info.routes(["cpu"])["cuda"].startswith("none: no device; attention_table.json has ")
+    assert list(info.routes(["cpu", "cuda:0", "cuda:1"])) == ["cuda:0", "cuda:1"]
 
 
 def test_packages_are_found_or_absent() -> None:
