@@ -210,7 +210,10 @@ def native(kernels: Path = KERNELS) -> dict[str, Any]:
             | {"csrc/cuda": f"{len(cubins)} cubins"}
             | {name: f"sha256 {digest}" for name, digest in cubins.items()}
         )
-    why = cuda.get("missing", "built from other headers than these")
+    why = "built from other headers than these"
+    if "missing" in cuda:
+        # NVRTC may have come later
+        why = f"when it was built, {cuda['missing']}" if record else cuda["missing"]
     told["csrc/cuda"] = f"no cubins: {why}; {_at_run_time()}"
     return told
 

@@ -9,7 +9,7 @@ import pytest
 
 from fpdm import info
 from fpdm.config import ConfigError
-from fpdm.kernels import ops
+from fpdm.kernels import cuda_compile, ops
 
 
 def test_the_report_tells_every_implementation_and_why_not() -> None:
@@ -57,6 +57,16 @@ def test_what_was_built(there: bool, record: Any, says: str, tmp_path: Path) -> 
     if record is not None:
         (tmp_path / "_build.json").write_text(json.dumps(record))
     assert info.native(tmp_path)["csrc/cpu"].startswith(says)
+
+
+def test_nvrtc_that_came_after_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compile, "manifest", dict)
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"missing": "got no NVRTC"}}))
+    told = info.native(tmp_path)["csrc/cuda"]
+    assert told.startswith("no cubins: when it was built, got no NVRTC; ")
+    assert told.endswith(" them when they are first used")
+    (tmp_path / "_build.json").unlink()
+    assert info.native(tmp_path)["csrc/cuda"].startswith("no cubins: this installation was never b")
 
 
 def test_no_heading_is_empty() -> None:
