@@ -13,7 +13,7 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -98,6 +98,13 @@ def take_option(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
         else:
             rest.append(token)
     return value, rest
+
+
+def unknown_option(token: str, known: Iterable[str]) -> ConfigError:
+    """What to raise for an option (``--name`` or ``--name=value``) that is none of ``known``."""
+    name = token.partition("=")[0]
+    near = settings.suggest(name.lstrip("-"), [k.lstrip("-") for k in known], prefix="--")
+    return ConfigError(f"unknown option {name}{near}")
 
 
 def parse_options(
@@ -185,8 +192,8 @@ def _grouped(
             name, equals, value = token[2:].partition("=")
             name = name.replace("-", "_")
             if name not in known:
-                near = settings.suggest(name, [*known, *(e[2:] for e in extra)], prefix="--")
-                raise ConfigError(f"unknown option {token.partition('=')[0]}{near}")
+                taken = [option for names in extra for option in names.split(", ")]
+                raise unknown_option(token, [*known, *taken])
             groups.append((name, [value] if equals else []))
         elif groups:
             groups[-1][1].append(token)

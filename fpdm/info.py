@@ -15,12 +15,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fpdm.cli import run_main
 from fpdm.settings import ConfigError
 
+KERNELS = Path(__file__).parent / "kernels"
 F = TypeVar("F", bound=Callable[..., Any])
 
 # module, the registry names it may come from, what it would give
@@ -178,22 +180,28 @@ def _at_run_time() -> str:
         return "and no NVRTC to compile them when they are first used"
 
 
+def _extension(kernels: Path, record: dict[str, Any]) -> str:
+    """How csrc/cpu was built, from what lies in ``kernels`` and the ``record`` beside it."""
+    there = any((kernels / f"_cpu{end}").is_file() for end in EXTENSION_SUFFIXES)
+    if there and "compiler" in record:
+        return f"{record['compiler']}: {' '.join(record['variants'])}"
+    if there:
+        return "built, with no record beside it (_build.json) of how"
+    if "compiler" in record:
+        return f"missing, though _build.json records a build: {record['compiler']}"
+    return f"not built: {record['missing']}"
+
+
 @_guarded
-def native() -> dict[str, Any]:
+def native(kernels: Path = KERNELS) -> dict[str, Any]:
     """What was compiled when the package was installed: pip hides the build's own words."""
-    kernels = Path(__file__).parent / "kernels"
     try:
         record = json.loads((kernels / "_build.json").read_text())
     except OSError:
         record = {}
     never = {"missing": "this installation was never built"}
     cpu, cuda = record.get("cpu", never), record.get("cuda", never)
-    told: dict[str, Any] = {}
-    if "missing" in cpu:
-        told["csrc/cpu"] = f"not built: {cpu['missing']}"
-    else:
-        variants = " ".join(cpu.get("variants", ()))
-        told["csrc/cpu"] = f"{cpu.get('compiler', 'compiler unknown')}: {variants}"
+    told: dict[str, Any] = {"csrc/cpu": _extension(kernels, cpu)}
     from fpdm.kernels import cuda_compile
 
     if cubins := cuda_compile.manifest():
@@ -202,7 +210,10 @@ def native() -> dict[str, Any]:
             | {"csrc/cuda": f"{len(cubins)} cubins"}
             | {name: f"sha256 {digest}" for name, digest in cubins.items()}
         )
-    why = cuda.get("missing", "built from other headers than these")
+    why = "built from other headers than these"
+    if "missing" in cuda:
+        # NVRTC may have come later
+        why = f"when it was built, {cuda['missing']}" if record else cuda["missing"]
     told["csrc/cuda"] = f"no cubins: {why}; {_at_run_time()}"
     return told
 
@@ -218,6 +229,22 @@ def attention(device: str) -> str:
     return f"{name}: {why}"
 
 
+def routes(names: list[str]) -> dict[str, Any]:
+    """Device -> route; without a CUDA device, whether there is anything to choose by."""
+    cuda = [name for name in names if name != "cpu"]
+    if cuda:
+        return {name: attention(name) for name in cuda}
+    return {"cuda": _measured()}
+
+
+@_guarded
+def _measured() -> str:
+    from fpdm.kernels.attention_routes import TABLE, entries
+
+    count = len(entries()) or "no"
+    return f"none: no device; {TABLE.name} has {count} measurement{'' if count == 1 else 's'}"
+
+
 def collect() -> dict[str, Any]:
     """Everything, ready for JSON."""
     found = devices()
@@ -228,7 +255,7 @@ def collect() -> dict[str, Any]:
         "devices": found,
         "implementations": {name: implementations(name) for name in names},
         "native": native(),
-        "attention": {name: attention(name) for name in names if name != "cpu"},
+        "attention": routes(names),
         "packages": packages(),
     }
 

@@ -18,9 +18,8 @@ import hashlib
 import json
 import math
 import re
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,59 +28,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm import calibration, checkpoint, figures, interop, steps
+from fpdm import calibration, figures, steps
 from fpdm.budget import Calibration
-from fpdm.cli import run_main
+from fpdm.cli import run_main, unknown_option
 from fpdm.config import (
     ConfigError,
-    DiffusionConfig,
-    ExecutionConfig,
-    Impl,
-    ModelConfig,
     SamplerConfig,
-    from_dict,
 )
-from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
 from fpdm.kernels import ops
-from fpdm.model import FPDM, DiT, build_model
-from fpdm.settings import plain, update
+from fpdm.model import FPDM
+from fpdm.pretrained import LoadedSource, choose_device, load_source
+from fpdm.settings import plain
 
 REPORTED = 256  # images of which a report keeps every residual
-SHIPPED = Path(__file__).parent / "assets" / "digits_export"
 COST = ("iters", "budget", "budget_macs")
-
-
-@dataclass(frozen=True)
-class LoadedSource:
-    """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
-    directory."""
-
-    model: FPDM | DiT
-    diffusion: Diffusion
-    model_config: ModelConfig
-    diffusion_config: DiffusionConfig
-    sampler_config: SamplerConfig
-    name: str
-    which: str
-    path: Path
-
-    def sampler(self, config: SamplerConfig) -> Sampler:
-        """A sampler, with the calibration beside the model if ``config`` wants one. Raises
-        ConfigError for settings that cannot be met."""
-        found = None
-        if config.allocation == "learned":
-            found = calibration.load(self.path, self.digest())
-        return Sampler(self.model, self.diffusion, config, calibration=found)
-
-    def digest(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
-        digest = hashlib.sha256()
-        for name, param in sorted(self.model.named_parameters()):
-            digest.update(name.encode())
-            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -112,82 +74,19 @@ class Made:
     traced: list[int]
 
 
-# sources
-
-
-def load_source(
-    path: str | Path | None = None,
-    which: str | None = None,
-    impl: Impl | None = None,
-    device: str | torch.device = "cpu",
-) -> LoadedSource:
-    """The model in a run directory (``which`` = ema or raw of its newest good checkpoint; None is
-    ema) or in an export directory (which holds one of them); without path: the shipped digits.
-    ``impl`` replaces the implementation alone: everything else runs as in training.
-
-    Raises ConfigError when ``path`` is neither or does not hold the weights asked for,
-    CheckpointError when its files are damaged.
-    """
-    if which not in (None, "ema", "raw"):
-        raise ConfigError(f"weights: got {which!r}, expected ema or raw")
-    path = SHIPPED if path is None else Path(path)
-    if (path / interop.CONFIG).is_file():
-        return _load_export(path, which, impl, device)
-    if (path / "checkpoints").is_dir():
-        return _load_run(path, which or "ema", impl, device)
-    raise ConfigError(
-        f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
-        f"(with {interop.CONFIG})"
-    )
-
-
-def _load_export(
-    path: Path, which: str | None, impl: Impl | None, device: str | torch.device
-) -> LoadedSource:
-    found = interop.read_export(path)
-    if which not in (None, found.weights):
-        raise ConfigError(f"weights: got {which}, expected {found.weights}, all that {path} holds")
-    execution = None if impl is None else ExecutionConfig(impl=impl)
-    model = interop.from_pretrained(path, execution).to(device)
-    # where the export names no cost: the model's own default
-    sampler = SamplerConfig(iters=8 if found.model.kind == "fpdm" else None)
-    if "sample" in found.extra:
-        sampler = update(SamplerConfig(), found.extra["sample"], "sample.")
-    diffusion = Diffusion(found.diffusion, device)
-    name = path.resolve().name
-    return LoadedSource(
-        model, diffusion, found.model, found.diffusion, sampler, name, found.weights, path
-    )
-
-
-def _load_run(
-    path: Path, which: str, impl: Impl | None, device: str | torch.device
-) -> LoadedSource:
-    found = checkpoint.load_newest(path / "checkpoints", report=_warn)
-    if found is None:
-        raise ConfigError(f"source: got {path} without a checkpoint, expected a run that saved one")
-    config = from_dict(found.meta["config"])
-    execution = config.execution if impl is None else replace(config.execution, impl=impl)
-    state = dict(found.tensors["model"])
-    if which == "ema":
-        state.update(found.tensors["ema"])
-    model = build_model(config.model, execution)
-    interop.load_strict(model, state, str(found.path))
-    return LoadedSource(
-        model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
-        config.sample, f"{path.resolve().name}-{found.step}", which, path,
-    )  # fmt: skip
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 # what was asked for
 
 
 class _Parser(argparse.ArgumentParser):
     """Mistakes become one ConfigError, like every other mistake of a user."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = self._option_string_actions
+        for token in args or ():
+            # before argparse, which takes the value of an unknown option for the source
+            if token.startswith("--") and token.partition("=")[0] not in known:
+                raise unknown_option(token, known)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -246,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
     p.add_argument(
         "--compare", choices=("none", "full", "blend", "extrapolate"),
-        help="a report with the same images under this reuse beside them",
+        help="a report, and numbers, with the same images under this reuse beside them",
     )  # fmt: skip
     return p
 
@@ -372,7 +271,8 @@ def report(
     sampler: Sampler, other: Sampler | None, made: Made, request: Request, path: Path
 ) -> None:
     """``path``: residuals and iterations of the first images that were made, or of the first that
-    were there, drawn again for it as they are by an ``other`` sampler."""
+    were there, drawn again for it as they are by an ``other`` sampler, with which they are compared
+    in numbers too."""
     ids = made.traced or request.ids[:REPORTED]
     labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
     runs = {}
@@ -383,6 +283,8 @@ def report(
             found = stats.residual.cpu(), stats.iterations[:, 0].cpu()
         runs[f"reuse {s.config.reuse}"] = found
     timesteps = [t for t, _ in sampler.plan.steps]
+    if other is not None:
+        print("\n".join(comparison(runs)))
     if figures.plot_report(runs, timesteps, path, sampler.tol):
         print(f"wrote      {path}")
 
@@ -428,6 +330,24 @@ def residual_table(plan: Sequence[tuple[int, int]], residual: Tensor) -> list[st
     return head + ["           " + "   ".join(line) for line in lines]
 
 
+def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Where the runs differ: title -> residual (S,K,B), iterations (S,B), without the first
+    timestep, in which there is nothing to reuse."""
+    lines = ["compared   after the first timestep: mean iterations, median residual first > last"]
+    base = 0.0
+    for title, (residual, ran) in runs.items():
+        later = slice(1 if len(ran) > 1 else 0, None)
+        values, count = residual[later], ran[later]
+        last = values.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
+        first, final = values[:, 0].nanmedian(), last.nanmedian()
+        mean = count.double().mean().item()
+        base = base or mean
+        saved = f"  {abs(1 - mean / base):.0%} {'fewer' if mean < base else 'more'}"
+        line = f"           {title:<18}{mean:6.1f}  {first:.0e}>{final:.0e}"
+        lines.append(line + (saved if mean != base else ""))
+    return lines
+
+
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     """Learn an allocation from ``images`` of all classes, save it beside the model, print it."""
     if not isinstance(source.model, FPDM):
@@ -451,21 +371,6 @@ def learned_table(found: Calibration) -> list[str]:
     return [head] + [
         f"           {t:5d}" + "".join(f"{row[k - 1]:8.0e}" for k in columns) for t, row in rows
     ]
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; auto is CUDA when there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: got {name!r}, expected auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: got cuda, expected cpu (no CUDA device is usable here)")
-    return device
 
 
 def main(argv: Sequence[str]) -> None:

@@ -140,11 +140,15 @@ def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
     leaf = name.split(".")[-1]
     found = [k for k in known if "." in k and k.split(".")[-1] == leaf]
-    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not found:
-        leaves = {k.split(".")[-1]: k for k in known}
-        found = [leaves[k] for k in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+    if not found and known:
+        near = {k: max(_likeness(name, k), _likeness(leaf, k.split(".")[-1])) for k in known}
+        best = max(known, key=lambda k: near[k])
+        found = [best] if near[best] >= 0.6 else []
     return f"; did you mean {' or '.join(prefix + k for k in found)}?" if found else ""
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,16 +5,21 @@
 A budget buys S = floor(budget / (n_pre + k + n_post)) timesteps of k iterations; whatever is left
 is stranded and reported. Points whose S is more than the schedule's timesteps, or less than one, do
 not exist. Every point is one set of 898 digits per seed; rows are written as they are known, and a
-second run of the same command continues.
+second run of the same command continues. The means over the seeds are printed at the end.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tqdm import tqdm
 
 from fpdm import figures
 from fpdm.budget import fixed_blocks
@@ -89,6 +94,27 @@ def _text(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return f'{{\n "settings": {json.dumps(settings)},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Frechet distance and accuracy, means over the seeds: a line per k, a column per budget."""
+    budgets, ks = (sorted({row[name] for row in rows}) for name in ("budget", "k"))
+    lines = ["   k" + "".join(f"{f'{budget} blocks':>16}" for budget in budgets)]
+    for k in ks:
+        line = f"{k:4d}"
+        for budget in budgets:
+            found = [row for row in rows if (row["budget"], row["k"]) == (budget, k)]
+            frechet, accuracy = (
+                np.mean([row[name] for row in found]) if found else np.nan
+                for name in ("frechet", "accuracy")
+            )
+            line += f"{frechet:10.3f}{accuracy:6.3f}" if found else f"{'-':>10}{'-':>6}"
+        lines.append(line)
+    return [*lines, "Frechet distance and accuracy, means over the seeds"]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
 def run(
     wanted: Sequence[Point],
     seeds: Sequence[int],
@@ -115,18 +141,25 @@ def run(
                 "other settings; expected another directory"
             )
     known = {(r["budget"], r["k"], r["seed"]) for r in rows}
-    for point in wanted:
-        for seed in seeds:
-            if (point.budget, point.k, seed) in known:
-                continue
+    todo = [(p, seed) for p in wanted for seed in seeds if (p.budget, p.k, seed) not in known]
+    done, total = 0, sum(p.budget - p.stranded for p, _ in todo)
+    began = time.perf_counter()
+    with tqdm(total=total, unit="block", desc="sweep", disable=None if todo else True) as bar:
+        for point, seed in todo:
             row = {"budget": point.budget, "k": point.k, "steps": point.steps, "seed": seed,
                    "stranded": point.stranded, **measure(point, seed)}  # fmt: skip
             rows = sorted([*rows, row], key=lambda r: (r["budget"], r["k"], r["seed"]))
-            print(
-                f"{point.budget} blocks: {point.steps:>3} x k = {point.k:<3} seed {seed}  Frechet "
-                f"{row['frechet']:.3f}  accuracy {row['accuracy']:.4f}", flush=True,
-            )  # fmt: skip
             atomic_write(path, _text(settings, rows).encode())
+            done += point.budget - point.stranded
+            bar.update(point.budget - point.stranded)
+            left = _duration((time.perf_counter() - began) * (total / done - 1))
+            with tqdm.external_write_mode(sys.stdout):
+                print(
+                    f"{point.budget} blocks: {point.steps:>3} x k = {point.k:<3} seed {seed}  "
+                    f"Frechet {row['frechet']:.3f}  accuracy {row['accuracy']:.4f}"
+                    + (f"  about {left} left" if done < total else ""), flush=True,
+                )  # fmt: skip
+    print("\n".join(table(rows)))
     if figures.plot_sweep(rows, out / "sweep.png", references):
         print(f"wrote {out}/sweep.json and sweep.png")
     return rows

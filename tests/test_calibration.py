@@ -19,6 +19,7 @@ from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.files import CheckpointError
+from fpdm.pretrained import load_source
 
 MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
 SETTINGS = SamplerConfig(steps=5, iters=3, reuse="full", guidance=2.0, batch=4)
@@ -128,7 +129,7 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     sample.main(argv)
     assert "learned" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    found = calibration.load(source, sample.load_source(source).digest())
+    found = calibration.load(source, load_source(source).digest())
     assert found is not None
     assert settings["iterations"] == allocate(15, 5, "learned", found.curves(found.timesteps))
     assert sum(settings["iterations"]) == 15

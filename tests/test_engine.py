@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
-import random
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +15,14 @@ from conftest import (
     relative,
     tiny_dit,
     tiny_model,
-    watch_iterations,
     worst_relative,
 )
 from torch import Tensor
 
-from fpdm import engine, fixed_point, run, steps
+from fpdm import steps
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
-from fpdm.plan import launches
 from fpdm.run import initial_iterate
 from fpdm.weights import PreparedWeights
 
@@ -243,120 +238,6 @@ def test_naive_loop_of_a_dit(tiny: dict[str, Tensor]) -> None:
     assert published.sample([0], [0]).x.isfinite().all()
 
 
-# one sample, one image
-
-
-def test_same_image_in_every_batch_and_shard() -> None:
-    alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
-    for batch in (1, 3, 32):
-        assert (draw(replace(BUSY, batch=batch)) - alone).abs().max() <= 1e-4
-    for shards in (2, 3):
-        for i in range(shards):
-            part = draw(BUSY, LABELS[i::shards], SEEDS[i::shards])
-            assert (part - alone[i::shards]).abs().max() <= 1e-4
-    assert (alone[2] - alone[3]).abs().max() > 0.1  # same label, other seed
-
-
-def test_slot_keyed_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
-    as_keys = run.as_keys
-    monkeypatch.setattr(run, "as_keys", lambda seeds: as_keys(range(len(seeds))))
-    assert (draw(BUSY) - alone).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("model", [SMALL, TIMED, DIT])
-def test_invariant_is_bitwise(model: ModelConfig) -> None:
-    config = replace(BUSY, invariant=True, iters=None if model is DIT else 2)
-    net = network(model)
-    labels, seeds = LABELS[:4], SEEDS[:4]
-    alone = torch.cat([draw(config, [y], [s], model=net) for y, s in zip(labels, seeds)])
-    for batch in (3, 32):
-        assert torch.equal(draw(replace(config, batch=batch), labels, seeds, model=net), alone)
-    order = [3, 0, 2, 1]
-    shuffled = draw(config, [labels[i] for i in order], [seeds[i] for i in order], model=net)
-    assert torch.equal(shuffled, alone[order])
-
-
-def test_two_samplers_in_two_threads() -> None:
-    model = network()
-    first, second = sampler(BUSY, model), sampler(replace(BUSY, reuse="full", method="ddim"), model)
-    jobs = [(first, LABELS, SEEDS), (second, LABELS[::-1], SEEDS), (first, LABELS[::-1], SEEDS)]
-    solo = [s.sample(y, k).x for s, y, k in jobs]
-    wrong: list[int] = []
-
-    def work(i: int) -> None:
-        s, y, k = jobs[i]
-        wrong.extend(i for _ in range(4) if not torch.equal(s.sample(y, k).x, solo[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-class Leaky(run.Run):
-    """A run that keeps its solutions where others find them."""
-
-    shared: Any = None
-
-    def __init__(self, sampler: Sampler, workspace: Any, *args: Any):
-        Leaky.shared = Leaky.shared or workspace.solutions
-        workspace.solutions = Leaky.shared
-        super().__init__(sampler, workspace, *args)
-
-
-@pytest.mark.parametrize("kind", [run.Run, Leaky])
-def test_interleaved_runs(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = sampler(BUSY)
-    solo, other = s.sample(LABELS[:3], SEEDS[:3]).x, s.sample(LABELS[3:6], SEEDS[3:6]).x
-    monkeypatch.setattr(engine, "Run", kind)
-    mixed: list[Tensor] = []
-
-    def between(_: int) -> None:
-        if not mixed:
-            mixed.append(s.sample(LABELS[3:6], SEEDS[3:6]).x)
-
-    found = s.sample(LABELS[:3], SEEDS[:3], progress=between).x
-    unharmed = torch.equal(found, solo) and torch.equal(mixed[0], other)
-    assert unharmed == (kind is not Leaky)
-
-
-def attributes(model: Any) -> dict[str, Any]:
-    """Attributes of every module; of containers (hooks among them) also the length."""
-    return {
-        name: {k: len(v) if isinstance(v, (dict, list, set)) else None for k, v in vars(m).items()}
-        for name, m in model.named_modules()
-    }
-
-
-def test_nothing_stays_on_the_model() -> None:
-    model = network()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    names = attributes(model)
-    pickle.dumps(model)
-    s = sampler(BUSY, model)
-    s.sample(LABELS, SEEDS)
-    pickle.dumps(model)
-    del s
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert attributes(model) == names
-    copied = pickle.loads(pickle.dumps(model))
-    assert all(torch.equal(v, before[k]) for k, v in copied.state_dict().items())
-
-
-def test_what_stays_on_a_model_is_seen() -> None:
-    model = network()
-    names = attributes(model)
-    handle = model.blocks_pre[0].register_load_state_dict_post_hook(lambda module, keys: None)
-    assert attributes(model) != names
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        pickle.dumps(model)
-    handle.remove()
-    assert attributes(model) == names
-
-
 # guidance and reuse
 
 
@@ -414,182 +295,6 @@ def test_reuse_identities() -> None:
     extrapolate = replace(base, reuse="extrapolate")
     assert torch.equal(draw(replace(extrapolate, reuse_rho=0.0)), full)
     assert not torch.equal(draw(replace(extrapolate, reuse_rho=0.5)), full)
-
-
-# the plan and what it costs
-
-
-def test_launch_plan() -> None:
-    plan = launches([3, 1, 2], [1, 1, 1], 2, 1)
-    assert [(x.op, x.step, x.count, x.start) for x in plan] == [
-        ("tables", 0, 2, ()), ("encode", 0, 3, (0,)), ("iterate", 0, 3, ()), ("update", 0, 3, ()),
-        ("encode", 1, 1, (1,)), ("iterate", 1, 1, ()), ("update", 1, 1, ()),
-        ("tables", 2, 1, ()), ("encode", 2, 2, (1,)), ("iterate", 2, 2, ()), ("update", 2, 2, ()),
-    ]  # fmt: skip
-    assert [x.op for x in launches([0, 0], [2, 2], 1, 0)] == ["update"] * 2
-
-
-def test_launch_plan_of_a_guidance_interval() -> None:
-    """A branch that skipped a timestep has no solution to start from."""
-    plan = launches([1] * 6, [1, 2, 2, 2, 1, 2], 9, 2)
-    starts = [x.start for x in plan if x.op == "encode"]
-    assert starts == [(0,), (1, 0), (2, 1), (2, 2), (2,), (2, 0)]
-    assert {x.branches for x in plan if x.op == "tables"} == {2}
-    assert [x.branches for x in plan if x.op == "update"] == [1, 2, 2, 2, 1, 2]
-
-
-class Counted:
-    """Applications of the block, and rows of every iteration, while the sampler runs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.pre_post, self.rows = 0, watch_iterations(monkeypatch)
-        iterate_forward = fixed_point.iterate_forward
-
-        def outside(*args: Any, **kw: Any) -> Tensor:
-            self.pre_post += 1
-            return iterate_forward(*args, **kw)
-
-        monkeypatch.setattr(fixed_point, "iterate_forward", outside)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SamplerConfig(steps=5, iters=3),
-        SamplerConfig(steps=5, budget=37, allocation="increasing"),
-        SamplerConfig(steps=4, budget=30, allocation="decreasing", method="ddpm"),
-        SamplerConfig(steps=3, allocation="explicit", schedule=(14, 1, 7)),
-        SamplerConfig(steps=5, budget=37),
-    ],
-)
-def test_every_plan_entry_runs_once(config: SamplerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = network(), []
-    times, blocks = model.modulation_fp, Counted(monkeypatch)
-
-    def timed(t: Tensor, y: Tensor, **kw: Any) -> Tensor:
-        seen.extend(t[:: len(LABELS)].tolist())
-        return times(t, y, **kw)
-
-    monkeypatch.setattr(model, "modulation_fp", timed)
-    s = sampler(config, model)
-    found = s.sample(LABELS, SEEDS)
-    ks = [k for _, k in s.plan.steps]
-    assert seen == [t for t, _ in s.plan.steps]
-    assert blocks.pre_post + len(blocks.rows) == s.plan.blocks
-    assert blocks.rows == [len(LABELS)] * sum(ks)
-    if config.budget is not None:
-        assert s.plan.blocks + s.plan.stranded == config.budget
-    filled = (~found.stats.residual.isnan()).sum(dim=1)
-    assert filled.tolist() == found.stats.iterations[:, 0].tolist() == [[k] * 7 for k in ks]
-
-
-def test_random_budgets_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and rows that really run: exactly the plan's, and never more under a tolerance."""
-    model, rng = network(), random.Random(0)
-    blocks = Counted(monkeypatch)
-    for _ in range(40):
-        count = rng.randint(1, 6)
-        budget = count * 3 + rng.randint(count, 5 * count)
-        allocation: Any = rng.choice(["constant", "increasing", "decreasing", "adaptive"])
-        tol = rng.choice([0.15, 0.4]) if allocation == "adaptive" or rng.random() < 0.3 else 0.0
-        config = SamplerConfig(
-            steps=count, budget=budget, allocation=allocation, tol=tol, batch=4,
-            guidance=rng.choice([1.0, 2.0]), guidance_low=rng.choice([0.0, 0.5]),
-        )  # fmt: skip
-        s = sampler(config, model)
-        blocks.pre_post = 0
-        blocks.rows.clear()
-        used = s.sample(LABELS[:4], SEEDS[:4]).stats.iterations
-        assert blocks.pre_post == 3 * count
-        full = sum(4 * k * b for (_, k), b in zip(s.plan.steps, s.plan.branches))
-        assert used.sum() <= sum(blocks.rows)
-        assert sum(blocks.rows) == full if not tol else used.sum() <= full
-        for branch, total in enumerate(s.totals):
-            assert used[:, branch].sum(0).max() <= total
-        assert s.plan.blocks + s.plan.stranded == budget
-
-
-@pytest.mark.parametrize("model", [SMALL, TIMED])
-def test_tables_in_chunks(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, config = network(model), replace(BUSY, steps=7)
-    whole = draw(config, model=net)
-    row = 2 * 3 * (6 if model is SMALL else 6 * 4 + 2) * 16 * 4
-    for count, expected in ((1, 7), (3, 3), (100, 1)):
-        monkeypatch.setattr(engine, "TABLE_BYTES", count * row)
-        s = sampler(config, net)
-        assert sum(x.op == "tables" for x in s.launches) == expected
-        assert (s.sample(LABELS, SEEDS).x - whole).abs().max() <= 1e-5
-    monkeypatch.setattr(engine, "TABLE_BYTES", 1)
-    assert sum(x.op == "tables" for x in sampler(config, net).launches) == 7
-
-
-def test_vectors_of_the_run_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = network(), []
-    modulation_pp = model.modulation_pp
-
-    def counted(*args: Any, **kw: Any) -> Any:
-        calls.append(1)
-        return modulation_pp(*args, **kw)
-
-    monkeypatch.setattr(model, "modulation_pp", counted)
-    monkeypatch.setattr(engine, "TABLE_BYTES", 1)
-    sampler(replace(BUSY, batch=7), model).sample(LABELS, SEEDS)
-    assert len(calls) == 1
-
-
-def test_residuals_are_those_of_the_model() -> None:
-    model = network()
-    s = sampler(SamplerConfig(steps=1, iters=4, batch=2), model)
-    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    stats = s.sample([1, 2, 3], [0, 0, 0], noise=noise).stats
-    t = torch.full((3,), s.plan.steps[0][0])
-    with torch.no_grad():
-        found = model.solve(noise, t, torch.tensor([1, 2, 3]), iters=4)
-    assert found.stats is not None
-    assert relative(stats.residual[0], found.stats.residual) < 1e-4
-
-
-@pytest.mark.parametrize("model", [SMALL, DIT])
-def test_without_residuals(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = sampler(replace(BUSY, iters=2 if model is SMALL else None), network(model))
-    usual = s.sample(LABELS, SEEDS)
-    found = s.sample(LABELS, SEEDS, stats=False)
-    assert torch.equal(found.x, usual.x)
-    assert found.stats.residual.shape == (4, 0, 7)
-    assert usual.stats.residual.shape == (4, 2 if model is SMALL else 0, 7)
-    assert torch.equal(found.stats.iterations, usual.stats.iterations)
-    # nothing is computed: no iteration is asked for norms
-    asked: list[bool] = []
-    if model is SMALL:
-        iterate_forward = run.iterate_forward
-
-        def watched(*args: Any) -> Any:
-            asked.append(args[-1] is not None)
-            return iterate_forward(*args)
-
-        monkeypatch.setattr(run, "iterate_forward", watched)
-        s.sample([0], [0], stats=False)
-        s.sample([0], [0])
-        assert asked == [False] * 4 + [True] * 4
-
-
-def test_step_noise_is_copied_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    s = sampler(BUSY)
-    noise = torch.randn(4, 7, 2, 4, 4, generator=torch.Generator().manual_seed(2))
-    usual = s.sample(LABELS, SEEDS, step_noise=noise).x
-    copied: list[int] = []
-    to = Tensor.to
-
-    def watched(self: Tensor, *args: Any, **kw: Any) -> Tensor:
-        if self.dtype == torch.float64:
-            copied.append(self.dim())
-        return to(self, *args, **kw)
-
-    double = noise.double()
-    monkeypatch.setattr(Tensor, "to", watched)
-    assert torch.equal(s.sample(LABELS, SEEDS, step_noise=double).x, usual)
-    assert copied == [5] * 3
-    assert not torch.equal(s.sample(LABELS, SEEDS, step_noise=double.flip(0)).x, usual)
 
 
 # the ends of the ranges

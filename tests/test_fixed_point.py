@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from bench import published as plain
-from bench.memory import LiveBytes
 from fpdm.block import BlockWeights
-from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.config import ModelConfig
 from fpdm.fixed_point import (
     Settings,
     iterate,
@@ -270,108 +268,6 @@ def test_residuals() -> None:
     torch.testing.assert_close(with_grad.residual, stats.residual, rtol=1e-5, atol=1e-7)
 
 
-def measure(n: int, m: int, execution: ExecutionConfig, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(live bytes between forward and backward, peak of the forward, peak of the backward)."""
-    config = ModelConfig(input_size=16, hidden_size=96, num_heads=4, num_classes=10)
-    model = FPDM(config, execution)
-    weights = PreparedWeights(model, dtype)
-    x, t, y = torch.randn(8, 4, 16, 16), torch.full((8,), 500), torch.zeros(8, dtype=torch.long)
-    gc.collect()
-    with LiveBytes() as mode:
-        loss = model(x, t, y, m, no_grad_iters=n, weights=weights).float().square().mean()
-        gc.collect()
-        live, forward = mode.live(), mode.peak
-        mode.peak = 0
-        loss.backward()
-        return live, forward, mode.peak
-
-
-UNIT = 8 * 64 * 96
-
-
-@pytest.mark.parametrize(
-    ("recompute", "residual", "units"),
-    [("full", "compute", 1), ("elementwise", "compute", 13), ("none", "compute", 23),
-     ("full", "float32", 2), ("elementwise", "float32", 14), ("none", "float32", 26)],
-)  # fmt: skip
-def test_memory_ledger(recompute: str, residual: str, units: int) -> None:
-    """Slope of live bytes over m is the ledger's, over n it is zero."""
-    dtype = torch.bfloat16 if residual == "float32" else torch.float32
-    size = dtype.itemsize * UNIT
-    execution = ExecutionConfig(recompute=recompute, residual_dtype=residual)  # type: ignore[arg-type]
-    live = {m: measure(0, m, execution, dtype) for m in (2, 3, 6)}
-    for a, b in ((2, 3), (3, 6)):
-        slope = (live[b][0] - live[a][0]) / (b - a) / size
-        assert slope <= units + 0.01, f"{recompute}: {slope} U per iteration, ledger says {units}"
-        assert slope > units - 0.01
-        # the transient part of both passes does not grow with m
-        for kind in (1, 2):
-            assert (live[b][kind] - live[a][kind]) / (b - a) / size <= units + 1.01
-    with_n = [measure(n, 2, execution, dtype) for n in (1, 6)]
-    assert with_n[0][0] == with_n[1][0]
-    # with n = 0 the start is h itself, which is alive anyway
-    assert with_n[0][0] - live[2][0] <= size * (2 if residual == "float32" else 1)
-    # one more iterate to swap with from the second iteration on
-    assert with_n[1][1] <= with_n[0][1] + 2 * size
-
-
-def test_memory_meter_bites() -> None:
-    """The published no-grad phase, which builds a graph, is seen by the same meter."""
-    model = random_model(TINY)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 6]), torch.tensor([1, 2])
-    peaks = []
-    for n in (1, 6):
-        gc.collect()
-        with LiveBytes() as mode:
-            plain.forward(state, TINY, x, t, y, 1, n)
-            peaks.append(mode.peak)
-    assert peaks[1] > peaks[0] + 5 * 10 * 2 * 16 * 48 * 4
-
-
-def at_xl_ratio(dtype: torch.dtype, b: int = 1) -> dict[str, Any]:
-    """Operands with XL's ratio of scores to activations: T = 256, K = 72, H = 8, H T / D = 3.55."""
-    p = problem(d=576, t=256, b=b, dtype=dtype)
-    p["params"] = [q.float() for q in p["params"]]
-    for leaf in leaves(p):
-        leaf.requires_grad_()
-    return p
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loop_working_set(dtype: torch.dtype) -> None:
-    """The loop without gradient: two iterates and at most 10 U of workspace."""
-    p = at_xl_ratio(dtype)
-    weights, u = operator_weights(p, dtype), addend(p, dtype)
-    gc.collect()
-    with torch.no_grad(), LiveBytes() as mode:
-        iterate(p["x"], u, p["mod"], weights, 4, 8, "auto", True)
-    assert mode.peak / p["x"].nbytes <= 12
-
-
-def backward_peak(p: dict[str, Any], dtype: torch.dtype, recompute: str, chunks: int = 1) -> float:
-    """Peak of the backward of m = 3 above what was saved, parameter gradients apart, in U."""
-    u, weights, params = addend(p, dtype), operator_weights(p, dtype), p["params"]
-    how = (3, 8, "auto", recompute, chunks)
-    operands = p["x"], p["i"], u, p["mod"]
-    with torch.no_grad():
-        out, _, *saved = unroll(*operands, params, weights, *how, False, False)
-        gc.collect()
-        with LiveBytes() as mode:
-            unroll_backward(params, out, *operands, weights, *saved, *how, False)
-    return (mode.peak - sum(q.nbytes for q in p["params"])) / p["x"].nbytes
-
-
-@pytest.mark.parametrize(("recompute", "kept"), [("none", 0), ("elementwise", 0), ("full", 13)])
-@pytest.mark.parametrize(("dtype", "units"), [(torch.float32, 14.1), (torch.bfloat16, 23.1)])
-def test_backward_working_set(recompute: str, kept: int, dtype: torch.dtype, units: float) -> None:
-    """The backward's peak above what was saved, parameter gradients apart: 7 U of scratch, the
-    gradients of x, i and u, LayerNorm temporaries; in half precision float32 operands of one weight
-    gradient too; in full recomputation what one iteration keeps."""
-    p = at_xl_ratio(dtype)
-    assert backward_peak(p, dtype, recompute) <= units + kept
-
-
 @pytest.mark.parametrize("recompute", MODES)
 def test_backward_in_chunks(recompute: str) -> None:
     """The gradients and norms of the whole batch, whatever the parts; more parts than samples are
@@ -388,30 +284,6 @@ def test_backward_in_chunks(recompute: str) -> None:
     for other in found[1:]:
         for a, b in zip(found[0], other):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def forward_peak(p: dict[str, Any], recompute: str, chunks: int) -> float:
-    """Peak of the forward of m = 3 above what it returns, in U."""
-    u, args = addend(p, torch.float32), (p["mod"], p["params"])
-    weights = operator_weights(p, torch.float32)
-    how = (3, 8, "auto", recompute, chunks, False, False)
-    gc.collect()
-    with torch.no_grad(), LiveBytes() as mode:
-        kept = unroll(p["x"], p["i"], u, *args, weights, *how)
-        peak = mode.peak - mode.live()
-    assert len(kept) == 5
-    return peak / p["x"].nbytes
-
-
-def test_chunks_divide_the_working_set() -> None:
-    p = at_xl_ratio(torch.float32, b=4)
-    peaks = [backward_peak(p, torch.float32, "full", chunks) for chunks in (1, 4)]
-    # the gradient of i is whole, everything else is a quarter
-    assert peaks[1] - 1 <= (peaks[0] - 1) / 4 + 0.1
-    for recompute in ("elementwise", "full"):
-        whole, quarter = (forward_peak(p, recompute, chunks) for chunks in (1, 4))
-        assert whole >= 5
-        assert quarter <= whole / 4 + 0.1
 
 
 def backward_into(
@@ -466,25 +338,6 @@ def test_gradients_that_cannot_be_added_to(kind: str) -> None:
         model(x, *PAIRS, 2, 1, weights=weights).float().square().sum().backward()
         found.append([q.grad.clone() for q in model.parameters() if q.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_accumulating_needs_no_second_buffer() -> None:
-    """The backward's peak falls by the gradients of the block, which autograd would add."""
-    p = at_xl_ratio(torch.float32, b=1)
-    u, weights = addend(p, torch.float32), operator_weights(p, torch.float32)
-    peaks = []
-    for accumulate in (False, True):
-        params = [q.detach().requires_grad_() for q in p["params"]]
-        for q in params:
-            q.grad = torch.zeros_like(q)
-        how = (2, 8, "auto", "full", 1, False, accumulate)
-        out = unroll(p["x"], p["i"], u, p["mod"], params, weights, *how)[0]
-        gc.collect()
-        with LiveBytes() as mode:
-            out.sum().backward()
-        peaks.append(mode.peak)
-    saved = sum(q.nbytes for q in p["params"])
-    assert peaks[0] - peaks[1] >= 0.99 * saved
 
 
 @pytest.mark.parametrize("recompute", MODES)

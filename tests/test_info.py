@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from fpdm import info
 from fpdm.config import ConfigError
-from fpdm.kernels import ops
+from fpdm.kernels import cuda_compile, ops
 
 
 def test_the_report_tells_every_implementation_and_why_not() -> None:
@@ -33,6 +34,46 @@ def test_both_forms_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed" not in text
     with pytest.raises(ConfigError, match="--jsn"):
         info.main(["--jsn"])
+
+
+BUILT = {"compiler": "c++ 12", "variants": {"avx2": [], "portable": []}}
+
+
+@pytest.mark.parametrize(
+    ("there", "record", "says"),
+    [
+        (True, {"cpu": BUILT}, "c++ 12: avx2 portable"),
+        (True, None, "built, with no record beside it (_build.json) of how"),
+        (True, {"cpu": {"missing": "no c++"}}, "built, with no record"),
+        (False, {"cpu": BUILT}, "missing, though _build.json records a build: c++ 12"),
+        (False, {"cpu": {"missing": "no c++"}}, "not built: no c++"),
+        (False, None, "not built: this installation was never built"),
+    ],
+)
+def test_what_was_built(there: bool, record: Any, says: str, tmp_path: Path) -> None:
+    """By the file that is there, not by the record alone: either comes without the other."""
+    if there:
+        (tmp_path / f"_cpu{EXTENSION_SUFFIXES[0]}").touch()
+    if record is not None:
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert info.native(tmp_path)["csrc/cpu"].startswith(says)
+
+
+def test_nvrtc_that_came_after_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compile, "manifest", dict)
+    (tmp_path / "_build.json").write_text(json.dumps({"cuda": {"missing": "got no NVRTC"}}))
+    told = info.native(tmp_path)["csrc/cuda"]
+    assert told.startswith("no cubins: when it was built, got no NVRTC; ")
+    assert told.endswith(" them when they are first used")
+    (tmp_path / "_build.json").unlink()
+    assert info.native(tmp_path)["csrc/cuda"].startswith("no cubins: this installation was never b")
+
+
+def test_no_heading_is_empty() -> None:
+    report = info.collect()
+    assert all(report.values())
+    assert info.routes(["cpu"])["cuda"].startswith("none: no device; attention_table.json has ")
+    assert list(info.routes(["cpu", "cuda:0", "cuda:1"])) == ["cuda:0", "cuda:1"]
 
 
 def test_packages_are_found_or_absent() -> None:

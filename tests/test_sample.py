@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,21 +18,19 @@ import torch
 from conftest import random_model
 from PIL import Image
 
-from fpdm import checkpoint, figures, gallery, interop, sample
+from fpdm import figures, gallery, interop, sample
 from fpdm.cli import run_main
 from fpdm.config import (
-    Config,
     ConfigError,
-    DataConfig,
     DiffusionConfig,
-    ExecutionConfig,
     ModelConfig,
     SamplerConfig,
     to_dict,
 )
 from fpdm.engine import Sampler
 from fpdm.kernels import ops
-from fpdm.sample import choose_images, load_source, main, parse_integers, parser
+from fpdm.pretrained import load_source
+from fpdm.sample import choose_images, main, parse_integers, parser
 
 MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
 SETTINGS = SamplerConfig(steps=2, iters=2, batch=3)
@@ -106,7 +105,7 @@ def test_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "MACs",
         "ms per image",
         " 2 ",
-        "attention",
+        "adaln",
         ops.choose("auto", "cpu", torch.float32),
         "first > last",
     ):
@@ -292,61 +291,6 @@ def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert npz(out)["arr_0"].shape == (3, 4, 4, 3)
 
 
-def test_export_without_settings(tmp_path: Path) -> None:
-    for model, iters in ((MODEL, 8), (DIT, None)):
-        state = random_model(model).state_dict()
-        path = interop.export(
-            tmp_path / model.kind, model, state, which="raw", diffusion=DiffusionConfig(), extra={}
-        )
-        loaded = load_source(path)
-        assert loaded.sampler_config == SamplerConfig(iters=iters)
-        assert loaded.which == "raw"
-
-
-def test_run_directory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digits = ModelConfig(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10)
-    config = Config(
-        model=digits,
-        data=DataConfig(kind="digits"),
-        sample=SETTINGS,
-        execution=ExecutionConfig(recompute="full", residual_dtype="float32"),
-    )
-    raw, ema = random_model(digits, seed=1), random_model(digits, seed=2)
-    groups = {
-        "model": raw.state_dict(),
-        "ema": {name: p.detach() for name, p in ema.named_parameters()},
-    }
-    run = tmp_path / "run"
-    checkpoint.save(run / "checkpoints", 12, groups, {"config": to_dict(config)}, keep=2)
-    for which, model in (("ema", ema), ("raw", raw)):
-        loaded = load_source(run, which)
-        assert (loaded.name, loaded.which) == ("run-12", which)
-        assert loaded.sampler_config == SETTINGS
-        for name, p in model.named_parameters():
-            assert torch.equal(dict(loaded.model.named_parameters())[name], p)
-    # another implementation is no other precision
-    assert load_source(run).model.execution == config.execution
-    changed = replace(config.execution, impl="reference")
-    assert load_source(run, impl="reference").model.execution == changed
-    assert changed != ExecutionConfig(impl="reference")
-    sources = []
-
-    def watched(*args: Any) -> Any:
-        sources.append(load_source(*args))
-        return sources[-1]
-
-    monkeypatch.setattr(sample, "load_source", watched)
-    main([str(run), "--out", str(tmp_path / "impl"), "--count", "1", "--impl", "reference"])
-    assert sources[0].model.execution == changed
-    monkeypatch.undo()
-    main([str(run), "--out", str(tmp_path / "out"), "--count", "2"])
-    assert len(npz(tmp_path / "out")["arr_0"]) == 2
-    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    assert "without a checkpoint" in complain([str(tmp_path / "empty")], capsys)
-
-
 def chosen(argv: list[str], classes: int = 3) -> tuple[list[int], list[int], int]:
     return choose_images(parser().parse_args(argv), classes)
 
@@ -390,7 +334,12 @@ def test_choice_of_images() -> None:
         (["--device", "meta"], "device: got 'meta', expected"),
         (["--weights", "raw"], "weights: got raw, expected ema"),
         (["--impl", "magic"], "magic"),
-        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
+        (["--sample.stpes=3"], "unknown option --sample.stpes; did you mean --steps?"),
+        (["--sample.reuse", "full"], "unknown option --sample.reuse; did you mean --reuse?"),
+        (["--max_iters", "3"], "unknown option --max_iters; did you mean --max-iters?"),
+        (["--zzz"], "error: unknown option --zzz\n"),
+        (["other"], "unrecognized arguments: other"),
         (["--eta", "-1"], "sample.eta: got -1.0, expected 0 to 1"),
         (["--eta", "1.5"], "sample.eta: got 1.5, expected 0 to 1"),
         (["--tol", "-1"], "sample.tol: got -1.0, expected at least 0"),
@@ -492,10 +441,34 @@ def test_report(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(drawn[0][0]["reuse none"][0][..., :2], drawn[1][0]["reuse none"][0])
 
 
+def test_comparison() -> None:
+    """Medians over images and timesteps but the first, of what an image ran."""
+    nan = float("nan")
+    residual = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.5, 0.7], [nan, 0.1]]])
+    other = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.2, 0.3], [nan, nan]]])
+    runs = {
+        "reuse none": (residual, torch.tensor([[2, 2], [1, 2]])),
+        "reuse full": (other, torch.tensor([[2, 2], [1, 1]])),
+    }
+    head, *lines = sample.comparison(runs)
+    assert "after the first timestep" in head
+    assert [line.split(None, 2)[2] for line in lines] == [
+        "1.5  5e-01>1e-01", "1.0  2e-01>2e-01  33% fewer",
+    ]  # fmt: skip
+    lines = sample.comparison(dict(reversed(runs.items())))
+    assert lines[2].endswith("50% more")
+    alone = {title: (values[:1], ran[:1]) for title, (values, ran) in runs.items()}
+    assert sample.comparison(alone)[1].split()[2:] == ["2.0", "9e+00>9e+00"]
+
+
 def test_report_picture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(source), "--out", str(tmp_path / "out"), "--count", "2"]
     main([*argv, "--compare", "extrapolate"])
-    assert f"wrote      {tmp_path / 'out' / 'report.png'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"wrote      {tmp_path / 'out' / 'report.png'}" in told
+    assert re.findall(r"^ +(reuse \w+) +2\.0  \S+>\S+$", told, re.M) == [
+        "reuse none", "reuse extrapolate",
+    ]  # fmt: skip
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
     told = complain([*argv, "--compare", "none"], capsys)
     assert "compare: got none, the run's own, expected another reuse" in told

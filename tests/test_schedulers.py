@@ -15,7 +15,7 @@ from fpdm import classifier, graphs
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
-from fpdm.sample import load_source
+from fpdm.pretrained import load_source
 from fpdm.schedulers import Denoiser, make_scheduler
 
 diffusers = pytest.importorskip("diffusers")

@@ -19,8 +19,8 @@ from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler, Samples
 from fpdm.kernels import ops
 from fpdm.plan import bucket, groups, most_iterations, reserves
+from fpdm.pretrained import load_source
 from fpdm.run import initial_iterate
-from fpdm.sample import load_source
 
 SMALL = ModelConfig(input_size=4, in_channels=2, hidden_size=16, num_heads=2, num_classes=5)
 # 32 samples of the digits; both branches, reuse and a noisy method in one

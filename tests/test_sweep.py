@@ -65,6 +65,35 @@ def test_a_second_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(json.loads((tmp_path / "sweep.json").read_text())["rows"]) == len(calls) == 6
 
 
+def test_what_it_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every point how long the others will take by their blocks, and at the end the means."""
+    clock = [0.0]
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: clock[0])
+
+    def measure(point: Point, seed: int) -> dict[str, float]:
+        clock[0] += 2.0 * (point.budget - point.stranded)
+        return {"frechet": 1.0 + point.k + seed, "accuracy": 0.5 + 0.25 * seed}
+
+    wanted = [Point(30, 1, 10, 0), Point(30, 2, 7, 2), Point(60, 1, 20, 0)]
+    sweep.run(wanted, range(2), measure, tmp_path, {})
+    lines = capsys.readouterr().out.splitlines()
+    # 236 blocks of two seconds: 30 twice, 28 twice, 60 twice
+    assert [line.partition("about ")[2] for line in lines[:6]] == [
+        "7 min left", "6 min left", "5 min left", "4 min left", "2 min left", "",
+    ]  # fmt: skip
+    assert lines[6:10] == [
+        "   k       30 blocks       60 blocks",
+        "   1     2.500 0.625     2.500 0.625",
+        "   2     3.500 0.625         -     -",
+        "Frechet distance and accuracy, means over the seeds",
+    ]
+    # a second run has nothing to wait for
+    sweep.run(wanted, range(2), measure, tmp_path, {})
+    assert capsys.readouterr().out.splitlines()[:4] == lines[6:10]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--sweep", "--budgets", "12", "--ks", "2", "--seeds", "1", "--out", str(tmp_path)]
     assert evaluate.command(words) == 0

@@ -1,0 +1,141 @@
+"""A trained model with its settings, from a run directory or an export directory."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fpdm import calibration, checkpoint, interop
+from fpdm.config import (
+    ConfigError,
+    DiffusionConfig,
+    ExecutionConfig,
+    Impl,
+    ModelConfig,
+    SamplerConfig,
+    from_dict,
+)
+from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
+from fpdm.model import FPDM, DiT, build_model
+from fpdm.settings import update
+
+SHIPPED = Path(__file__).parent / "assets" / "digits_export"
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
+    directory."""
+
+    model: FPDM | DiT
+    diffusion: Diffusion
+    model_config: ModelConfig
+    diffusion_config: DiffusionConfig
+    sampler_config: SamplerConfig
+    name: str
+    which: str
+    path: Path
+
+    def sampler(self, config: SamplerConfig) -> Sampler:
+        """A sampler, with the calibration beside the model if ``config`` wants one. Raises
+        ConfigError for settings that cannot be met."""
+        found = None
+        if config.allocation == "learned":
+            found = calibration.load(self.path, self.digest())
+        return Sampler(self.model, self.diffusion, config, calibration=found)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
+        digest = hashlib.sha256()
+        for name, param in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_source(
+    path: str | Path | None = None,
+    which: str | None = None,
+    impl: Impl | None = None,
+    device: str | torch.device = "cpu",
+) -> LoadedSource:
+    """The model in a run directory (``which`` = ema or raw of its newest good checkpoint; None is
+    ema) or in an export directory (which holds one of them); without path: the shipped digits.
+    ``impl`` replaces the implementation alone: everything else runs as in training.
+
+    Raises ConfigError when ``path`` is neither or does not hold the weights asked for,
+    CheckpointError when its files are damaged.
+    """
+    if which not in (None, "ema", "raw"):
+        raise ConfigError(f"weights: got {which!r}, expected ema or raw")
+    path = SHIPPED if path is None else Path(path)
+    if (path / interop.CONFIG).is_file():
+        return _load_export(path, which, impl, device)
+    if (path / "checkpoints").is_dir():
+        return _load_run(path, which or "ema", impl, device)
+    raise ConfigError(
+        f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
+        f"(with {interop.CONFIG})"
+    )
+
+
+def _load_export(
+    path: Path, which: str | None, impl: Impl | None, device: str | torch.device
+) -> LoadedSource:
+    found = interop.read_export(path)
+    if which not in (None, found.weights):
+        raise ConfigError(f"weights: got {which}, expected {found.weights}, all that {path} holds")
+    execution = None if impl is None else ExecutionConfig(impl=impl)
+    model = interop.from_pretrained(path, execution).to(device)
+    # where the export names no cost: the model's own default
+    sampler = SamplerConfig(iters=8 if found.model.kind == "fpdm" else None)
+    if "sample" in found.extra:
+        sampler = update(SamplerConfig(), found.extra["sample"], "sample.")
+    diffusion = Diffusion(found.diffusion, device)
+    name = path.resolve().name
+    return LoadedSource(
+        model, diffusion, found.model, found.diffusion, sampler, name, found.weights, path
+    )
+
+
+def _load_run(
+    path: Path, which: str, impl: Impl | None, device: str | torch.device
+) -> LoadedSource:
+    found = checkpoint.load_newest(path / "checkpoints", report=_warn)
+    if found is None:
+        raise ConfigError(f"source: got {path} without a checkpoint, expected a run that saved one")
+    config = from_dict(found.meta["config"])
+    execution = config.execution if impl is None else replace(config.execution, impl=impl)
+    state = dict(found.tensors["model"])
+    if which == "ema":
+        state.update(found.tensors["ema"])
+    model = build_model(config.model, execution)
+    interop.load_strict(model, state, str(found.path))
+    return LoadedSource(
+        model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
+        config.sample, f"{path.resolve().name}-{found.step}", which, path,
+    )  # fmt: skip
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; auto is CUDA when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {name!r}, expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got cuda, expected cpu (no CUDA device is usable here)")
+    return device

@@ -1,0 +1,80 @@
+"""A run directory or an export as a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_model
+from test_sample import DIT, MODEL, SETTINGS, complain, npz
+
+from fpdm import checkpoint, interop, sample
+from fpdm.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ExecutionConfig,
+    ModelConfig,
+    SamplerConfig,
+    to_dict,
+)
+from fpdm.pretrained import load_source
+from fpdm.sample import main
+
+
+def test_export_without_settings(tmp_path: Path) -> None:
+    for model, iters in ((MODEL, 8), (DIT, None)):
+        state = random_model(model).state_dict()
+        path = interop.export(
+            tmp_path / model.kind, model, state, which="raw", diffusion=DiffusionConfig(), extra={}
+        )
+        loaded = load_source(path)
+        assert loaded.sampler_config == SamplerConfig(iters=iters)
+        assert loaded.which == "raw"
+
+
+def test_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = ModelConfig(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10)
+    config = Config(
+        model=digits,
+        data=DataConfig(kind="digits"),
+        sample=SETTINGS,
+        execution=ExecutionConfig(recompute="full", residual_dtype="float32"),
+    )
+    raw, ema = random_model(digits, seed=1), random_model(digits, seed=2)
+    groups = {
+        "model": raw.state_dict(),
+        "ema": {name: p.detach() for name, p in ema.named_parameters()},
+    }
+    run = tmp_path / "run"
+    checkpoint.save(run / "checkpoints", 12, groups, {"config": to_dict(config)}, keep=2)
+    for which, model in (("ema", ema), ("raw", raw)):
+        loaded = load_source(run, which)
+        assert (loaded.name, loaded.which) == ("run-12", which)
+        assert loaded.sampler_config == SETTINGS
+        for name, p in model.named_parameters():
+            assert torch.equal(dict(loaded.model.named_parameters())[name], p)
+    # another implementation is no other precision
+    assert load_source(run).model.execution == config.execution
+    changed = replace(config.execution, impl="reference")
+    assert load_source(run, impl="reference").model.execution == changed
+    assert changed != ExecutionConfig(impl="reference")
+    sources = []
+
+    def watched(*args: Any) -> Any:
+        sources.append(load_source(*args))
+        return sources[-1]
+
+    monkeypatch.setattr(sample, "load_source", watched)
+    main([str(run), "--out", str(tmp_path / "impl"), "--count", "1", "--impl", "reference"])
+    assert sources[0].model.execution == changed
+    monkeypatch.undo()
+    main([str(run), "--out", str(tmp_path / "out"), "--count", "2"])
+    assert len(npz(tmp_path / "out")["arr_0"]) == 2
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert "without a checkpoint" in complain([str(tmp_path / "empty")], capsys)
