@@ -127,7 +127,9 @@ def peak_of_step(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = build_model(config, ExecutionConfig(**execution)).cuda()
+    # drawn there: a CPU takes 10 s over a DiT-XL
+    with torch.device("cuda"):
+        model = build_model(config, ExecutionConfig(**execution))
     weights = PreparedWeights(model, dtype, accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
     x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))

@@ -96,7 +96,7 @@ case "$part" in
       --out "$out/bench_sample.json"
     ;;
   train)
-    piece memory 60 "$python" -m bench.gpu memory --out "$out"
+    piece memory 80 "$python" -m bench.gpu memory --out "$out"
     piece digits 90 "$python" -m bench.gpu digits --out "$out"
     piece replays 80 "$python" -m bench.gpu replays --out "$out"
     piece bench_train 200 "$python" -m bench --suite training optimizer --skip compiled \
