@@ -196,7 +196,9 @@ def digits(report: Report) -> None:
                 grid_every=0, device="cuda", precision=precision,
             )  # fmt: skip
             trainer = Trainer(replace(recipe, train=train))
-            trainer.run()
+            if (done := trainer.run()) < train.steps:
+                # the trainer ends in order at a signal, as if it had been asked for fewer steps
+                raise SystemExit(f"digits: {precision}: stopped at step {done} of {train.steps}")
             lines = trainer.directory.metrics.read_text().splitlines()
             rows = [json.loads(line) for line in lines]
             found["losses"] = [row["loss"] for row in rows]

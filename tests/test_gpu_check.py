@@ -225,3 +225,18 @@ def test_the_compiled_baseline_runs_the_compiled_map(monkeypatch: pytest.MonkeyP
     gpu_rows.sampling(s, 1.0, True, steps=2, iters=3).build().run["published compiled"]()
     assert calls.count("fixed_point_map") == 2 * 3
     assert calls.count("_final") == 2
+
+
+def test_digits_that_a_signal_ends_are_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit's signal: the trainer saves and returns, and the piece must not go on."""
+    from fpdm import train
+
+    properties = SimpleNamespace(name="none", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(train, "Trainer", lambda config: SimpleNamespace(run=lambda: 17))
+    report = gpu.Report(tmp_path / "digits.json")
+    with pytest.raises(SystemExit, match="fp32: stopped at step 17 of 300"):
+        gpu.digits(report)
+    assert report.data["rows"] == []
