@@ -5,12 +5,12 @@
 #   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
 #              the sampler, then python -m bench on operators, parts of an iteration, network and
 #              sampler
-#   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python -m
-#              bench on training and the optimiser
+#   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python
+#              -m bench on training and the optimiser
 #   compiled   the rows against torch.compile: mostly compilation
 #
-# Each part is one call that ends within $BUDGET seconds (default 460): a piece gets its own limit or
-# what is left, and is killed with all that it started. Needs torch, triton, cupy and pytest, no
+# Each part is one call that ends within $BUDGET seconds (default 460): a piece gets its own limit
+# or what is left, and is killed with all that it started. Needs torch, triton, cupy and pytest, no
 # network. Results are written as JSON while it goes, under $OUT (default bench/results/gpu), beside
 # the words of all pieces in PART.log and the tables that were written. A piece that fails is told
 # in the table at the end, and the rest goes on; exit status 1 then, 2 without a GPU. Variables:
@@ -70,13 +70,17 @@ piece() {
 case "$part" in
   tests)
     options=()
-    "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$jobs")
+    # as many processes as cores: a team of threads each would fill them many times over
+    "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$jobs") &&
+      export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
     # a test that hangs costs its worker, not the piece
-    "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 100 --timeout-method thread)
+    "$python" -c 'import pytest_timeout' 2>/dev/null &&
+      options+=(--timeout 150 --timeout-method thread)
     mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
     # exit 127 where there is no compute-sanitizer: not run is not passed
     sanitizer=(compute-sanitizer --error-exitcode 9 --tool)
-    # without torch's cache every tensor is an allocation of its own, beyond which a kernel is caught
+    # without torch's cache every tensor is an allocation of its own, and what passes its end is
+    # seen
     piece memcheck 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "${sanitizer[@]}" memcheck "$python" -m bench.gpu smoke &
     piece racecheck 200 "${sanitizer[@]}" racecheck "$python" -m bench.gpu smoke &
@@ -92,8 +96,8 @@ case "$part" in
     cp fpdm/kernels/gemm_table.json fpdm/kernels/attention_table.json "$out"
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
-    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler --skip compiled \
-      --out "$out/bench_sample.json"
+    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler \
+      --skip compiled --out "$out/bench_sample.json"
     ;;
   train)
     piece memory 80 "$python" -m bench.gpu memory --out "$out"
