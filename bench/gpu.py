@@ -239,7 +239,11 @@ def micro_step(
     from fpdm.train import DTYPES
 
     config, device = RECIPES[recipe], torch.device(kind)
-    train = replace(config.train, precision=precision, graphs=mode)
+    train = replace(
+        config.train,
+        precision=precision,  # type: ignore[arg-type]
+        graphs=mode,  # type: ignore[arg-type]
+    )
     config = replace(config, train=train)
     model = suites.randomised(config.model, device, **execution)
     weights = PreparedWeights(model, DTYPES[precision], accumulate=True)

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.against import WITHIN
 from bench.rows import OURS
+from bench.timing import Times
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIBRARY = "gemm + attention"
@@ -21,7 +23,8 @@ TABLES = {
     "training": "Forward and backward of a training step",
     "optimizer": "Optimiser step",
 }
-HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours", "of the ceiling", "peak"]
+HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours (IQR between processes)",
+        "of the ceiling", "peak"]  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -53,12 +56,28 @@ def peak(arm: dict[str, Any]) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
+def times(arm: dict[str, Any]) -> str:
+    """An arm's time over ours; from several processes also their range, where a quarter of them lie
+    more than 15 % from their median."""
+    ratio, each = arm["ratio"], arm.get("ratios", [])
+    apart = sum(max(r / ratio, ratio / r) > 1 + WITHIN for r in each)
+    told = f"{ratio:.2f}x"
+    return (
+        f"{told} ({min(each):.2f} to {max(each):.2f})" if apart and 4 * apart >= len(each) else told
+    )
+
+
+def _between(arm: dict[str, Any]) -> str:
+    """Interquartile range of the ratios between processes, where there are several."""
+    return f" ±{Times(tuple(arm['ratios'])).spread:.0%}" if "ratios" in arm else ""
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     why = reason(row)
     if why is not None:
         return [row["suite"], row["name"], why, "", "", ""]
     others = [
-        f"{name} {arm['ratio']:.2f}x" for name, arm in row["arms"].items() if name != OURS
+        f"{name} {times(arm)}{_between(arm)}" for name, arm in row["arms"].items() if name != OURS
     ] + [f"{name}: {why}" for name, why in row["missing"].items()]
     shares = [f"GEMM {row['gemm_share']:.0%}"] if "gemm_share" in row else []
     shares += [f"copy {row['copy_share']:.0%}"] if "copy_share" in row else []
@@ -99,7 +118,7 @@ def suite_table(result: dict[str, Any], suite: str) -> tuple[list[str], list[lis
     lines = []
     for r in rows:
         cells = [r["name"], ours(r)]
-        cells += [f"{r['arms'][n]['ratio']:.2f}x" if n in r["arms"] else "" for n in names]
+        cells += [times(r["arms"][n]) if n in r["arms"] else "" for n in names]
         cells += [f"{r['gemm_share']:.0%}" if "gemm_share" in r else ""] * with_gemm
         cells += [peak(r["arms"][OURS])] * with_peak
         lines.append(cells)
@@ -112,11 +131,22 @@ def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells: dict[str, dict[str, str]] = {}
     for r in rows:
         setting, _, name = r["name"].rpartition(" ")
-        plain = r["arms"]["plain PyTorch"]["ratio"]
-        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain:.2f}x"
+        plain = times(r["arms"]["plain PyTorch"])
+        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain}"
     settings = list(dict.fromkeys(r["name"].rpartition(" ")[0] for r in rows))
     body = [[name, *(found.get(s, "") for s in settings)] for name, found in cells.items()]
     return ["operator", *settings], body
+
+
+def several(result: dict[str, Any]) -> str:
+    """What the operators' ratios are of, where they come from several processes."""
+    counts = {len(a["ratios"]) for r in result["rows"] for a in r["arms"].values() if "ratios" in a}
+    if not counts:
+        return ""
+    return (
+        f", medians of {max(counts)} processes (in brackets their range, where a quarter of them "
+        "lie more than 15 % away: where a baseline's intermediates lie is decided once a process)"
+    )
 
 
 def unmeasured(result: dict[str, Any]) -> list[str]:
@@ -180,7 +210,10 @@ def machine_section(result: dict[str, Any]) -> str:
             parts.append(f"{title}:\n\n{markdown(head, lines)}\n")
     head, lines = operator_table(result)
     if lines:
-        parts.append(f"Operators, and plain PyTorch's time over ours:\n\n{markdown(head, lines)}\n")
+        parts.append(
+            f"Operators, and plain PyTorch's time over ours{several(result)}:\n\n"
+            f"{markdown(head, lines)}\n"
+        )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
     gone = unmeasured(result)
