@@ -7,12 +7,15 @@ for what is measured, bench/results/counted.json for what is counted.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from bench import cost
 from bench.against import WITHIN
 from bench.rows import OURS
 from bench.timing import Times
+from fpdm.recipes import MODEL_PRESETS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIBRARY = "gemm + attention"
@@ -61,10 +64,8 @@ def times(arm: dict[str, Any]) -> str:
     more than 15 % from their median."""
     ratio, each = arm["ratio"], arm.get("ratios", [])
     apart = sum(max(r / ratio, ratio / r) > 1 + WITHIN for r in each)
-    told = f"{ratio:.2f}x"
-    return (
-        f"{told} ({min(each):.2f} to {max(each):.2f})" if apart and 4 * apart >= len(each) else told
-    )
+    between = f" ({min(each):.2f} to {max(each):.2f})" if apart and 4 * apart >= len(each) else ""
+    return f"{ratio:.2f}x{between}"
 
 
 def _between(arm: dict[str, Any]) -> str:
@@ -188,6 +189,31 @@ def measured_memory(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def predictions(result: dict[str, Any]) -> list[list[str]]:
+    """Of the rows of XL/2 in half precision on a device of the cost model: one evaluation of the
+    network as predicted and as measured, the whole sampler's time over its timesteps."""
+    device = next((d for n, d in cost.DEVICES.items() if n.lower() in result["machine"]), None)
+    pattern = re.compile(r"XL/2 B(\d+) \w+16(?: S=(\d+))? k=(\d+)(?: guidance (\S+))?$")
+    lines = []
+    for row in result["rows"]:
+        named = pattern.match(row["name"])
+        if device is None or named is None or reason(row) is not None:
+            continue
+        steps, guided = int(named[2] or 1), float(named[4] or 1) != 1.0
+        shape = MODEL_PRESETS["fpdm-xl-2"], int(named[1]) * (2 if guided else 1), int(named[3])
+        library = cost.network(*shape)
+        parts = {
+            OURS: library,
+            LIBRARY: [p for p in library if p.kind != "elementwise"],
+            "published eager": cost.network(*shape, style="published"),
+        }
+        for arm in (a for a in parts if a in row["arms"]):
+            want, got = cost.seconds(parts[arm], device), row["arms"][arm]["median_s"] / steps
+            cells = [f"{row['suite']} {row['name']}", arm, duration(want), duration(got)]
+            lines.append([*cells, f"{got / want:.2f}"])
+    return lines
+
+
 def machine_section(result: dict[str, Any]) -> str:
     """What one machine measured, on what, against what."""
     v, cpu = result["versions"], result["processor"]
@@ -213,6 +239,13 @@ def machine_section(result: dict[str, Any]) -> str:
         parts.append(
             f"Operators, and plain PyTorch's time over ours{several(result)}:\n\n"
             f"{markdown(head, lines)}\n"
+        )
+    lines = predictions(result)
+    if lines:
+        head = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
+        parts.append(
+            "The cost model (below) beside what was measured. It knows nothing of the host, which bounds "
+            "at batch 1 whatever is not replayed as a graph, here all but fpdm:\n\n" + markdown(head, lines) + "\n"
         )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
@@ -248,8 +281,8 @@ def counted_section(counted: dict[str, Any]) -> str:
     ]  # fmt: skip
     return memory + (
         "\n**A model, not a measurement**: microseconds per sample and iteration of XL/2 in half "
-        "precision, from counted FLOPs, bytes and launches and each device's rates "
-        f"(`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
+        "precision, from counted FLOPs, bytes, launches and waves of tiles, and each device's "
+        f"rates (`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
     )
 
 
