@@ -244,8 +244,9 @@ def machine_section(result: dict[str, Any]) -> str:
     if lines:
         head = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
         parts.append(
-            "The cost model (below) beside what was measured. It knows nothing of the host, which bounds "
-            "at batch 1 whatever is not replayed as a graph, here all but fpdm:\n\n" + markdown(head, lines) + "\n"
+            "The cost model (below) beside what was measured. It knows nothing of the host, which "
+            "bounds at batch 1 whatever is not replayed as a graph, here all but fpdm:\n\n"
+            f"{markdown(head, lines)}\n"
         )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
