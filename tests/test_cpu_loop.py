@@ -15,6 +15,7 @@ import torch
 from conftest import random_model
 from operator_cases import DTYPES, execute, generate, values_of
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fpdm import block
 from fpdm.block import BlockWeights, forward_workspace, iterate_forward
@@ -209,6 +210,17 @@ def test_zeros_behind_a_packed_weight() -> None:
         assert found is not None
         assert float(found.double().sum()) == o * i
         assert found.numel() > o * i
+
+
+def test_fake_weights_stay_as_they_are() -> None:
+    """A model of any size can be prepared without memory."""
+    with FakeTensorMode():
+        model = model_of()
+        prepared = PreparedWeights(model, torch.float32, fold=True)
+        assert prepared.packed == {}
+        x, t, y = torch.randn(2, 2, 4, 4), torch.tensor([3, 9]), torch.tensor([0, 5])
+        with torch.no_grad():
+            assert model(x, t, y, weights=prepared).shape == (2, 4, 4, 4)
 
 
 def model_of(impl: Any = "auto") -> FPDM:

@@ -82,9 +82,11 @@ def _panels(o: int, i: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
 def pack(weight: Tensor, out: Tensor | None = None) -> Tensor | None:
     """W (O,I) as the forward products read it, panels (O/c,I/p,c,p) with zeros behind the end: they
     take it in place of W and need not pack it in every call, which at few rows is most of their
-    time. None where that cannot be had: products left to the library, or widened bfloat16."""
+    time. None where that cannot be had: products left to the library, widened bfloat16, and tensors
+    without memory of their own, such as fake ones."""
     dtype = weight.dtype
-    if dtype in LIBRARY_PRODUCTS or (dtype == torch.bfloat16 and native.pair == 1):
+    widened = dtype == torch.bfloat16 and native.pair == 1
+    if type(weight) is not Tensor or dtype in LIBRARY_PRODUCTS or widened:
         return None
     o, i = weight.shape
     shape = _panels(o, i, dtype)
