@@ -216,7 +216,7 @@ class Run:
         if self.s.watched:
             self._watch(launch, n)
         else:
-            for size in groups(launch.count):
+            for size in groups(launch.count, captured=self.cache is not None):
                 self.launch("iterate", n, (size,), partial(self._group, n, size))
         b, w = self.count, self.w
         if self.recorded:

@@ -421,6 +421,8 @@ def test_groups() -> None:
         assert set(found) <= {8, 4, 2, 1}
         # all but the last begin on the same buffer
         assert all(size % 2 == 0 for size in found[:-1])
+        whole = groups(k, captured=False)
+        assert whole == [8] * (k // 8) + [k % 8] * (k % 8 > 0)
 
 
 def test_reserves() -> None:
