@@ -3,7 +3,7 @@ float64, and the whole sampler on them. Under Triton's interpreter, in another p
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_model, relative
-from interpreter import inside, outside, run_inside
+from interpreter import inside, outside, planted, run_inside
 from torch import Tensor
 
 from fpdm import noise, steps
@@ -215,19 +215,10 @@ def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_planted_faults(
     module: str, line: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = importlib.import_module(f"fpdm.kernels.{module}")
-    source = Path(str(real.__file__)).read_text()
-    assert source.count(line) == 1
-    path = tmp_path / f"planted_{module}.py"
-    path.write_text(source.replace(line, fault))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    real, copy = planted(module, line, fault, tmp_path)
     for name in ("update_kernel", "philox_kernel"):
         if hasattr(real, name):
-            monkeypatch.setattr(real, name, getattr(planted, name))
+            monkeypatch.setattr(real, name, getattr(copy, name))
     assert wrong_steps(CASES) + wrong_numbers() != []
 
 
