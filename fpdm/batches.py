@@ -67,9 +67,11 @@ def draw_samples(
     """Everything random about the samples at ``slots``, on the device of ``x``."""
     keys = noise.as_keys([seed]).to(x.device).expand(len(slots))
     c1 = torch.arange(slots.start, slots.stop, device=x.device)
-    t = (noise.uniforms(keys, c1, step, noise.TRAIN_T, 1)[:, 0] * steps).long()
     z = noise.normals(keys, c1, step, noise.TRAIN_NOISE, tuple(x.shape[1:]))
-    dropped = noise.uniforms(keys, c1, step, noise.TRAIN_DROP, 1)[:, 0] < dropout
+    # two streams in one pass: a pass costs the host more than the words
+    domains = torch.full_like(c1, noise.TRAIN_T), torch.full_like(c1, noise.TRAIN_DROP)
+    u = noise.uniforms(keys.repeat(2), c1.repeat(2), step, torch.cat(domains), 1)[:, 0]
+    t, dropped = (u[: len(c1)] * steps).long(), u[len(c1) :] < dropout
     return Draws(t, z, torch.where(dropped, null, y))
 
 

@@ -35,7 +35,8 @@ from fpdm.block import (
     step_backward,
     step_forward,
 )
-from fpdm.kernels import ops
+from fpdm.kernels import direct, ops
+from fpdm.kernels.direct import call
 
 
 @dataclass(frozen=True)
@@ -408,10 +409,10 @@ def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
     wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     operands = (g, x, i, u, mod, weights, xs, residual, compute, *settings, wants_x)
     dparams = nothing[0]
-    if sums := _gradients_of(params) if accumulate and all(wanted) else []:
-        dx, di, dmod = unroll_backward_(sums, *operands)
+    if sums := ops.gradients_of(params) if accumulate and all(wanted) else []:
+        dx, di, dmod = call(unroll_backward_, sums, *operands)
     else:
-        dx, di, dmod, found = unroll_backward(params if any(wanted) else [], *operands)
+        dx, di, dmod, found = call(unroll_backward, params if any(wanted) else [], *operands)
         dparams = found or dparams
     return (
         dx if wants_x else None,
@@ -424,15 +425,9 @@ def _unroll_grad(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-def _gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that exist, to be added to; none unless all do, dense, as float32 or wider."""
-    # while torch.compile traces, parameters are no leaves
-    found = [g for p in params if p.is_leaf and (g := p.grad) is not None]
-    wide = all(g.dtype == ops.accumulator(g.dtype) and g.is_contiguous() for g in found)
-    return found if wide and len(found) == len(params) else []
-
-
-unroll.register_autograd(_unroll_grad, setup_context=_unroll_setup)
+for _op in (iterate, unroll, unroll_backward, unroll_backward_):
+    direct.body(_op, _op._init_fn)
+direct.autograd(unroll, _unroll_grad, _unroll_setup)
 
 
 @dataclass(frozen=True)
@@ -472,13 +467,21 @@ def solve(
     free = n if graph else n + m
     if free:
         with torch.no_grad():
-            x, table = iterate(
-                x.detach(), constant, mod.detach(), flat, free, settings.heads, settings.impl, norms
+            x, table = call(
+                iterate,
+                x.detach(),
+                constant,
+                mod.detach(),
+                flat,
+                free,
+                settings.heads,
+                settings.impl,
+                norms,
             )
         tables.append(table)
     if graph:
-        x, table, *_ = unroll(
-            x.detach() if detach_init else x, i, constant, mod, list(params), flat, m,
+        x, table, *_ = call(
+            unroll, x.detach() if detach_init else x, i, constant, mod, list(params), flat, m,
             settings.heads, settings.impl, settings.recompute, settings.chunks, norms,
             settings.accumulate,
         )  # fmt: skip

@@ -21,6 +21,7 @@ from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, SolveStats
 from fpdm.gradients import Gradient
 from fpdm.kernels import ops
+from fpdm.kernels.direct import call
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 
 FREQUENCIES = 256
@@ -125,7 +126,8 @@ class _Transformer(nn.Module):
 
     def _linear(self, x: Tensor, name: str, w: WeightView) -> Tensor:
         weight, bias = w.params[f"{name}.weight"], w.params[f"{name}.bias"]
-        return ops.linear(x, weight, bias, *w.linear(name), self.execution.impl)
+        copies, impl = w.linear(name), self.execution.impl
+        return call(ops.linear, x, weight, bias, *copies, impl, w.accumulate)
 
     def _time(self, t: Tensor, w: WeightView) -> Tensor:
         features = timestep_features(t).to(self.pos_embed.dtype)
@@ -168,7 +170,8 @@ class _Transformer(nn.Module):
         b, c, side = len(x), self.config.in_channels, self.config.input_size // p
         patches = x.view(b, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
         weight, bias = w.params["x_embedder.proj.weight"], w.params["x_embedder.proj.bias"]
-        tokens = ops.linear(
+        tokens = call(
+            ops.linear,
             patches.reshape(b, side * side, c * p * p),
             weight.flatten(1),
             bias,
@@ -190,7 +193,7 @@ class _Transformer(nn.Module):
     def _final(self, z: Tensor, vectors: Tensor, w: WeightView) -> Tensor:
         """Tokens of the output (B,T,p p 2C)."""
         shift, scale = vectors.chunk(2, dim=-1)
-        y = ops.adaln(z, shift, scale, self.execution.impl)
+        y = call(ops.adaln, z, shift, scale, self.execution.impl)
         return self._linear(y, "final_layer.linear", w)
 
     def unpatchify(self, o: Tensor) -> Tensor:
@@ -292,7 +295,8 @@ class FPDM(_Transformer):
         i = None if w.folded else self._linear(hc, PROJECTION, w)
         e, b1 = w.injection()
         with torch.no_grad():
-            return i, ops.linear(hc if i is None else i.detach(), e, b1, e, b1, self.execution.impl)
+            source = hc if i is None else i.detach()
+            return i, call(ops.linear, source, e, b1, e, b1, self.execution.impl)
 
     def _solve(
         self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,

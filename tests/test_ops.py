@@ -180,6 +180,8 @@ def test_opcheck_gemms() -> None:
     torch.library.opcheck(
         ops.linear_backward, (dy, x.detach(), w.detach(), half[0], True, True, "auto")
     )
+    sums = torch.zeros(16, 8), torch.zeros(16)
+    torch.library.opcheck(ops.linear_backward_, (*sums, dy, x.detach(), half[0], True, "reference"))
 
 
 def test_opcheck_backwards() -> None:

@@ -282,6 +282,7 @@ def replaced(optimizer: AdamWEMA) -> None:
     backward(optimizer.model)
     for p in optimizer.params.values():
         p.grad = p.grad.clone()
+    optimizer.gradients.zero_()
 
 
 def missing(optimizer: AdamWEMA) -> None:

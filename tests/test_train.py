@@ -196,8 +196,7 @@ class ForgetfulTrainer(Trainer):
 
     def _restore(self, state) -> None:
         super()._restore(state)
-        for p in self.optimizer.params.values():
-            self.optimizer.adamw.state[p]["exp_avg_sq"].zero_()
+        self.optimizer.flat["v"].zero_()
 
 
 def test_a_lost_moment_or_row_would_be_seen(whole, tmp_path):

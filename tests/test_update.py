@@ -23,13 +23,14 @@ from fpdm.kernels.launch import LaunchError
 from fpdm.steps import Guidance
 
 KEYS = noise.as_keys([0, 1, 2**63 + 5, 2**64 - 1, 12345678901234567890])
-COUNTERS: list[tuple[int | Tensor, int | Tensor, int, int]] = [
+COUNTERS: list[tuple[int | Tensor, int | Tensor, int | Tensor, int]] = [
     (0, 0, 0, 1),
     (5, 7, 3, 10),
     (torch.arange(5) * 1000003, 2**32 - 1, 1, 1030),
     # one for all; only the low 32 bits count
     (torch.tensor([9]), 0, 2, 4096),
     (torch.full((5,), 2**40 + 3), torch.arange(5), 2, 33),
+    (4, 9, torch.tensor([7, 7, 3, 3, 1]), 2),
 ]
 
 
@@ -256,13 +257,13 @@ def test_on_the_device() -> None:
     philox, update = kernels()
     keys = KEYS.cuda()
     for c1, c2, domain, count in COUNTERS:
-        there = [c.cuda() if isinstance(c, Tensor) else c for c in (c1, c2)]
-        mine = noise.uint32(keys, *there, domain, count)
+        there = [c.cuda() if isinstance(c, Tensor) else c for c in (c1, c2, domain)]
+        mine = noise.uint32(keys, *there, count)
         assert torch.equal(mine.cpu(), noise.uint32(KEYS, c1, c2, domain, count))
-        z = noise.normals(keys, *there, domain, (count,)).cpu()
+        z = noise.normals(keys, *there, (count,)).cpu()
         want = noise.normals(KEYS, c1, c2, domain, (count,))
         assert ((z - want).abs() <= 2.0**-23 * want.abs()).all()
-        assert torch.equal(z, philox.draw(keys, *there, domain, count, True).cpu())
+        assert torch.equal(z, philox.draw(keys, *there, count, True).cpu())
     for changes in CASES:
         case = DEFAULT | changes
         v = operands(case)

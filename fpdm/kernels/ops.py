@@ -20,7 +20,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from fpdm.config import Impl, UserError
+from fpdm.kernels import direct
+from fpdm.kernels.direct import call
 
 IMPLEMENTATIONS = ("reference", "triton", "triton-fused", "cuda", "cpu")
 OPERATORS = (
@@ -190,17 +192,20 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _define(name: str, schema: str, compute_at: int = 0) -> Callable[[Callable[..., Any]], Any]:
+def _define(
+    name: str, schema: str, compute_at: int = 0, impl_at: int = -1, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     def register(fn: Callable[..., Any]) -> Any:
         @functools.wraps(fn)
         def body(*args: Any) -> Any:
-            *operands, impl = args
             # the compute dtype is the weights' where there are some, else the vectors'
             compute = args[compute_at]
             with no_autocast(args[0].device):
-                return fn(resolve(impl, compute.device, compute.dtype), *operands)
+                operators = resolve(args[impl_at], compute.device, compute.dtype)
+                return fn(operators, *args[:impl_at])
 
-        return torch.library.custom_op(f"fpdm::{name}", body, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(f"fpdm::{name}", body, mutates_args=mutates, schema=schema)
+        return direct.body(op, body)
 
     return register
 
@@ -211,13 +216,19 @@ def _zeros(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 @_define(
     "linear",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c, str impl) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor weight_c, Tensor bias_c, str impl, "
+    "bool accumulate=False) -> Tensor",
     compute_at=3,
+    impl_at=5,
 )
 def linear(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor
 ) -> Tensor:
-    """x (...,I) -> (...,O) in weight_c's dtype; weight (O,I), bias (O,) are the parameters."""
+    """x (...,I) -> (...,O) in weight_c's dtype; weight (O,I), bias (O,) are the parameters.
+
+    With ``accumulate`` the backward adds to the ``.grad`` that both have, in place, see
+    ``gradients_of``.
+    """
     return ops.linear(x.to(weight_c.dtype).contiguous(), weight_c, bias_c)
 
 
@@ -238,6 +249,22 @@ def linear_backward(
     dweight, dbias = _zeros(weight, weight.shape), _zeros(weight, weight.shape[:1])
     ops.linear_wgrad(dy, x.to(weight_c.dtype).contiguous(), dweight, dbias)
     return dinput, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+@_define(
+    "linear_backward_",
+    "(Tensor(a!) dweight, Tensor(b!) dbias, Tensor dy, Tensor x, Tensor weight_c, bool dx, "
+    "str impl) -> Tensor",
+    compute_at=4,
+    mutates=("dweight", "dbias"),
+)
+def linear_backward_(
+    ops: Any, dweight: Tensor, dbias: Tensor, dy: Tensor, x: Tensor, weight_c: Tensor, dx: bool
+) -> Tensor:
+    """dx, empty where ``dx`` is false; dW and db are added to ``dweight`` and ``dbias``."""
+    dy = dy.to(weight_c.dtype).contiguous()
+    ops.linear_wgrad(dy, x.to(weight_c.dtype).contiguous(), dweight, dbias)
+    return ops.linear_dgrad(dy, weight_c).to(x.dtype) if dx else x.new_empty(0)
 
 
 @_define(
@@ -334,8 +361,9 @@ def gate_residual_adaln(
 
 @linear.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor, impl: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor, impl: str,
+    accumulate: bool = False,
+) -> Tensor:  # fmt: skip
     return weight_c.new_empty(*x.shape[:-1], weight_c.shape[0])
 
 
@@ -346,6 +374,11 @@ def _(
     dweight = weight.new_empty(weight.shape if dw else 0)
     dbias = weight.new_empty(weight.shape[0] if dw else 0)
     return x.new_empty(x.shape if dx else 0), dweight, dbias
+
+
+@linear_backward_.register_fake
+def _(dweight: Tensor, dbias: Tensor, dy: Tensor, x: Tensor, w: Tensor, dx: bool, i: str) -> Tensor:
+    return x.new_empty(x.shape if dx else 0)
 
 
 @linear_add_gelu.register_fake
@@ -404,16 +437,28 @@ def _setup(ctx: Any, impl: str, *saved: Tensor) -> None:
     ctx.save_for_backward(*saved)
 
 
+def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that exist, to be added to; none unless all do, dense, as float32 or wider."""
+    # while torch.compile traces, parameters are no leaves
+    found = [g for p in params if p.is_leaf and (g := p.grad) is not None]
+    wide = all(g.dtype == accumulator(g.dtype) and g.is_contiguous() for g in found)
+    return found if wide and len(found) == len(params) else []
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, weight_c, _, impl = inputs
-    _setup(ctx, impl, x, weight, weight_c)
+    x, weight, bias, weight_c, _, impl = inputs[:6]
+    accumulate = inputs[6:] == (True,)
+    _setup(ctx, impl, x, weight, weight_c, *((bias,) if accumulate else ()))
 
 
 def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
-    wants_w = wants_w or wants_b
-    dx, dw, db = linear_backward(dy, *ctx.saved_tensors, wants_x, wants_w, ctx.impl)
-    none = (None, None, None)
+    x, weight, weight_c, *biases = ctx.saved_tensors
+    wants_x, *wanted = ctx.needs_input_grad[:3]
+    wants_w, none = any(wanted), (None,) * 4
+    if sums := gradients_of([weight, *biases]) if biases and all(wanted) else []:
+        dx = call(linear_backward_, *sums, dy, x, weight_c, wants_x, ctx.impl)
+        return (dx if wants_x else None, None, None, *none)
+    dx, dw, db = call(linear_backward, dy, x, weight, weight_c, wants_x, wants_w, ctx.impl)
     return (dx if wants_x else None, *((dw, db) if wants_w else (None, None)), *none)
 
 
@@ -425,7 +470,7 @@ def _linear_add_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> No
 
 
 def _linear_add_gelu_grad(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *linear_add_gelu_backward(dy, *ctx.saved_tensors, ctx.bias, ctx.impl), None
+    return *call(linear_add_gelu_backward, dy, *ctx.saved_tensors, ctx.bias, ctx.impl), None
 
 
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -433,7 +478,7 @@ def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _adaln_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *adaln_backward(dy, *ctx.saved_tensors, ctx.impl), None
+    return *call(adaln_backward, dy, *ctx.saved_tensors, ctx.impl), None
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -442,7 +487,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attention_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return attention_backward(dy, *ctx.saved_tensors, ctx.heads, ctx.impl), None, None
+    return call(attention_backward, dy, *ctx.saved_tensors, ctx.heads, ctx.impl), None, None
 
 
 def _gate_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -450,7 +495,7 @@ def _gate_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 
 def _gate_residual_grad(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (dout, *gate_residual_backward(dout, *ctx.saved_tensors, ctx.impl), None)
+    return (dout, *call(gate_residual_backward, dout, *ctx.saved_tensors, ctx.impl), None)
 
 
 def _gate_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -460,17 +505,15 @@ def _gate_residual_adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 def _gate_residual_adaln_grad(ctx: Any, dz2: Tensor, dout: Tensor) -> tuple[Tensor | None, ...]:
     z2, y, gate, scale = ctx.saved_tensors
-    dz, dshift, dscale = adaln_backward(dout, z2, scale, ctx.impl)
+    dz, dshift, dscale = call(adaln_backward, dout, z2, scale, ctx.impl)
     dz = dz + dz2
-    dy, dgate = gate_residual_backward(dz, y, gate, ctx.impl)
+    dy, dgate = call(gate_residual_backward, dz, y, gate, ctx.impl)
     return dz, dy, dgate, dshift, dscale, None
 
 
-linear.register_autograd(_linear_grad, setup_context=_linear_setup)
-linear_add_gelu.register_autograd(_linear_add_gelu_grad, setup_context=_linear_add_gelu_setup)
-adaln.register_autograd(_adaln_grad, setup_context=_adaln_setup)
-attention.register_autograd(_attention_grad, setup_context=_attention_setup)
-gate_residual.register_autograd(_gate_residual_grad, setup_context=_gate_residual_setup)
-gate_residual_adaln.register_autograd(
-    _gate_residual_adaln_grad, setup_context=_gate_residual_adaln_setup
-)
+direct.autograd(linear, _linear_grad, _linear_setup)
+direct.autograd(linear_add_gelu, _linear_add_gelu_grad, _linear_add_gelu_setup)
+direct.autograd(adaln, _adaln_grad, _adaln_setup)
+direct.autograd(attention, _attention_grad, _attention_setup)
+direct.autograd(gate_residual, _gate_residual_grad, _gate_residual_setup)
+direct.autograd(gate_residual_adaln, _gate_residual_adaln_grad, _gate_residual_adaln_setup)

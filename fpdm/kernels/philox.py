@@ -70,10 +70,11 @@ def normal_at(key, b_element, c1, c2, domain):
     return tl.where(b_element % 2 == 0, b_a, b_b).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["c1", "c2", "domain", "n", "s_key", "s_c1", "s_c2"])
+@triton.jit(do_not_specialize=["c1", "c2", "c3", "n", "s_key", "s_c1", "s_c2", "s_c3"])
 def philox_kernel(
-    p_key, p_c1, p_c2, p_out, s_key, s_c1, s_c2, c1, c2, domain, n,
-    C1_AT: tl.constexpr, C2_AT: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr,
+    p_key, p_c1, p_c2, p_c3, p_out, s_key, s_c1, s_c2, s_c3, c1, c2, c3, n,
+    C1_AT: tl.constexpr, C2_AT: tl.constexpr, C3_AT: tl.constexpr,
+    NORMAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n, 4 * BLOCK)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -83,7 +84,9 @@ def philox_kernel(
         c1 = tl.load(p_c1 + i_b * s_c1)
     if C2_AT:
         c2 = tl.load(p_c2 + i_b * s_c2)
-    b_w0, b_w1, b_w2, b_w3 = words(key, o_group, c1, c2, domain)
+    if C3_AT:
+        c3 = tl.load(p_c3 + i_b * s_c3)
+    b_w0, b_w1, b_w2, b_w3 = words(key, o_group, c1, c2, c3)
     if NORMAL:
         b_0, b_1 = box_muller(b_w0, b_w1)
         b_2, b_3 = box_muller(b_w2, b_w3)
@@ -96,30 +99,37 @@ def philox_kernel(
 
 
 def draw(
-    keys: Tensor, c1: int | Tensor, c2: int | Tensor, domain: int, count: int, normal: bool
+    keys: Tensor,
+    c1: int | Tensor,
+    c2: int | Tensor,
+    domain: int | Tensor,
+    count: int,
+    normal: bool,
 ) -> Tensor:
     """Elements 0..count-1 of the streams (B,count): words as int64, or normals as float32.
 
-    keys (B,) int64; c1, c2 integers in [0, 2^32), or int64 tensors (B,) or (1,) whose low 32 bits
-    count. Raises LaunchError for operands that the kernel cannot take.
+    keys (B,) int64; c1, c2, domain integers in [0, 2^32), or int64 tensors (B,) or (1,) whose low
+    32 bits count. Raises LaunchError for operands that the kernel cannot take.
     """
     b = len(keys)
     dtype = torch.float32 if normal else torch.int64
     out = torch.empty((b, count), dtype=dtype, device=keys.device)
-    given = {name: c for name, c in (("c1", c1), ("c2", c2)) if isinstance(c, Tensor)}
+    counters = {"c1": c1, "c2": c2, "domain": domain}
+    given = {n: c.expand(b) for n, c in counters.items() if isinstance(c, Tensor)}
     # rows of one element may lie at any distance, and one may serve all
-    operands: list[Operand] = [("keys", keys.unsqueeze(-1), (b, 1), INTEGERS)]
-    operands += [(name, c.expand(b).unsqueeze(-1), (b, 1), INTEGERS) for name, c in given.items()]
+    operands: list[Operand] = [
+        (name, t.unsqueeze(-1), (b, 1), INTEGERS) for name, t in {"keys": keys, **given}.items()
+    ]
     check("philox", keys.device, operands, [("out", out, (b, count), (dtype,))])
     if not out.numel():
         return out
-    strides = {name: c.expand(b).stride(0) for name, c in given.items()}
+    at = [given.get(name, keys) for name in counters]
+    values = [0 if name in given else value for name, value in counters.items()]
     # a launch goes to the current device
     with torch.cuda.device(keys.device) if keys.is_cuda else contextlib.nullcontext():
         philox_kernel[(b * cdiv(count, 4 * BLOCK),)](
-            keys, given.get("c1", keys), given.get("c2", keys), out,
-            keys.stride(0), strides.get("c1", 0), strides.get("c2", 0),
-            0 if "c1" in given else c1, 0 if "c2" in given else c2, domain, count,
-            C1_AT="c1" in given, C2_AT="c2" in given, NORMAL=normal, BLOCK=BLOCK, num_warps=4,
+            keys, *at, out, keys.stride(0), *(t.stride(0) for t in at), *values, count,
+            C1_AT="c1" in given, C2_AT="c2" in given, C3_AT="domain" in given, NORMAL=normal,
+            BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out
