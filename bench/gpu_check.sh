@@ -48,7 +48,7 @@ piece() {
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -gt 0 ]; then
     # what is deaf to SIGTERM, as a process in a driver's call is, gets SIGKILL
-    timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1
+    timeout -k 3 "$limit" "$@" >"$work/$name.log" 2>&1
     status=$?
   else
     ended="not started"
