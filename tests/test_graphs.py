@@ -235,24 +235,6 @@ def test_settings_that_the_captured_work_depends_on(
     assert seen == [seen[0] * i for i in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("name", graphs.PRODUCTS)
-def test_every_setting_of_products_is_in_a_key(name: str) -> None:
-    """Sums of half-precision products in half precision, in full or in parts."""
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, name):
-        pytest.skip("this torch does not have it")
-    kind = name.removesuffix("_split_k")
-    before, first = getattr(matmul, name), graphs.global_settings()
-    assert isinstance(before, bool)
-    try:
-        # two numbers are one setting: whether reduced, whether in parts
-        setattr(matmul, kind, (False, not before) if name.endswith("_split_k") else not before)
-        assert graphs.global_settings() != first
-    finally:
-        setattr(matmul, kind, True if name.endswith("_split_k") else before)
-    assert graphs.global_settings() == first
-
-
 def test_both_ways_of_setting_tf32(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
     """Where a caller uses torch's newer setting, the older getter raises."""
     if not hasattr(precision, "fp32_precision"):
