@@ -279,8 +279,13 @@ class CudaBackend:
         collects = gc.isenabled()
         gc.disable()
         try:
-            # thread_local: a thread that pins memory meanwhile must not spoil the capture
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                # thread_local: a thread that pins memory meanwhile must not spoil the capture
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            except BaseException:
+                # the allocator was told before CUDA was
+                self._give_back()
+                raise
             self.recording = graph
             try:
                 yield
@@ -314,13 +319,17 @@ class CudaBackend:
         try:
             graph.pool()
         except RuntimeError:
-            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                with contextlib.suppress(Exception):
-                    getattr(torch._C, give_back)(self.device.index, self.pool)
+            self._give_back()
         else:
             graph.reset()
-        if not self.alive:
-            self.pool = None
+            self.pool = self.pool if self.alive else None
+
+    def _give_back(self) -> None:
+        """What the end of a capture would have told the allocator."""
+        for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(Exception):
+                getattr(torch._C, give_back)(self.device.index, self.pool)
+        self.pool = self.pool if self.alive else None
 
     def mark(self) -> torch.cuda.Event:
         """An event on the current stream."""
