@@ -246,7 +246,11 @@ def micro_step(
     config, (n, m), device = RECIPES[recipe], pair, torch.device(kind)
     # the largest m is captured first: with another in the recipe this one never would be
     fixed = replace(config.fixed_point, n_max=n, m_max=m)
-    train = replace(config.train, precision=precision, graphs=mode)
+    train = replace(
+        config.train,
+        precision=precision,  # type: ignore[arg-type]
+        graphs=mode,  # type: ignore[arg-type]
+    )
     config = replace(config, fixed_point=fixed, train=train)
     model = suites.randomised(config.model, device, **execution)
     weights = PreparedWeights(model, DTYPES[precision], accumulate=True)

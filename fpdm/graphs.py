@@ -57,21 +57,15 @@ class GraphKey:
     weights: tuple[int, ...]
 
 
-# of torch.backends.cuda.matmul; what a release of torch does not have counts as None
-PRODUCTS = (
-    "allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction",
-    "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction_split_k",
-    "allow_bf16_reduced_precision_reduction_split_k",
-)  # fmt: skip
-
-
 def global_settings() -> tuple[Any, ...]:
     """What torch is told process-wide about how products and indexed writes are computed."""
     matmul = torch.backends.cuda.matmul
     # from torch 2.9 on; the older getter raises where a caller has set this one
     precision = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
-    products = (getattr(matmul, name, None) for name in PRODUCTS)
-    return (precision, *products, torch.are_deterministic_algorithms_enabled())
+    return (
+        precision, matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
 def addresses(weights: WeightView) -> tuple[int, ...]:

@@ -321,21 +321,3 @@ def test_a_body_that_cannot_be_captured_leaves_no_trace(
     for _ in range(3):
         cache.run(replace(key, rows=2), lambda: None)
     assert (cache.captures, cache.replays, cache.broken) == (1, 2, False)
-
-
-@pytest.mark.parametrize("name", graphs.PRODUCTS)
-def test_every_setting_of_products_is_in_a_key(name: str) -> None:
-    """Sums of half-precision products in half precision, in full or in parts."""
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, name):
-        pytest.skip("this torch does not have it")
-    kind = name.removesuffix("_split_k")
-    before, first = getattr(matmul, name), graphs.global_settings()
-    assert isinstance(before, bool)
-    try:
-        # two numbers are one setting: whether reduced, whether in parts
-        setattr(matmul, kind, (False, not before) if name.endswith("_split_k") else not before)
-        assert graphs.global_settings() != first
-    finally:
-        setattr(matmul, kind, True if name.endswith("_split_k") else before)
-    assert graphs.global_settings() == first
