@@ -105,7 +105,8 @@ def profile_parts(report: Report) -> None:
     for name, fold in (("loop", True), ("training", False)):
         with report.row(arm=name, batch=BATCH) as found:
             model = suites.randomised(XL, device)
-            weights = PreparedWeights(model, torch.bfloat16, fold=fold)
+            # in training as the trainer has them
+            weights = PreparedWeights(model, torch.bfloat16, fold=fold, accumulate=not fold)
 
             def loop(model: FPDM = model, weights: Any = weights) -> None:
                 with torch.no_grad():

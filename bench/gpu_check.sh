@@ -48,16 +48,16 @@ piece() {
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -gt 0 ]; then
     # what is deaf to SIGTERM, as a process in a driver's call is, gets SIGKILL
-    timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1
+    timeout -k 3 "$limit" "$@" >"$work/$name.log" 2>&1
     status=$?
   else
     ended="not started"
     echo "no time left of $budget s" >"$work/$name.log"
   fi
+  [ "$status" = 0 ] || ended="exit $status"
   case $status in
-    0) ;;
-    124 | 137) ended="stopped at $limit s" ;;
-    *) ended="exit $status" ;;
+    # 137 is also what a process gets that took too much memory
+    124 | 137) [ $((SECONDS - began)) -lt "$limit" ] || ended="stopped at $limit s" ;;
   esac
   # one write a piece: pieces may run in the background
   printf '%-16s %-18s %4d s   %s\n' "$name" "$ended" $((SECONDS - began)) \

@@ -243,6 +243,8 @@ class CudaBackend:
     def __init__(self, device: torch.device):
         self.loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
         self.recording: Any = None
+        # graphs whose loop failed, kept: one goes with a guard that makes another stream current
+        self.unfinished: list[torch.cuda.CUDAGraph] = []
         self.device = torch.device("cuda", device.index or 0)
         self.stream = torch.cuda.Stream(self.device)
         self.pool: Any = None
@@ -271,8 +273,13 @@ class CudaBackend:
         collects = gc.isenabled()
         gc.disable()
         try:
-            # thread_local: a thread that pins memory meanwhile must not spoil the capture
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                # thread_local: a thread that pins memory meanwhile must not spoil the capture
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            except BaseException:
+                # the allocator was told before CUDA was
+                self._give_back()
+                raise
             self.recording = graph
             try:
                 yield
@@ -289,27 +296,34 @@ class CudaBackend:
         """A WHILE node whose graph is ``body`` and the flag's next value."""
         graph = self.recording
         graph.begin_capture_to_while_node(more())
+        self.unfinished.append(graph)
         try:
             body()
             graph.set_conditional_handle_for_current_node(more())
         finally:
             graph.end_capture_to_conditional_node()
+        self.unfinished.pop()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Return the memory of a capture that failed. One that CUDA invalidated cannot be ended:
         nothing would return its allocations, so the allocator is told by hand."""
-        with contextlib.suppress(RuntimeError):
+        # the body of a loop that failed may have left its own stream current
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(self.stream):
             graph.capture_end()
         try:
             graph.pool()
         except RuntimeError:
-            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                with contextlib.suppress(Exception):
-                    getattr(torch._C, give_back)(self.device.index, self.pool)
+            self._give_back()
         else:
             graph.reset()
-        if not self.alive:
-            self.pool = None
+            self.pool = self.pool if self.alive else None
+
+    def _give_back(self) -> None:
+        """What the end of a capture would have told the allocator."""
+        for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(Exception):
+                getattr(torch._C, give_back)(self.device.index, self.pool)
+        self.pool = self.pool if self.alive else None
 
     def mark(self) -> torch.cuda.Event:
         """An event on the current stream."""

@@ -72,6 +72,8 @@ class MicroStep:
         # fewer than there are would be captured again and again
         self.graphs = None if found is None else GraphCache(found, mode == "on", pairs)
         self.held: _Held | None = None
+        # captures of buffers that are gone: the next ones begin with the largest m again
+        self.before = 0
         self.params = list(model.parameters())
 
     def _key_of(self, x0: Tensor, n: int, m: int) -> GraphKey | None:
@@ -79,7 +81,7 @@ class MicroStep:
         largest m before it."""
         assert self.graphs is not None
         largest = isinstance(self.model, DiT) or m == self.config.fixed_point.m_max
-        if not (largest or any(entry.graph for entry in self.graphs.entries.values())):
+        if not (largest or self.graphs.captures > self.before):
             return None
         grads = [p.grad for p in self.params if p.requires_grad]
         found = tuple(g.data_ptr() for g in grads if g is not None)
@@ -102,7 +104,7 @@ class MicroStep:
             return self._run(x0, draws, n, m, x0.new_full((), scale), stats)
         if self.held is None or self.held.x0.shape != x0.shape:
             # the old buffers' graphs would write into freed memory
-            self.graphs.clear()
+            self.release()
             self.held = _Held(x0, draws)
         held = self.held
         held.take(x0, draws, scale)
@@ -135,3 +137,4 @@ class MicroStep:
         self.held = None
         if self.graphs is not None:
             self.graphs.clear()
+            self.before = self.graphs.captures

@@ -102,7 +102,7 @@ def test_a_piece_that_hangs_is_killed_and_the_part_keeps_its_time(check: Check) 
     assert ended[1].startswith("stopped at ")
     assert ended[2:] == ["not started"] * 2
     assert check.said[-1].startswith("train: 3 failed after")
-    # 3 s, 5 until SIGKILL, and a busy machine
+    # 3 s, 3 until SIGKILL, and a busy machine
     assert int(check.said[-1].split()[4]) <= 20
 
 

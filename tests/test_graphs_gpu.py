@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import warnings
 from dataclasses import replace
@@ -337,3 +339,21 @@ def test_loops_that_end_on_the_device(
         s.release()
         sizes.append(used())
     assert max(sizes) - sizes[0] <= 0.1 * 2**30
+
+
+def test_a_body_that_cannot_be_captured() -> None:
+    """CUDA refuses to copy to the host in it: the host goes on as before, and other graphs are
+    made."""
+    cache = GraphCache(CudaBackend(torch.device("cuda")), always=True)
+    if not cache.loops:
+        pytest.skip("this torch captures no conditional WHILE nodes (2.14)")
+    left, y = torch.ones(1, device="cuda"), torch.zeros(4, device="cuda")
+    for expected in (contextlib.nullcontext(), pytest.warns(UserWarning, match="of a loop failed")):
+        with expected:
+            assert not cache.loop(key(1), lambda: left[0] > 0, lambda: left.sub_(left.item()))
+    gc.collect()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    for _ in range(3):
+        cache.run(key(2), lambda: y.add_(1))
+    assert (y.tolist(), cache.captures, cache.broken) == ([3.0] * 4, 1, False)
+    torch.cuda.empty_cache()

@@ -160,6 +160,10 @@ class FakeLoopingGraph(FakeGraph):
         FakeGraph.log.append(f"while {bool(more)}")
 
 
+# by hand, where no end of a capture tells the allocator
+GIVEN_BACK = ("_cuda_endAllocateToPool", "_cuda_releasePool")
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeGraph]]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -167,6 +171,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeGraph]]:
     for name in ("Stream", "synchronize", "current_blas_handle", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: FakeGraph.log.append(name))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    for name in GIVEN_BACK:
+        monkeypatch.setattr(
+            torch._C, name, lambda *where, name=name: FakeGraph.log.append(name), raising=False
+        )  # fmt: skip
     FakeGraph.log.clear()
     yield FakeGraph
     FakeGraph.broken = set()
@@ -192,7 +200,7 @@ def test_the_order_of_a_capture(cuda: type[FakeGraph]) -> None:
     assert (collects, gc.isenabled(), backend.alive) == ([False], True, 1)
     for broken, tail in (
         ("capture_end", ["work", "capture_end", "capture_end", "pool", "reset"]),
-        ("capture_begin", []),
+        ("capture_begin", [*GIVEN_BACK]),
     ):
         cuda.log.clear()
         cuda.broken = {broken}
@@ -226,3 +234,90 @@ def test_the_order_of_a_loop(cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPa
     with pytest.raises(ZeroDivisionError):
         backend.capture(lambda: backend.loop(lambda: left[0] > 0, broken))
     assert cuda.log == [*begin, "while False", node[1], "capture_end", "pool", "reset"]
+
+
+class Device:
+    """Which stream is current, which ones are being captured, and whether that was invalidated."""
+
+    current, capturing, invalid = "caller", set(), False
+
+
+class TrackedGraph:
+    """As torch's CUDAGraph: a body has a stream of its own, which a guard makes current until the
+    node is closed. Ending an invalidated body raises before its guard goes; that goes with the
+    graph, and makes current what was so when it came."""
+
+    def __init__(self) -> None:
+        self.guards: list[str] = []
+        self.ended = False
+
+    def capture_begin(self, **how: Any) -> None:
+        assert not Device.capturing
+        self.stream = Device.current
+        Device.capturing.add(self.stream)
+
+    def capture_end(self) -> None:
+        if Device.current != self.stream:
+            raise RuntimeError("Capture must end on the same stream it began on.")
+        Device.capturing.discard(self.stream)
+        self.ended = True
+
+    def begin_capture_to_while_node(self, more: Tensor) -> None:
+        self.guards.append(Device.current)
+        Device.current = "body"
+        Device.capturing.add("body")
+
+    def end_capture_to_conditional_node(self) -> None:
+        Device.capturing.discard("body")
+        if Device.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        Device.current = self.guards.pop()
+
+    def set_conditional_handle_for_current_node(self, more: Tensor) -> None:
+        pass
+
+    def pool(self) -> None:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a successful capture.")
+
+    def reset(self) -> None:
+        pass
+
+    replay = reset
+
+    def __del__(self) -> None:
+        while self.guards:
+            Device.current = self.guards.pop()
+
+
+def test_a_body_that_cannot_be_captured_leaves_no_trace(
+    cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is captured on, the caller's stream stays current, and other graphs are made."""
+
+    @contextlib.contextmanager
+    def stream(name: str) -> Iterator[None]:
+        before, Device.current = Device.current, name
+        try:
+            yield
+        finally:
+            Device.current = before
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", TrackedGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    cache = graphs.GraphCache(graphs.CudaBackend(torch.device("cuda")), always=True)
+    left, key = torch.ones(1), graphs.GraphKey("x", 1, (), (), (), "cuda", "", 0, ())
+
+    def waits() -> None:
+        Device.invalid = True
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert not cache.loop(key, lambda: left[0] > 0, waits)
+    with pytest.warns(UserWarning, match="capture of a loop failed"):
+        assert not cache.loop(key, lambda: left[0] > 0, waits)
+    gc.collect()
+    assert (Device.current, Device.capturing, cache.loops) == ("caller", set(), False)
+    for _ in range(3):
+        cache.run(replace(key, rows=2), lambda: None)
+    assert (cache.captures, cache.replays, cache.broken) == (1, 2, False)

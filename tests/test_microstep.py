@@ -152,6 +152,16 @@ def test_the_largest_m_is_captured_first_again(monkeypatch: pytest.MonkeyPatch) 
         assert ours.backend.alive == 0
 
 
+def test_a_graph_that_was_dropped_has_been_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto: where the largest m gains nothing by a graph, a smaller one is tried all the same."""
+    ours = Bench("auto", monkeypatch, small())
+    for m in (2, 1):
+        for number in range(8):
+            ours.run(number, 1, m)
+    assert ours.step.graphs is not None
+    assert (ours.step.graphs.captures, ours.backend.alive) == (2, 0)
+
+
 KEEPS = {"nothing": False, "its loss": True}
 
 
