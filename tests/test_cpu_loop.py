@@ -261,8 +261,9 @@ def test_a_sample_of_packed_weights(dtype: str, monkeypatch: pytest.MonkeyPatch)
     diffusion = Diffusion(DiffusionConfig())
     found = Sampler(model, diffusion, config).sample([1, 2, 3], [4, 5, 6])
     with monkeypatch.context() as patch:
-        patch.setattr(OPS, "loops", lambda *dtypes: False)
-        patch.setattr(OPS, "pack", lambda weight, out: None)
+        operators = ops.resolve("cpu", "cpu")  # made anew by whoever forgets the first
+        patch.setattr(operators, "loops", lambda *dtypes: False)
+        patch.setattr(operators, "pack", lambda weight, out: None)
         plain = Sampler(model, diffusion, config)
         assert plain.weights.packed == {}
         want = plain.sample([1, 2, 3], [4, 5, 6])
