@@ -64,6 +64,7 @@ def test_settings_that_the_captured_work_depends_on(
     model = network(SMALL)
     s, _ = make(BUSY, model, monkeypatch)
     assert s.graphs is not None
+    s.graphs.limit = 99
     s.sample(LABELS, SEEDS)
     seen = [len(s.graphs.entries)]
     s.sample(LABELS, SEEDS, stats=False)
