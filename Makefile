@@ -33,7 +33,7 @@ train: $(VENV)/.run
 test: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy -p fpdm
+	$(PY) -m mypy -p fpdm -p bench
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev

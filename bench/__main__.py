@@ -3,20 +3,20 @@
     python -m bench                       every row, into bench/results/<machine>/bench.json
     python -m bench --suite operators --row adaln --rounds 31
     python -m bench --against FILE        a result, or a commit that holds one
+    python -m bench --against FILE --compare    the result that is there, measuring nothing
     python -m bench --count               memory and cost model, into bench/results/counted.json
     python -m bench --render              report.html and the README tables from the JSON
 
 Each row is one process state: arms in turn, round by round; results are written after every row.
-``--against`` compares, row by row, our time over the first baseline's of the same run, so that a
-slower machine is not a slower program, and by the best rounds, which other programs disturb least.
-A row that got slower by more than ``--tolerance`` is measured again, up to twice; it exits with 1
-when one stays slower.
+Single operators on a CPU are timed in several fresh processes, see bench/processes.py.
+``--against`` says how many ratios agree within 15 %, and which rows got slower, see
+bench/against.py: one that did by more than ``--tolerance`` is measured again, up to twice; it exits
+with 1 when one stays slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 import sys
@@ -27,16 +27,25 @@ from typing import Any
 
 import torch
 
-from bench import counted, gpu_rows, machine, page, report, rows, suites, timing
+from bench import (
+    against,
+    counted,
+    gpu_rows,
+    machine,
+    page,
+    processes,
+    report,
+    rows,
+    suites,
+    timing,
+)
+from bench.against import Found
 from bench.memory import LiveBytes
 from fpdm.cli import run_main
 from fpdm.config import ConfigError
 from fpdm.kernels import ops
 
 RESULTS = machine.ROOT / "bench" / "results"
-# single calls: how fast one is depends on where its memory happens to lie, so they are timed in
-# several places
-PLACES = {"operators": 3, "iteration": 3}
 # suites whose peak memory is measured
 MEASURED = ("network", "sampler", "training")
 
@@ -75,12 +84,12 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
             found["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             del alive[name]
     found |= told(alive[rows.OURS], arms.dtype)
-    if row.suite in ("operators", "iteration") and torch.cuda.is_available():
+    if row.suite in processes.SUITES and torch.cuda.is_available():
         # a single one takes the host longer than the device
         times, uncaptured = timing.device_times(alive, rounds or row.rounds)
         found["missing"] |= uncaptured
     else:
-        times = timed(row, alive, rounds or row.rounds)
+        times = timing.interleave(alive, rounds or row.rounds, seconds=row.seconds)
     ours = times[rows.OURS]
     found["rounds"] = len(ours.rounds)
     found["arms"] = {
@@ -94,28 +103,12 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
     }
     if torch.cuda.is_available() and arms.images:
         found["joules_per_image"] = joules(alive[rows.OURS], ours.median) / arms.images
-    if arms.bytes:
-        found["copy_share"] = arms.bytes / ours.median / ceilings["copy"]
-    if arms.flops:
-        found["gemm_share"] = arms.flops / ours.median / machine.gemm_ceiling(ceilings, dtype)
+    found |= machine.shares(found, ours.median, ceilings)
     for name, fn in alive.items():
         # inside a compiled function nothing is seen
         if row.suite in MEASURED and "compiled" not in name and "frozen" not in name:
             found["arms"][name]["peak_bytes"] = peak_bytes(fn)
     return found
-
-
-def timed(row: rows.Row, alive: dict[str, timing.Arm], rounds: int) -> dict[str, timing.Times]:
-    """Times of the arms, pooled over as many buildings of the row as its suite asks for."""
-    places = PLACES.get(row.suite, 1)
-    # all alive, so that each has memory of its own
-    others = [row.build().run for _ in range(places - 1)]
-    each = -(-rounds // places)
-    found = [
-        timing.interleave(arms, each, seconds=row.seconds / places)
-        for arms in (alive, *({n: run[n] for n in alive} for run in others))
-    ]
-    return {n: timing.Times(tuple(t for x in found for t in x[n].rounds)) for n in alive}
 
 
 def joules(fn: Callable[[], object], seconds: float) -> float:
@@ -154,82 +147,55 @@ def chosen(args: argparse.Namespace) -> list[rows.Row]:
     return found
 
 
-def baseline(source: str, name: str) -> dict[str, Any]:
-    """A result: a JSON file, or the committed one of a commit. Raises ConfigError."""
-    path = Path(source)
-    text = path.read_text() if path.is_file() else ""
-    if not text:
-        text = machine.git("show", f"{source}:bench/results/{name}/bench.json")
-    if not text:
-        raise ConfigError(
-            f"--against: got {source!r}, expected a JSON file or a commit with "
-            f"bench/results/{name}/bench.json"
-        )
-    return json.loads(text)
-
-
-def change(old: dict[str, Any], row: dict[str, Any]) -> tuple[float, str] | None:
-    """(how many times longer ours takes over the first baseline than in ``old``, that baseline), by
-    the best rounds; None where the two have nothing in common."""
-    known = next((r for r in old["rows"] if (r["suite"], r["name"]) == key(row)), None)
-    names = [n for n in row["arms"] if n != rows.OURS and known and n in known["arms"]]
-    if known is None or not names:
-        return None
-    was, now = (
-        r["arms"][rows.OURS]["best_s"] / r["arms"][names[0]]["best_s"] for r in (known, row)
-    )
-    return now / was, names[0]
-
-
-def key(row: dict[str, Any]) -> tuple[str, str]:
-    """What identifies a row."""
-    return row["suite"], row["name"]
-
-
-def slower(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[str]:
-    """Rows in which our time over the first baseline's grew by more than ``tolerance``."""
-    found = ((row, change(old, row)) for row in new["rows"])
-    return [
-        f"{row['suite']}: {row['name']}: {grown[0]:.2f} times slower against {grown[1]}"
-        for row, grown in found if grown and grown[0] > 1 + tolerance
-    ]  # fmt: skip
-
-
-def confirm(
-    old: dict[str, Any], row: dict[str, Any], again: Callable[[], dict[str, Any]], tolerance: float
-) -> dict[str, Any]:
-    """``row``, or where it got slower than ``old`` a second or third measurement of it: a slowdown
-    stays, another program's burst does not."""
-    for _ in range(2):
-        grown = change(old, row)
-        if grown is None or grown[0] <= 1 + tolerance:
-            break
-        row = min(row, again(), key=lambda r: (change(old, r) or grown)[0])
-    return row
-
-
 def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) -> dict[str, Any]:
-    """Runs the rows and writes the file after each."""
+    """Runs the rows and writes the file after each, after single operators together."""
     wanted = chosen(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = machine.facts("python -m bench " + " ".join(args.words))
-    result |= {"ceilings": machine.ceilings(device), "rows": []}
+    ceilings = machine.ceilings(device)
+    result |= {"ceilings": ceilings, "rows": []}
     began = time.perf_counter()
-    for index, row in enumerate(wanted):
-        seconds = time.perf_counter() - began
-        print(f"[{index + 1}/{len(wanted)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
-        run = functools.partial(run_row, row, args.rounds, result["ceilings"])
-        try:
-            found = run()
-            result["rows"].append(confirm(old, found, run, args.tolerance) if old else found)
-        except Exception as error:
-            if args.strict:
-                raise
-            failed = {"suite": row.suite, "name": row.name, "arms": {}, "missing": {}}
-            result["rows"].append({**failed, "error": f"{type(error).__name__}: {error}"[:500]})
+
+    def run(some: list[rows.Row], measured: Callable[[list[rows.Row]], list[Found]]) -> None:
+        found = measured(some)
+        failed = next((r["error"] for r in found if "error" in r), None)
+        if failed and args.strict:
+            raise RuntimeError(failed)
+        if old is not None:
+            found = against.confirm(
+                old, found, lambda places: measured([some[i] for i in places]), args.tolerance
+            )
+        result["rows"] += found
         result["seconds"] = time.perf_counter() - began
         write(path, result)
+
+    pooled = [r for r in wanted if r.suite in processes.SUITES and pools(args)]
+    if pooled:
+        words = ["--processes", "1", "--rounds", str(args.rounds or processes.ROUNDS)]
+        words += ["--threads", str(torch.get_num_threads())]
+        run(pooled, lambda some: processes.measure(some, args.processes, words, ceilings))
+    others = [r for r in wanted if r not in pooled]
+    for index, row in enumerate(others):
+        seconds = time.perf_counter() - began
+        print(f"[{index + 1}/{len(others)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
+        run([row], lambda some: [attempted(r, args, ceilings) for r in some])
     return result
+
+
+def pools(args: argparse.Namespace) -> bool:
+    """Whether single operators are timed in processes of their own; a GPU replays them instead."""
+    return args.processes > 1 and not torch.cuda.is_available()
+
+
+def attempted(row: rows.Row, args: argparse.Namespace, ceilings: dict[str, float]) -> Found:
+    """``run_row``, or the row with the error it ended with; with ``--strict`` that is raised."""
+    try:
+        return run_row(row, args.rounds, ceilings)
+    except Exception as error:
+        if args.strict:
+            raise
+        told = f"{type(error).__name__}: {error}"[:500]
+        return {"suite": row.suite, "name": row.name, "arms": {}, "missing": {}, "error": told}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -266,7 +232,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, help="instead of each row's own")
     p.add_argument("--out", type=Path, help="JSON file (bench/results/<machine>/bench.json)")
     p.add_argument("--against", help="JSON file or commit")
+    p.add_argument("--compare", action="store_true", help="what is in --out, without measuring it")
     p.add_argument("--tolerance", type=float, default=0.12, help="slower by more is told: 0.12")
+    p.add_argument("--processes", type=int, default=11, help="of single operators on a CPU: 11")
     p.add_argument("--threads", type=int, help="of torch")
     p.add_argument("--strict", action="store_true", help="a failing row ends the run")
     p.add_argument("--count", action="store_true", help="only count memory and the cost model")
@@ -288,13 +256,18 @@ def main(argv: list[str]) -> int:
     if args.render:
         render(path, args.out is None)
         return 0
-    old = baseline(args.against, machine.name()) if args.against else None
-    result = measure(args, path, old)
-    print(report.table(result))
-    print("wrote", path)
-    lines = [] if old is None else slower(old, result, args.tolerance)
+    if args.compare and not args.against:
+        raise ConfigError("--compare: got no --against, expected a JSON file or a commit")
+    old = against.load(args.against, machine.name()) if args.against else None
+    if args.compare:
+        result = against.load(str(path), machine.name())
+    else:
+        result = measure(args, path, old)
+        print(report.table(result))
+        print("wrote", path)
+    lines = [] if old is None else against.slower(old, result, args.tolerance)
     if old is not None:
-        print("\n".join(lines) or "no row got slower")
+        print("\n".join([*against.agreement(old, result), *(lines or ["no row got slower"])]))
     return 1 if lines or any("error" in r for r in result["rows"]) else 0
 
 

@@ -92,6 +92,9 @@ def write(new: list[dict[str, Any]], path: Path = attention_routes.TABLE) -> Non
         return e["device"], e["dtype"], e["t"], e["k"]
 
     kept = ("t", "k", "dtype", "device", "ms", "source")
+    if lost := [f"{e['dtype']} T={e['t']}" for e in new if OURS not in e["ms"]]:
+        # such an entry would end every later use of the table
+        raise UserError(f"{path.name}: got no time of {OURS} for {', '.join(lost)}, expected all")
     merged = {key(e): e for e in json.loads(path.read_text())["entries"]}
     merged |= {key(e): {n: e[n] for n in kept} for e in new}
     lines = ",\n".join(f"    {json.dumps(merged[k])}" for k in sorted(merged))

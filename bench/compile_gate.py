@@ -41,7 +41,19 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import fpdm.kernels
-from fpdm.kernels import adaln, adamw, attention, gate_residual, gemm, gemm_table, mlp, rows
+from fpdm.kernels import (
+    adaln,
+    adamw,
+    attention,
+    gate_residual,
+    gemm,
+    gemm_table,
+    mlp,
+    philox,
+    rows,
+    update,
+)  # fmt: skip
+from fpdm.steps import Guidance
 
 TABLE = Path(__file__).parent / "tables" / "triton_resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -143,6 +155,24 @@ def elementwise(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
             adamw.adamw_(w, g, m, v, e, copy, [0.5] * 10)
 
 
+def sampling(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+    """Launches the sampling step and random numbers, at 32x32 latents; no residual stream."""
+    if residual != dtype:
+        return
+    keys, x, step = torch.zeros(SMALL, dtype=torch.int64), torch.empty(SMALL, 4, 32, 32), 0
+    at = torch.zeros(1, dtype=torch.int64)
+    for normal in (True, False):
+        philox.draw(keys, at, step, 0, 4096, normal)
+        philox.draw(keys, keys, at, 0, 4096, normal)
+    o, rows_ = torch.empty(2 * SMALL, T, 32, dtype=dtype), torch.empty(28, 8)
+    for guidance in (None, Guidance(4.0, 4, 0.0), Guidance(4.0, 3, 0.7)):
+        tokens = o[:SMALL] if guidance is None else o
+        update.update_(tokens, x, rows_, at, 2, guidance)
+        update.update_(tokens, x, rows_, at, 2, guidance, keys)
+        update.update_(tokens, x, rows_, at, 2, guidance, x0=torch.empty_like(x))
+    update.update_(o, x, rows_, at, 2, Guidance(4.0, 4, 0.7), noise=x.clone(), x0=x.clone())
+
+
 def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
     """Launches attention, forward and backward; it has no residual stream."""
     if residual == dtype:
@@ -180,6 +210,7 @@ def gemms(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
 
 PLAN: tuple[Callable[[int, torch.dtype, torch.dtype], None], ...] = (
     elementwise,
+    sampling,
     attentions,
     gemms,
 )

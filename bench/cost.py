@@ -7,15 +7,17 @@ Bytes are what must cross the memory bus once: operands, results and weights, no
     library    hoisted injection and modulation, library GEMMs, fused kernels between them
     fused      element-wise work in the GEMMs' prologues and epilogues
 
-A prediction is sum over parts of max(FLOPs / rate, bytes / bandwidth) + launches * gap: a model,
-not a measurement, and labelled so wherever it is printed.
+A prediction is the sum over parts of max(FLOPs / rate / occupancy, bytes / bandwidth) + launches *
+gap: a model, not a measurement, and labelled so wherever it is printed. Occupancy: a GEMM computes
+tiles of 128 x 128 in whole waves, one tile a multiprocessor, so that the last wave of a large one
+costs little and the 36 tiles of a small one leave most of the device idle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fpdm import budget
@@ -27,48 +29,54 @@ STYLES: tuple[Style, ...] = ("published", "library", "fused")
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel or GEMM: ``kind`` is gemm, attention or elementwise."""
+    """One kernel or GEMM: ``kind`` is gemm, attention or elementwise; ``tiles`` of a GEMM's
+    result, 0 where they do not matter."""
 
     name: str
     kind: str
     flops: int
     bytes: int
     launches: int = 1
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates that a good library reaches, not the data sheet's: FLOP/s in half precision, bytes/s,
-    and seconds between two kernels inside a CUDA graph."""
+    """Rates that a good library reaches, not the data sheet's: FLOP/s in half precision, bytes/s;
+    seconds between two kernels inside a CUDA graph; multiprocessors."""
 
     name: str
     flops: float
     bandwidth: float
     gap: float
+    processors: int
 
 
-# V100 and H200: large cuBLAS GEMMs and copies as others report them; A100 and H100: 0.8 of the data
-# sheet's rates. The gap is HazyResearch's for H100
+# V100: large cuBLAS GEMMs and copies as others report them; A100 and H100: 0.8 of the data sheet's
+# rates; H200: our ceilings, bench/results/nvidia-h200. The gap is HazyResearch's for H100
 DEVICES = {
     d.name: d
     for d in (
-        Device("V100", 95e12, 0.80e12, 1.3e-6),
-        Device("A100", 250e12, 1.6e12, 1.3e-6),
-        Device("H100", 700e12, 2.7e12, 1.3e-6),
-        Device("H200", 790e12, 4.3e12, 1.3e-6),
+        Device("V100", 95e12, 0.80e12, 1.3e-6, 80),
+        Device("A100", 250e12, 1.6e12, 1.3e-6, 108),
+        Device("H100", 700e12, 2.7e12, 1.3e-6, 132),
+        Device("H200", 730e12, 4.14e12, 1.3e-6, 132),
     )
 }
+TILE = 128
 
 
 def _counter(config: ModelConfig, batch: int, itemsize: int) -> tuple[Callable, Callable, Callable]:
-    """gemm(name, I, O, U moved beside x and y), attention(name, ...), glue(name, U, launches)."""
+    """gemm(name, I, O, U moved beside x and y), attention(name, products, U), glue(name, U,
+    launches)."""
     t, d = config.tokens, config.hidden_size
     rows, unit = batch * t, batch * t * d * itemsize
 
     def gemm(name: str, i: float, o: float, extra: float = 0.0) -> Part:
         weights = int(i * o * d * d) * itemsize
+        tiles = math.ceil(rows / TILE) * math.ceil(o * d / TILE)
         return Part(name, "gemm", int(2 * rows * i * o * d * d),
-                    int((i + o + extra) * unit) + weights)  # fmt: skip
+                    int((i + o + extra) * unit) + weights, tiles=tiles)  # fmt: skip
 
     def attention(name: str, products: float, units: float) -> Part:
         return Part(name, "attention", int(2 * products * rows * t * d), int(units * unit))
@@ -110,6 +118,19 @@ def iteration(
     ]  # fmt: skip
 
 
+def network(
+    config: ModelConfig, batch: int, iters: int, itemsize: int = 2, style: Style = "library"
+) -> list[Part]:
+    """The parts of one evaluation without gradient: pre and post blocks, the injection, ``iters``
+    iterations; without embedding and final layer, less than a hundredth of it."""
+    gemm, _, _ = _counter(config, batch, itemsize)
+    one = iteration(config, batch, itemsize, style)
+    begin = 1 + next(i for i, p in enumerate(one) if p.name == "fc2 injection")
+    block = [p for p in one if p.name == "modulation"] + one[begin:]
+    injection = gemm("injection", 1, 1 if style == "published" else 2)
+    return [injection, *block * (config.pre_depth + config.post_depth), *one * iters]
+
+
 def iteration_backward(
     config: ModelConfig, batch: int, itemsize: int = 2, recompute: str = "elementwise"
 ) -> list[Part]:
@@ -121,17 +142,23 @@ def iteration_backward(
         ("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3), ("fc2 injection", 2, 1),
         ("fc1 injection", 1, 2),
     ):  # fmt: skip
-        parts += [gemm(f"{name} dgrad", o, i), gemm(f"{name} wgrad", i, o)]
+        wgrad, d = gemm(f"{name} wgrad", i, o), config.hidden_size
+        # read and written in float32
+        size = wgrad.bytes + i * o * d * d * (8 - itemsize)
+        tiles = math.ceil(i * d / TILE) * math.ceil(o * d / TILE)
+        parts += [gemm(f"{name} dgrad", o, i), replace(wgrad, bytes=size, tiles=tiles)]
     parts += [
         attention("attention backward", 5, 8),
-        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6, 2),
-        glue("adaln backward", 8, 2), glue("du", 2 + 4 * wide),
+        # the gradient of u is added to by the injection's gelu backward
+        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6 + 4 * wide, 2),
+        glue("adaln backward", 8, 2),
     ]  # fmt: skip
     if recompute != "none":
         parts += [
             glue("gelu again", 8 + 4, 2),
             glue("adaln again", 4, 2),
-            glue("gates again", 9, 3),
+            # z', and x where no iterate is kept
+            glue("gates again", 3, 1) if recompute == "full" else glue("gates again", 9, 3),
         ]
     return parts + (iteration(config, batch, itemsize) if recompute == "full" else [])
 
@@ -157,8 +184,13 @@ def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsi
 
 def seconds(parts: list[Part], device: Device) -> float:
     """Predicted time on ``device``: see the module."""
-    work = sum(max(p.flops / device.flops, p.bytes / device.bandwidth) for p in parts)
-    return work + device.gap * sum(p.launches for p in parts)
+
+    def work(p: Part) -> float:
+        waves = math.ceil(p.tiles / device.processors)
+        occupancy = p.tiles / (waves * device.processors) if p.tiles else 1.0
+        return max(p.flops / device.flops / occupancy, p.bytes / device.bandwidth)
+
+    return sum(work(p) + device.gap * p.launches for p in parts)
 
 
 def predictions(config: ModelConfig, batch: int) -> list[dict[str, float | str]]:

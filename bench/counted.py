@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from bench import cost, machine, memory
-from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.config import ExecutionConfig, ModelConfig, Recompute
 from fpdm.recipes import MODEL_PRESETS
 
 BATCH, M = 64, 12
 # GB in the paper, Tab. 1, of a training step at batch 64
 PAPER = {"fpdm-xl-2": 10.2, "dit-xl-2": 25.2}
-MODES = ("none", "elementwise", "full")
+MODES: tuple[Recompute, ...] = ("none", "elementwise", "full")
 
 
 def curve(config: ModelConfig, batch: int) -> dict[str, list[list[float]]]:

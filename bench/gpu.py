@@ -7,7 +7,7 @@
     python -m bench.gpu syncs --out DIR     host synchronisations and launches of a sampler step
     python -m bench.gpu smoke               one small step, for compute-sanitizer
 
-Each writes one JSON file and goes on past an arm that fails, recording why.
+Each writes one JSON file and goes on past an arm that fails, recording why; it then exits with 1.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Report:
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         self.add(**facts, **found)
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -97,9 +98,9 @@ def by_kernel(fn: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
     return {"total_us": total, "launches": count, "kernels": kernels[:LINES]}
 
 
-def profile_parts(out: Path) -> None:
+def profile_parts(report: Report) -> None:
     """Ours: the loop at k = 8 and a training step at (5, 6)."""
-    report, device = Report(out / "profile.json"), torch.device("cuda")
+    device = torch.device("cuda")
     x, t, y = suites.inputs(XL, BATCH, device)
     for name, fold in (("loop", True), ("training", False)):
         with report.row(arm=name, batch=BATCH) as found:
@@ -126,7 +127,9 @@ def peak_of_step(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = build_model(config, ExecutionConfig(**execution)).cuda()
+    # drawn there: a CPU takes 10 s over a DiT-XL
+    with torch.device("cuda"):
+        model = build_model(config, ExecutionConfig(**execution))
     weights = PreparedWeights(model, dtype, accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
     x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))
@@ -145,9 +148,8 @@ def peak_of_step(
     }
 
 
-def memory(out: Path) -> None:
+def memory(report: Report) -> None:
     """XL/2 at B = 64, n = m = 12, bf16: FPDM in every recompute mode, DiT, the published one."""
-    report = Report(out / "memory.json")
     with report.row(arm="published bf16 eager", model="fpdm-xl-2", n=12, m=12, batch=BATCH) as f:
         f |= published_peak()
     for name in ("fpdm-xl-2", "dit-xl-2"):
@@ -182,11 +184,11 @@ def published_peak() -> dict[str, Any]:
     return {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
 
 
-def digits(out: Path) -> None:
+def digits(report: Report) -> None:
     """The digits recipe for 300 steps in each precision: losses of the same steps."""
     from fpdm.train import Trainer
 
-    report, recipe = Report(out / "digits.json"), RECIPES["digits"]
+    recipe = RECIPES["digits"]
     for precision in ("fp32", "bf16", "fp16"):
         with report.row(arm=precision) as found, tempfile.TemporaryDirectory() as folder:
             train = replace(
@@ -194,7 +196,9 @@ def digits(out: Path) -> None:
                 grid_every=0, device="cuda", precision=precision,
             )  # fmt: skip
             trainer = Trainer(replace(recipe, train=train))
-            trainer.run()
+            if (done := trainer.run()) < train.steps:
+                # the trainer ends in order at a signal, as if it had been asked for fewer steps
+                raise SystemExit(f"digits: {precision}: stopped at step {done} of {train.steps}")
             lines = trainer.directory.metrics.read_text().splitlines()
             rows = [json.loads(line) for line in lines]
             found["losses"] = [row["loss"] for row in rows]
@@ -214,9 +218,8 @@ REPLAYS: list[tuple[str, int, tuple[int, int], str, dict[str, Any]]] = [
 ]
 
 
-def replays(out: Path) -> None:
+def replays(report: Report) -> None:
     """A training micro-batch replayed as one graph against the same launched kernel by kernel."""
-    report = Report(out / "replays.json")
     for recipe, batch, (n, m), precision, execution in REPLAYS:
         facts = {"recipe": recipe, "batch": batch, "n": n, "m": m, "precision": precision}
         with report.row(**facts, **execution) as found:
@@ -233,14 +236,21 @@ def micro_step(
     recipe: str, batch: int, pair: tuple[int, int], precision: str, mode: str,
     execution: dict[str, Any], kind: str = "cuda",
 ) -> Callable[[], Any]:  # fmt: skip
-    """The trainer's micro-batch of one (n, m) on random data."""
+    """The trainer's micro-batch of one (n, m) on random data. Raises RuntimeError where ``mode`` is
+    on and nothing is replayed."""
     from fpdm.batches import Draws
     from fpdm.microstep import MicroStep
     from fpdm.train import DTYPES
 
-    config, device = RECIPES[recipe], torch.device(kind)
-    train = replace(config.train, precision=precision, graphs=mode)
-    config = replace(config, train=train)
+    config, (n, m), device = RECIPES[recipe], pair, torch.device(kind)
+    # the largest m is captured first: with another in the recipe this one never would be
+    fixed = replace(config.fixed_point, n_max=n, m_max=m)
+    train = replace(
+        config.train,
+        precision=precision,  # type: ignore[arg-type]
+        graphs=mode,  # type: ignore[arg-type]
+    )
+    config = replace(config, fixed_point=fixed, train=train)
     model = suites.randomised(config.model, device, **execution)
     weights = PreparedWeights(model, DTYPES[precision], accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
@@ -250,21 +260,22 @@ def micro_step(
 
     def run() -> Any:
         optimizer.zero_grad()
-        return step(x, draws, *pair, 1.0)
+        return step(x, draws, n, m, 1.0)
 
     # launched once, then captured
     run()
     run()
+    if mode == "on" and not (step.graphs and step.graphs.replays):
+        raise RuntimeError("train.graphs: got no replay, expected one to be timed")
     return run
 
 
-def syncs(out: Path) -> None:
+def syncs(report: Report) -> None:
     """A sampler's run under the profiler: every call that waits for the device, by name."""
     from torch.profiler import ProfilerActivity, profile
 
     from fpdm.engine import Sampler
 
-    report = Report(out / "syncs.json")
     model = suites.randomised(XL, torch.device("cuda"))
     for graphs, tol in (("off", 0.0), ("on", 0.0), ("on", 0.02)):
         arm = f"graphs {graphs}, tol {tol}"
@@ -289,23 +300,28 @@ def syncs(out: Path) -> None:
             found["launches"] = {k: n for k, n in events.items() if "aunch" in k}
 
 
-def smoke() -> None:
-    """One small float16 forward and backward in every implementation that runs."""
+def smoke() -> int:
+    """One small float16 forward and backward in every implementation that the device is for; exit
+    status 1 when one of them cannot run."""
     from fpdm.kernels import ops
 
     config = ModelConfig(input_size=8, hidden_size=144, num_heads=2, num_classes=10)
     x = torch.randn(2, 4, 8, 8, device="cuda")
     t, y = torch.tensor([5, 900], device="cuda"), torch.tensor([1, 10], device="cuda")
-    for impl in ("triton", "triton-fused", "cuda"):
+    newer = torch.cuda.get_device_capability() >= (8, 0)
+    missing = 0
+    for impl in ("triton", "triton-fused", "cuda") if newer else ("cuda",):
         dtype = torch.float16
         if reason := ops.unavailable(impl, "cuda", dtype):
-            print(f"smoke: {impl}: {reason}")
+            print(f"smoke: {impl}: not run: {reason}")
+            missing = 1
             continue
         model = FPDM(config, ExecutionConfig(impl=impl)).cuda()  # type: ignore[arg-type]
         weights = PreparedWeights(model, dtype)
         model(x, t, y, 2, 1, weights=weights).float().mean().backward()
         torch.cuda.synchronize()
         print(f"smoke: {impl}: done")
+    return missing
 
 
 PARTS = {
@@ -315,7 +331,7 @@ PARTS = {
 
 
 def main(argv: list[str]) -> int:
-    """Command line; exit status 2 without a GPU."""
+    """Command line; exit status 1 when something in it failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="bench.gpu")
     parser.add_argument("part", choices=(*PARTS, "smoke"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -325,10 +341,10 @@ def main(argv: list[str]) -> int:
         return 2
     torch.manual_seed(0)
     if args.part == "smoke":
-        smoke()
-    else:
-        PARTS[args.part](args.out)
-    return 0
+        return smoke()
+    report = Report(args.out / f"{args.part}.json")
+    PARTS[args.part](report)
+    return int(any("error" in row for row in report.data["rows"]))
 
 
 if __name__ == "__main__":

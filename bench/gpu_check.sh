@@ -1,70 +1,108 @@
 #!/usr/bin/env bash
 # Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | sample | train | compiled
 #
-#   tests      every gpu test, compute-sanitizer on one small step of each implementation (90 s)
+#   tests      every gpu test, compute-sanitizer on one small step of each implementation
 #   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
 #              the sampler, then python -m bench on operators, parts of an iteration, network and
-#              sampler (3 minutes)
-#   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python -m
-#              bench on training and the optimiser (4 minutes)
-#   compiled   the rows against torch.compile: mostly compilation (7 minutes)
+#              sampler
+#   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python
+#              -m bench on training and the optimiser
+#   compiled   the rows against torch.compile: mostly compilation
 #
-# Each part is one call under 8 minutes on a machine with torch, triton, cupy and pytest. Results are
-# written as JSON while it goes, under $OUT (default bench/results/gpu). A piece that fails is named
-# at the end and the rest goes on. Variables: PYTHON; JOBS (processes, default the cores); FPDM_PTX
-# (csrc/cuda as PTX for sm_70, see tests/test_cuda_gpu.py); FPDM_COMMIT (for a copy without git).
+# Each part is one call that ends within $BUDGET seconds (default 460): a piece gets its own limit
+# or what is left, and is killed with all that it started. Needs torch, triton, cupy and pytest, no
+# network. Results are written as JSON while it goes, under $OUT (default bench/results/gpu), beside
+# the words of all pieces in PART.log and the tables that were written. A piece that fails is told
+# in the table at the end, and the rest goes on; exit status 1 then, 2 without a GPU. Variables:
+# PYTHON; JOBS (processes, default the cores); FPDM_PTX (csrc/cuda as PTX for sm_70, see
+# tests/test_cuda_gpu.py); FPDM_COMMIT (for a copy without git).
 set -u
 part="${1:-}"
+case "$part" in
+  tests | sample | train | compiled) ;;
+  *)
+    echo "gpu_check.sh: error: got '$part', expected tests, sample, train or compiled" >&2
+    exit 2
+    ;;
+esac
 here="$(cd "$(dirname "$0")/.." && pwd)"
 out="${OUT:-$here/bench/results/gpu}"
 python="${PYTHON:-python3}"
 jobs="${JOBS:-$(nproc)}"
+budget="${BUDGET:-460}"
 cd "$here" || exit 1
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-mkdir -p "$out"
-rm -f "$out/failed"
-
-# piece NAME SECONDS COMMAND...: runs it with a limit, keeps its words, remembers a failure
-piece() {
-  local name="$1" limit="$2" began=$SECONDS
-  shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1
-  local status=$?
-  echo "== $name: exit $status after $((SECONDS - began)) s"
-  tail -n 4 "$out/$name.log" | cut -c1-300
-  # a file: pieces may run in the background
-  [ "$status" = 0 ] || echo "$name" >>"$out/failed"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "gpu_check.sh: error: got no CUDA device for $python, expected one" >&2
+  exit 2
 }
+mkdir -p "$out" || exit 1
+work="$(mktemp -d)" || exit 1
+trap 'rm -rf "$work"' EXIT
+: >"$out/$part.log"
 
-# exit 127 where there is no compute-sanitizer: not run is not passed
-sanitizer=(compute-sanitizer --error-exitcode 9 --tool)
+# piece NAME SECONDS COMMAND...: runs it with a limit and keeps its words and how it ended
+piece() {
+  local name="$1" limit="$2" left=$((budget - SECONDS)) began=$SECONDS status=0 ended=passed
+  shift 2
+  [ "$limit" -le "$left" ] || limit=$left
+  if [ "$limit" -gt 0 ]; then
+    # what is deaf to SIGTERM, as a process in a driver's call is, gets SIGKILL
+    timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1
+    status=$?
+  else
+    ended="not started"
+    echo "no time left of $budget s" >"$work/$name.log"
+  fi
+  case $status in
+    0) ;;
+    124 | 137) ended="stopped at $limit s" ;;
+    *) ended="exit $status" ;;
+  esac
+  # one write a piece: pieces may run in the background
+  printf '%-16s %-18s %4d s   %s\n' "$name" "$ended" $((SECONDS - began)) \
+    "$(tail -n 1 "$work/$name.log" | cut -c1-120)" >>"$work/table"
+  echo "== $name: $ended after $((SECONDS - began)) s"
+  tail -n 4 "$work/$name.log" | cut -c1-300
+  { echo "== $name: $*"; cat "$work/$name.log"; } >>"$out/$part.log"
+}
 
 case "$part" in
   tests)
-    parallel=()
-    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
-    # what measures or fills the device's memory runs alone
-    alone="captures_give or graphs_give or releases_its_pool or memory_pressure or never_waits"
-    piece memcheck 200 "${sanitizer[@]}" memcheck "$python" -m bench.gpu smoke &
+    options=()
+    # as many processes as cores: a team of threads each would fill them many times over
+    "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$jobs") &&
+      export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+    # a test that hangs costs its worker, not the piece
+    "$python" -c 'import pytest_timeout' 2>/dev/null &&
+      options+=(--timeout 150 --timeout-method thread)
+    mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+    # exit 127 where there is no compute-sanitizer: not run is not passed
+    sanitizer=(compute-sanitizer --error-exitcode 9 --tool)
+    # without torch's cache every tensor is an allocation of its own, and what passes its end is
+    # seen
+    piece memcheck 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      "${sanitizer[@]}" memcheck "$python" -m bench.gpu smoke &
     piece racecheck 200 "${sanitizer[@]}" racecheck "$python" -m bench.gpu smoke &
-    piece gpu_tests 280 "$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors \
-      "${parallel[@]}" -k "not ($alone)" --junitxml "$out/gpu_tests.xml" tests
+    piece gpu_tests 280 "$python" -m pytest -v --tb short -m "gpu and not slow and not alone" \
+      "${options[@]}" --junitxml "$out/gpu_tests.xml" "${files[@]}"
     wait
-    piece gpu_tests_alone 120 "$python" -m pytest -q -m "gpu and not slow" \
-      --continue-on-collection-errors -k "$alone" tests
+    piece gpu_tests_alone 120 "$python" -m pytest -v --tb short -m "gpu and not slow and alone" \
+      "${files[@]}"
     ;;
   sample)
     piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs"
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
+    cp fpdm/kernels/gemm_table.json fpdm/kernels/attention_table.json "$out"
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
-    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler --skip compiled \
-      --out "$out/bench_sample.json"
+    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler \
+      --skip compiled --out "$out/bench_sample.json"
     ;;
   train)
-    piece memory 60 "$python" -m bench.gpu memory --out "$out"
+    piece memory 80 "$python" -m bench.gpu memory --out "$out"
     piece digits 90 "$python" -m bench.gpu digits --out "$out"
-    piece replays 60 "$python" -m bench.gpu replays --out "$out"
+    piece replays 80 "$python" -m bench.gpu replays --out "$out"
     piece bench_train 200 "$python" -m bench --suite training optimizer --skip compiled \
       --out "$out/bench_train.json"
     ;;
@@ -76,13 +114,9 @@ case "$part" in
     piece compiled_1 150 "$python" -m bench --suite sampler --row 'B1 .*compiled' \
       --out "$out/compiled_1.json"
     ;;
-  *)
-    echo "gpu_check.sh: error: got '$part', expected tests, sample, train or compiled" >&2
-    exit 2
-    ;;
 esac
-if [ -s "$out/failed" ]; then
-  echo "failed: $(tr '\n' ' ' <"$out/failed")"
-  exit 1
-fi
-echo "all pieces of $part passed"
+echo
+cat "$work/table" | tee -a "$out/$part.log"
+failed="$(grep -cv '^[^ ]* *passed ' "$work/table")"
+echo "$part: $failed failed after $SECONDS s, results in $out"
+[ "$failed" = 0 ]

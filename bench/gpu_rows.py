@@ -77,7 +77,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
                 theirs = published.optimised(plain, mode="max-autotune", dynamic=False)
                 arms["published compiled"] = published_sampler(sampler, theirs, s, labels, seeds)
             else:
-                eager = published_sampler(sampler, plain, s, labels, seeds)
+                eager = published_sampler(sampler, _with_map(plain), s, labels, seeds)
                 arms["published compiled"] = partial(Regions(), eager)
         else:
             arms["fpdm without graphs"] = ours("off")[1]
@@ -93,6 +93,12 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
     return Row("sampler", name + (" compiled" if compiled else ""), build, 5)
+
+
+def _with_map(plain: Plain) -> Any:
+    """``plain`` with the map that ``published`` has when it is called: the default of its argument
+    is the one that was there when it was defined."""
+    return lambda *args: plain(*args, f=published.fixed_point_map)
 
 
 class Regions:
@@ -177,7 +183,7 @@ def training(
             for n, m in draws:
                 plain.zero_grad(set_to_none=False)
                 with torch.autocast(s.device.type, dtype=s.dtype):
-                    out = plain(x, t, y, m, n)
+                    out = _with_map(plain)(x, t, y, m, n)
                 out.float().square().mean().backward()
 
         floors = [floor_of_training(s, n, m) for n, m in draws]

@@ -106,6 +106,16 @@ def gemm_ceiling(ceilings: dict[str, float], dtype: str) -> float:
     return max(ceilings[f"gemm {dtype}"], ceilings["gemm float32"])
 
 
+def shares(row: dict[str, Any], seconds: float, ceilings: dict[str, float]) -> dict[str, float]:
+    """Of the ceilings, that a row's counts reach in ``seconds``."""
+    found = {}
+    if row["bytes"]:
+        found["copy_share"] = row["bytes"] / seconds / ceilings["copy"]
+    if row["flops"]:
+        found["gemm_share"] = row["flops"] / seconds / gemm_ceiling(ceilings, row["dtype"])
+    return found
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
     """FLOP/s of a large GEMM per dtype, and bytes/s of a large copy (read + write)."""
     cuda = device.type == "cuda"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,7 @@ def tensors(s: Setting) -> dict[str, Tensor]:
     """Operands and results of every operator."""
     torch.manual_seed(0)
     b, t, d = s.batch, s.config.tokens, s.config.hidden_size
-    like = {"dtype": s.dtype, "device": s.device}
+    like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
     found = {n: torch.randn(b, t, d, **like) for n in ("z", "y", "dy", "out", "dz")}
     found |= {n: torch.randn(b, t, 4 * d, **like) for n in ("wide", "dwide", "wide_out")}
     found |= {n: torch.randn(b, t, 3 * d, **like) for n in ("qkv", "dqkv")}
@@ -129,7 +130,7 @@ def operators(s: Setting) -> Iterator[Row]:
         )  # fmt: skip
 
     for name in OPERATORS:
-        yield Row("operators", f"{s.name} {name}", lambda name=name: build(name), 31, 1.0)
+        yield Row("operators", f"{s.name} {name}", partial(build, name), 31, 1.0)
 
 
 class Recorder:
@@ -160,8 +161,9 @@ def iteration(s: Setting) -> Iterator[Row]:
     def state() -> SimpleNamespace:
         model = randomised(s.config, s.device)
         b, t, d = s.batch, s.config.tokens, s.config.hidden_size
-        like = {"dtype": s.dtype, "device": s.device}
-        x, u, mod = (torch.randn(*n, **like) for n in ((b, t, d), (b, t, 2 * d), (b, 6 * d)))
+        like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
+        shapes = ((b, t, d), (b, t, 2 * d), (b, 6 * d))
+        x, u, mod = (torch.randn(shape, **like) for shape in shapes)
         block = PreparedWeights(model, s.dtype).block("block_fixed_point", injected=True)
         acts = forward_workspace(x, s.dtype, "full")
         acts.z = acts.z2 = out = torch.empty_like(x)
@@ -200,8 +202,7 @@ def iteration(s: Setting) -> Iterator[Row]:
         return Arms(run, cost.flops(parts), sum(p.bytes for p in parts), dtype=s.dtype)
 
     for index, name in enumerate(PARTS):
-        build = lambda index=index: part(index)  # noqa: E731
-        yield Row("iteration", f"{s.name} {name}", build, 31, 1.0)
+        yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0)
     yield Row("iteration", f"{s.name} whole", whole, 31, 2.0)
 
 

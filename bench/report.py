@@ -7,10 +7,15 @@ for what is measured, bench/results/counted.json for what is counted.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from bench import cost
+from bench.against import WITHIN
 from bench.rows import OURS
+from bench.timing import Times
+from fpdm.recipes import MODEL_PRESETS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIBRARY = "gemm + attention"
@@ -21,7 +26,8 @@ TABLES = {
     "training": "Forward and backward of a training step",
     "optimizer": "Optimiser step",
 }
-HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours", "of the ceiling", "peak"]
+HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours (IQR between processes)",
+        "of the ceiling", "peak"]  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -53,12 +59,26 @@ def peak(arm: dict[str, Any]) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
+def times(arm: dict[str, Any]) -> str:
+    """An arm's time over ours; from several processes also their range, where a quarter of them lie
+    more than 15 % from their median."""
+    ratio, each = arm["ratio"], arm.get("ratios", [])
+    apart = sum(max(r / ratio, ratio / r) > 1 + WITHIN for r in each)
+    between = f" ({min(each):.2f} to {max(each):.2f})" if apart and 4 * apart >= len(each) else ""
+    return f"{ratio:.2f}x{between}"
+
+
+def _between(arm: dict[str, Any]) -> str:
+    """Interquartile range of the ratios between processes, where there are several."""
+    return f" ±{Times(tuple(arm['ratios'])).spread:.0%}" if "ratios" in arm else ""
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     why = reason(row)
     if why is not None:
         return [row["suite"], row["name"], why, "", "", ""]
     others = [
-        f"{name} {arm['ratio']:.2f}x" for name, arm in row["arms"].items() if name != OURS
+        f"{name} {times(arm)}{_between(arm)}" for name, arm in row["arms"].items() if name != OURS
     ] + [f"{name}: {why}" for name, why in row["missing"].items()]
     shares = [f"GEMM {row['gemm_share']:.0%}"] if "gemm_share" in row else []
     shares += [f"copy {row['copy_share']:.0%}"] if "copy_share" in row else []
@@ -99,7 +119,7 @@ def suite_table(result: dict[str, Any], suite: str) -> tuple[list[str], list[lis
     lines = []
     for r in rows:
         cells = [r["name"], ours(r)]
-        cells += [f"{r['arms'][n]['ratio']:.2f}x" if n in r["arms"] else "" for n in names]
+        cells += [times(r["arms"][n]) if n in r["arms"] else "" for n in names]
         cells += [f"{r['gemm_share']:.0%}" if "gemm_share" in r else ""] * with_gemm
         cells += [peak(r["arms"][OURS])] * with_peak
         lines.append(cells)
@@ -112,11 +132,22 @@ def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells: dict[str, dict[str, str]] = {}
     for r in rows:
         setting, _, name = r["name"].rpartition(" ")
-        plain = r["arms"]["plain PyTorch"]["ratio"]
-        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain:.2f}x"
+        plain = times(r["arms"]["plain PyTorch"])
+        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain}"
     settings = list(dict.fromkeys(r["name"].rpartition(" ")[0] for r in rows))
     body = [[name, *(found.get(s, "") for s in settings)] for name, found in cells.items()]
     return ["operator", *settings], body
+
+
+def several(result: dict[str, Any]) -> str:
+    """What the operators' ratios are of, where they come from several processes."""
+    counts = {len(a["ratios"]) for r in result["rows"] for a in r["arms"].values() if "ratios" in a}
+    if not counts:
+        return ""
+    return (
+        f", medians of {max(counts)} processes (in brackets their range, where a quarter of them "
+        "lie more than 15 % away: where a baseline's intermediates lie is decided once a process)"
+    )
 
 
 def unmeasured(result: dict[str, Any]) -> list[str]:
@@ -158,6 +189,31 @@ def measured_memory(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def predictions(result: dict[str, Any]) -> list[list[str]]:
+    """Of the rows of XL/2 in half precision on a device of the cost model: one evaluation of the
+    network as predicted and as measured, the whole sampler's time over its timesteps."""
+    device = next((d for n, d in cost.DEVICES.items() if n.lower() in result["machine"]), None)
+    pattern = re.compile(r"XL/2 B(\d+) \w+16(?: S=(\d+))? k=(\d+)(?: guidance (\S+))?$")
+    lines = []
+    for row in result["rows"]:
+        named = pattern.match(row["name"])
+        if device is None or named is None or reason(row) is not None:
+            continue
+        steps, guided = int(named[2] or 1), float(named[4] or 1) != 1.0
+        shape = MODEL_PRESETS["fpdm-xl-2"], int(named[1]) * (2 if guided else 1), int(named[3])
+        library = cost.network(*shape)
+        parts = {
+            OURS: library,
+            LIBRARY: [p for p in library if p.kind != "elementwise"],
+            "published eager": cost.network(*shape, style="published"),
+        }
+        for arm in (a for a in parts if a in row["arms"]):
+            want, got = cost.seconds(parts[arm], device), row["arms"][arm]["median_s"] / steps
+            cells = [f"{row['suite']} {row['name']}", arm, duration(want), duration(got)]
+            lines.append([*cells, f"{got / want:.2f}"])
+    return lines
+
+
 def machine_section(result: dict[str, Any]) -> str:
     """What one machine measured, on what, against what."""
     v, cpu = result["versions"], result["processor"]
@@ -180,7 +236,18 @@ def machine_section(result: dict[str, Any]) -> str:
             parts.append(f"{title}:\n\n{markdown(head, lines)}\n")
     head, lines = operator_table(result)
     if lines:
-        parts.append(f"Operators, and plain PyTorch's time over ours:\n\n{markdown(head, lines)}\n")
+        parts.append(
+            f"Operators, and plain PyTorch's time over ours{several(result)}:\n\n"
+            f"{markdown(head, lines)}\n"
+        )
+    lines = predictions(result)
+    if lines:
+        head = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
+        parts.append(
+            "The cost model (below) beside what was measured. It knows nothing of the host, which "
+            "bounds at batch 1 whatever is not replayed as a graph, here all but fpdm:\n\n"
+            f"{markdown(head, lines)}\n"
+        )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
     gone = unmeasured(result)
@@ -215,8 +282,8 @@ def counted_section(counted: dict[str, Any]) -> str:
     ]  # fmt: skip
     return memory + (
         "\n**A model, not a measurement**: microseconds per sample and iteration of XL/2 in half "
-        "precision, from counted FLOPs, bytes and launches and each device's rates "
-        f"(`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
+        "precision, from counted FLOPs, bytes, launches and waves of tiles, and each device's "
+        f"rates (`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
     )
 
 

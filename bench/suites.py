@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def gemms(s: Setting, iters: int) -> Arm:
     """The library's GEMMs and attention of ``iters`` iterations and the pre and post blocks, and
     nothing between them: no implementation that calls the library can be faster."""
     b, t, d, h = s.batch, s.config.tokens, s.config.hidden_size, s.config.num_heads
-    like = {"dtype": s.dtype, "device": s.device}
+    like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
     block = ((1, 3), (1, 1), (1, 4), (4, 1))
     shapes = {(1, 2), (2, 1), *block}
     x = {i: torch.randn(b * t, i * d, **like) for i in (1, 2, 4)}
@@ -186,7 +187,7 @@ def training(
             model.zero_grad(set_to_none=False)
             model(x, t, y, m, n, weights=weights).float().square().mean().backward()
 
-        def theirs(module: nn.Module, dtype: torch.dtype, **compiled: Any) -> None:
+        def theirs(module: Callable[..., Tensor], dtype: torch.dtype, **compiled: Any) -> None:
             plain.zero_grad(set_to_none=False)
             with torch.autocast(s.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 out = module(x, t, y, m, n, **compiled)
@@ -244,7 +245,7 @@ def optimizer(label: str, config: ModelConfig, device: torch.device) -> Row:
                 continue
             opt.gradients.normal_()
             size = 38 * opt.layout.trained
-            arms[OURS if impl == "auto" else impl] = lambda opt=opt: opt.step(1e-4)
+            arms[OURS if impl == "auto" else impl] = partial(opt.step, 1e-4)
         return Arms(arms, 0, size)
 
     return Row("optimizer", f"{label} {device.type}", build, 15, 5.0)
@@ -279,7 +280,11 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
 
 
 def published_sampler(
-    sampler: engine.Sampler, plain: Plain, s: Setting, labels: list[int], seeds: list[int]
+    sampler: engine.Sampler,
+    plain: Callable[..., Tensor],
+    s: Setting,
+    labels: list[int],
+    seeds: list[int],
 ) -> Arm:
     """The published loop: the whole network at every timestep, on [cond; null] under guidance."""
     shape, guidance = (s.config.in_channels, *(s.config.input_size,) * 2), sampler.config.guidance

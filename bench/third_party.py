@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def rows(s: Setting) -> list[Row]:
     )
     found = [
         Row("third party", f"{s.name} {name}: {module}",
-            lambda name=name, module=module, make=make: operator(name, module, make))
+            partial(operator, name, module, make))
         for name, module, make in operators
     ]  # fmt: skip
     return [*found, Row("third party", "optimizer: apex", adam)]

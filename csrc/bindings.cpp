@@ -1,11 +1,14 @@
 // Integers in: addresses, distances and sizes in elements, dtype codes (0 float32, 1 bfloat16). The
 // caller has checked them (fpdm/kernels/launch.py); an address may be 0 where kernels.h says so.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/loop.h"
 
 namespace py = pybind11;
 using fpdm::Block;
@@ -106,6 +109,70 @@ void linear_gate(i64 b, i64 t, i64 d, int zt, int type, i64 depth, i64 x, i64 we
                         block);
 }
 
+void pack(int type, i64 cols, i64 depth, i64 weight, i64 stride, i64 out) {
+    active->pack(type, cols, depth, at(weight), stride, at(out));
+}
+
+using Addresses = std::vector<i64>;
+
+// sizes: b t d z_type type heads; buffers: x z[0] z[1] u modulation wide y o norms; weights: address,
+// stride and bias of A W2 qkv proj fc1 fc2
+fpdm::Iteration iteration(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
+                          const Addresses& weights) {
+    fpdm::Weight w[6];
+    for (size_t i = 0; i < 6; i++)
+        w[i] = {at(weights[3 * i]), weights[3 * i + 1], at(weights[3 * i + 2])};
+    return {{sizes[0], sizes[1], sizes[2], int(sizes[3]), int(sizes[4])},
+            sizes[5],
+            at(buffers[0]),
+            {at(buffers[1]), at(buffers[2])},
+            at(buffers[3]),
+            at(buffers[4]),
+            modulation_stride,
+            w[0],
+            w[1],
+            w[2],
+            w[3],
+            w[4],
+            w[5],
+            at(buffers[5]),
+            at(buffers[6]),
+            at(buffers[7]),
+            floats(buffers[8])};
+}
+
+bool interrupted() {
+    py::gil_scoped_acquire held;
+    return PyErr_CheckSignals() != 0;
+}
+
+// what `run` returns, unless a signal's handler raised meanwhile
+template <class F>
+auto without_gil(F run) {
+    const auto found = [&] {
+        py::gil_scoped_release released;
+        return run();
+    }();
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return found;
+}
+
+void iterate(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
+             const Addresses& weights, i64 k) {
+    const auto it = iteration(sizes, buffers, modulation_stride, weights);
+    without_gil([&] { return fpdm::iterate(*active, it, k, interrupted); });
+}
+
+// watch: rows count cap place used result residual
+i64 solve(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
+           const Addresses& weights, i64 most, const Addresses& watch, i64 next, float tol) {
+    const auto it = iteration(sizes, buffers, modulation_stride, weights);
+    auto slots = [&](size_t i) { return static_cast<i64*>(at(watch[i])); };
+    const fpdm::Watch w{slots(0),      slots(1),         slots(2), slots(3), slots(4),
+                        at(watch[5]), floats(watch[6]), next,     tol};
+    return without_gil([&] { return fpdm::solve(*active, it, w, most, interrupted); });
+}
+
 void wgrad(int type, i64 rows, i64 outs, i64 ins, i64 dy, i64 x, i64 dweight, i64 stride,
            i64 dbias) {
     active->wgrad(type, rows, outs, ins, at(dy), at(x), floats(dweight), stride, floats(dbias));
@@ -128,6 +195,9 @@ PYBIND11_MODULE(_cpu, m) {
         throw py::import_error("FPDM_CPU_ISA: got " + std::string(wanted) +
                                ", expected one of those built that this processor can run");
     m.attr("isa") = active->name;
+    m.attr("columns") = active->columns;
+    m.attr("packed") = fpdm::PACKED;
+    m.attr("pair") = active->pair;
     auto nogil = py::call_guard<py::gil_scoped_release>();
     m.def("adaln", adaln, nogil);
     m.def("adaln_backward", adaln_backward, nogil);
@@ -140,6 +210,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("linear_add_gelu", linear_add_gelu, nogil);
     m.def("adaln_linear", adaln_linear, nogil);
     m.def("linear_gate", linear_gate, nogil);
+    m.def("pack", pack, nogil);
+    m.def("iterate", iterate);
+    m.def("solve", solve);
     m.def("wgrad", wgrad, nogil);
     m.def("attention", attention, nogil);
     m.def("attention_backward", attention_backward, nogil);

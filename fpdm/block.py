@@ -205,6 +205,38 @@ def step_forward(
     )  # fmt: skip
 
 
+def has_loop(ops: Any, residual: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether the operators iterate and solve in one call (fpdm.kernels.cpu_loop) for these."""
+    return hasattr(ops, "loops") and ops.loops(residual, compute)
+
+
+def iterate_forward(
+    ops: Any,
+    x: Tensor,
+    buffers: tuple[Tensor, Tensor],
+    u: Tensor | None,
+    mod: Tensor,
+    w: BlockWeights,
+    heads: int,
+    acts: Activations,
+    k: int,
+    norms: Tensor | None = None,
+) -> Tensor:
+    """f^k(x), k >= 0, keeping nothing: x_1, x_3, ... in the first of ``buffers``, x_2, x_4, ... in
+    the second, which may be x; one call where the operators have such a loop.
+
+    ``acts`` are those of ``forward_workspace`` in ``full``; norms (k,2,B) as in ``step_forward``.
+    """
+    if k and has_loop(ops, x.dtype, mod.dtype):
+        return ops.iterate(x, buffers, u, mod, w, heads, acts, k, norms)
+    for j in range(k):
+        acts.z = acts.z2 = buffers[j % 2]
+        x = step_forward(
+            ops, x, u, mod, w, heads, acts, buffers[j % 2], None if norms is None else norms[j]
+        )
+    return x
+
+
 @dataclass
 class Scratch:
     """The backward's working set: 4 U and two of 1 U in the compute dtype, 1 U in the residual

@@ -119,6 +119,9 @@ class Sampler:
             model.config, config, diffusion.config, folded, calibration, timesteps
         )
         self.guided = max(self.plan.branches) > 1
+        self.guidance = steps.Guidance(
+            config.guidance, config.guidance_channels or channels, config.guidance_rescale
+        )
         self.batch = 1 if config.invariant else config.batch
         self.tol = _usable_tolerance(config.tol, self.dtype)
         self.watched = model.config.kind == "fpdm" and (self.tol > 0 or self.solver is not None)

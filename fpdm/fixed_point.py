@@ -28,6 +28,7 @@ from fpdm.block import (
     Scratch,
     forward_workspace,
     injection_backward,
+    iterate_forward,
     next_iterate,
     saved_units,
     slot_views,
@@ -81,15 +82,12 @@ def iterate(
     table = _norm_table(x, n, norms)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     with ops.no_autocast(x.device):
-        src, dst = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        spare = torch.empty_like(dst) if n > 1 else dst
-        acts = forward_workspace(src, mod.dtype, "full")
-        for j in range(n):
-            acts.z = acts.z2 = dst
-            row = table[j] if norms else None
-            step_forward(operators, src, u, mod, w, heads, acts, dst, row)
-            src, dst = dst, (spare if j == 0 else src)
-    return src, table
+        x = x.contiguous()
+        first = torch.empty_like(x)
+        buffers = first, torch.empty_like(x) if n > 1 else x
+        acts = forward_workspace(x, mod.dtype, "full")
+        rows = table if norms else None
+        return iterate_forward(operators, x, buffers, u, mod, w, heads, acts, n, rows), table
 
 
 @iterate.register_fake

@@ -79,7 +79,7 @@ class MicroStep:
         largest m before it."""
         assert self.graphs is not None
         largest = isinstance(self.model, DiT) or m == self.config.fixed_point.m_max
-        if not (largest or self.graphs.captures):
+        if not (largest or any(entry.graph for entry in self.graphs.entries.values())):
             return None
         grads = [p.grad for p in self.params if p.requires_grad]
         found = tuple(g.data_ptr() for g in grads if g is not None)

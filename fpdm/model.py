@@ -188,8 +188,13 @@ class _Transformer(nn.Module):
         return out
 
     def _final(self, z: Tensor, vectors: Tensor, w: WeightView) -> Tensor:
+        """Tokens of the output (B,T,p p 2C)."""
         shift, scale = vectors.chunk(2, dim=-1)
-        o = self._linear(ops.adaln(z, shift, scale, self.execution.impl), "final_layer.linear", w)
+        y = ops.adaln(z, shift, scale, self.execution.impl)
+        return self._linear(y, "final_layer.linear", w)
+
+    def unpatchify(self, o: Tensor) -> Tensor:
+        """(B,T,p p 2C) -> (B,2C,h,w)."""
         c, p = self.config.out_channels, self.config.patch_size
         side = self.config.input_size // p
         o = o.view(-1, side, side, p, p, c)
@@ -270,6 +275,12 @@ class FPDM(_Transformer):
 
     def decode(self, z: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
         """z (B,T,D) -> (B,2C,h,w), through the post blocks and the final layer."""
+        return self.unpatchify(self.decode_tokens(z, mod, weights=weights))
+
+    def decode_tokens(
+        self, z: Tensor, mod: Modulation, *, weights: WeightView | None = None
+    ) -> Tensor:
+        """``decode`` before its tokens become an image: (B,T,p p 2C)."""
         w = self.view(weights, z)
         for index, vectors in enumerate(mod.post):
             z = self._run(z, f"blocks_post.{index}", vectors, w)
@@ -375,7 +386,7 @@ class DiT(_Transformer):
         h = self._tokens(x, w)
         for index, vectors in enumerate(mod.pre):
             h = self._run(h, f"blocks.{index}", vectors, w)
-        return self._final(h, mod.final, w)
+        return self.unpatchify(self._final(h, mod.final, w))
 
 
 def build_model(config: ModelConfig, execution: ExecutionConfig | None = None) -> FPDM | DiT:

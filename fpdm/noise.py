@@ -13,12 +13,16 @@ The domain keeps streams with the same key and counters apart. B is the batch.
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fpdm.kernels import ops
 
 SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS, GRID = range(8)
 
@@ -41,16 +45,18 @@ def as_keys(seeds: Sequence[int] | Tensor) -> Tensor:
                 f"seeds: got {seeds.dtype} {tuple(seeds.shape)}, expected int64 or uint64 (B,)"
             )
         return seeds.view(torch.int64)
-    values = []
-    for seed in seeds:
-        try:
-            value = operator.index(seed)
-        except TypeError:
-            value = -1
-        if not 0 <= value < 1 << 64:
-            raise ValueError(f"seed: got {seed!r}, expected an integer, 0 <= seed < 2^64")
-        values.append(value - (1 << 64) if value >> 63 else value)
-    return torch.tensor(values, dtype=torch.int64)
+    values = [_seed(seed) for seed in seeds]
+    return torch.tensor([v - (1 << 64) if v >> 63 else v for v in values], dtype=torch.int64)
+
+
+def _seed(seed: object) -> int:
+    try:
+        value = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        value = -1
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"seed: got {seed!r}, expected an integer, 0 <= seed < 2^64")
+    return value
 
 
 def _pair(first: int, second: int, device: torch.device) -> Tensor:
@@ -80,25 +86,35 @@ def philox(even: Tensor, odd: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return even, odd.bitwise_and_(MASK)
 
 
-def _counters(value: int | Tensor, name: str, keys: Tensor) -> Tensor:
+def _kernels(keys: Tensor) -> Any:
+    """The same in one launch (fpdm.kernels.philox), where Triton is what runs on the device."""
+    if keys.device.type != "cuda" or ops.resolve("auto", keys.device).name not in ops.TRITON:
+        return None
+    return importlib.import_module("fpdm.kernels.philox")
+
+
+def _check_counters(*values: int | Tensor) -> None:
+    for name, value in zip(("c1", "c2", "domain"), values):
+        if not isinstance(value, Tensor) and not 0 <= value <= MASK:
+            raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 2^32")
+
+
+def _counters(value: int | Tensor, keys: Tensor) -> Tensor:
     """A counter word as (B,), on the device of the keys."""
-    if isinstance(value, Tensor):
-        return value & MASK
-    if not 0 <= value <= MASK:
-        raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 2^32")
-    return torch.full_like(keys, value)
+    return value & MASK if isinstance(value, Tensor) else torch.full_like(keys, value)
 
 
 def _words(
     keys: Tensor, c1: int | Tensor, c2: int | Tensor, domain: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Philox words of elements 0..4N-1, N = ceil(count / 4): ((w0, w2), (w1, w3)), each (2,B,N)."""
+    _check_counters(c1, c2, domain)
     blocks = -(-count // 4)
     even = torch.empty((2, len(keys), blocks), dtype=torch.int64, device=keys.device)
     even[0] = torch.arange(blocks, device=keys.device)
-    even[1] = _counters(c2, "c2", keys).unsqueeze(-1)
-    domains = _counters(domain, "domain", keys)
-    odd = torch.stack((_counters(c1, "c1", keys).expand_as(keys), domains)).unsqueeze(-1)
+    even[1] = _counters(c2, keys).unsqueeze(-1)
+    domains = _counters(domain, keys)
+    odd = torch.stack((_counters(c1, keys).expand_as(keys), domains)).unsqueeze(-1)
     return philox(even, odd, keys)
 
 
@@ -113,6 +129,9 @@ def uint32(keys: Tensor, c1: int | Tensor, c2: int | Tensor, domain: int, count:
     keys (B,) int64 as from ``as_keys``; c1, c2: integers in [0, 2^32), or int64 tensors (B,) on the
     device of the keys, whose low 32 bits count. Raises ValueError for an integer out of range.
     """
+    if (kernels := _kernels(keys)) is not None:
+        _check_counters(c1, c2, domain)
+        return kernels.draw(keys, c1, c2, domain, count, normal=False)
     return _interleave(*_words(keys, c1, c2, domain, count), count)
 
 
@@ -131,6 +150,9 @@ def normals(
     libraries that differ in the last bit almost never differ in the float32 that leaves.
     """
     count = math.prod(shape)
+    if (kernels := _kernels(keys)) is not None:
+        _check_counters(c1, c2, domain)
+        return kernels.draw(keys, c1, c2, domain, count, normal=True).view(len(keys), *shape)
     even, odd = _words(keys, c1, c2, domain, count)
     radius = even.double().mul_(2 * HALF_ULP).add_(HALF_ULP).log_().mul_(-2.0).sqrt_()
     angle = odd.double().mul_(2 * math.pi * 2 * HALF_ULP)
@@ -148,5 +170,18 @@ def integers(key: int, c1: int, c2: int, domain: int, low: int, high: int) -> in
     span = high - low + 1
     if not 1 <= span <= 1 << 32:
         raise ValueError(f"range: got {low}..{high}, expected 1 to 2^32 integers")
-    word = int(uint32(as_keys([key]), c1, c2, domain, 1))
-    return low + (word * span >> 32)
+    _check_counters(c1, c2, domain)
+    return low + (_first_word(_seed(key), c1, c2, domain) * span >> 32)
+
+
+def _first_word(key: int, c1: int, c2: int, domain: int) -> int:
+    """Element 0 of ``uint32``: the trainer asks for a few of them per step, and a hundred operators
+    on tensors of one element would take longer than its optimiser."""
+    k0, k1 = key & MASK, key >> 32
+    c0, c3 = 0, domain
+    for _ in range(ROUNDS):
+        first, second = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c2 = second >> 32 ^ c1 ^ k0, first >> 32 ^ c3 ^ k1
+        c1, c3 = second & MASK, first & MASK
+        k0, k1 = k0 + WEYL[0] & MASK, k1 + WEYL[1] & MASK
+    return c0

@@ -50,10 +50,13 @@ def launches(
     return tuple(plan)
 
 
-def groups(k: int) -> list[int]:
-    """k as launches of 8, 4, 2 and 1 iterations, largest first: every group but the last begins on
-    the same one of two ping-pong buffers, so few graphs serve every k."""
+def groups(k: int, captured: bool = True) -> list[int]:
+    """k as launches of at most 8 iterations, largest first: every group but the last begins on the
+    same one of two ping-pong buffers. ``captured``: of 8, 4, 2 and 1, so that few graphs serve
+    every k."""
     sizes, size = [GROUP] * (k // GROUP), GROUP // 2
+    if not captured:
+        return sizes + ([k % GROUP] if k % GROUP else [])
     while size:
         sizes += [size] if k & size else []
         size //= 2

@@ -17,6 +17,7 @@ of the workspace, weights and the sampler's tables, and of what its graph key sa
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fpdm import budget, graphs, steps, stopping
-from fpdm.block import BlockWeights, step_forward
+from fpdm.block import BlockWeights, has_loop, iterate_forward
 from fpdm.config import SamplerConfig
 from fpdm.fixed_point import SolveStats
 from fpdm.kernels import ops
@@ -112,6 +113,10 @@ class Run:
             self.ops = ops.resolve(self.impl, device, sampler.dtype)
             self.block = sampler.weights.block("block_fixed_point", injected=True)
             self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
+        # one launch from tokens to the next timestep, where there is such a kernel
+        self.fused: Any = None
+        if self.block is not None and self.impl in ops.TRITON:
+            self.fused = importlib.import_module("fpdm.kernels.update")
         self.addresses: tuple[int, ...] = ()
         self.settings: tuple[Any, ...] = ()
         if cache is not None:
@@ -211,7 +216,7 @@ class Run:
         if self.s.watched:
             self._watch(launch, n)
         else:
-            for size in groups(launch.count):
+            for size in groups(launch.count, captured=self.cache is not None):
                 self.launch("iterate", n, (size,), partial(self._group, n, size))
         b, w = self.count, self.w
         if self.recorded:
@@ -221,37 +226,53 @@ class Run:
 
     def _group(self, n: int, size: int) -> None:
         """``size`` iterations from the first iterate buffer on."""
-        w, norms = self.w, None
-        if self.recorded:
-            norms = w.norms[: size * 2 * n].view(size, 2, n)
-        for i in range(size):
-            self._apply(n, i % 2, None if norms is None else norms[i])
+        w = self.w
+        norms = w.norms[: size * 2 * n].view(size, 2, n) if self.recorded else None
+        self._apply(n, 0, norms, size)
         if norms is not None:
             index = w.j + torch.arange(size, device=w.j.device)
             w.residual[:, :n].index_copy_(0, index, SolveStats.from_norms(norms).residual)
             w.j.add_(size)
 
-    def _apply(self, n: int, parity: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One iteration of the first n rows between the two iterate buffers: (x_j, f(x_j))."""
-        w, acts = self.w, self.w.acts[:n]
-        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
-        acts.z = acts.z2 = dst
+    def _apply(self, n: int, parity: int, norms: Tensor | None, k: int = 1) -> None:
+        """k iterations of the first n rows, from the iterate buffer ``parity`` to the other and
+        back; ``norms`` (k,2,n)."""
+        x, other, u, mod = self._operands(n, parity)
         assert self.block is not None
-        with ops.no_autocast(dst.device):
-            step_forward(
-                self.ops, src, w.u[:n], w.vectors[0][:n], self.block, self.heads, acts, dst,
-                norms=norms,
-            )  # fmt: skip
-        return src, dst
+        with ops.no_autocast(x.device):
+            iterate_forward(
+                self.ops, x, (other, x), u, mod, self.block, self.heads, self.w.acts[:n], k, norms
+            )
+
+    def _operands(self, n: int, parity: int = 0) -> tuple[Tensor, ...]:
+        """Of the first n rows: x, the buffer for f(x), u, modulation."""
+        w = self.w
+        return w.z[parity][:n], w.z[1 - parity][:n], w.u[:n], w.vectors[0][:n]
 
     def _watch(self, launch: Launch, rows: int) -> None:
         """Iterations until all slots are done, then what they hold to their rows."""
         w, watch, n, parity = self.w, self.w.watching, rows, 0
-        if not self._loop(rows):
+        if self._at_once(launch, rows):
+            n = 0
+        elif not self._loop(rows):
             n, parity = self._follow(launch, rows)
         stopping.collect(watch, torch.arange(n, device=w.j.device), w.z[parity])
         if self.s.plan.limit:
             watch.bank[:rows] -= watch.used[:rows]
+
+    def _at_once(self, launch: Launch, n: int) -> bool:
+        """The solve of n slots as one call on the host, collected, where that can be had."""
+        w, block = self.w, self.block
+        x, other, u, mod = self._operands(n)
+        direct = self.s.solver is None and self.cache is None and stopping.LAG[x.device.type] == 0
+        if block is None or not (direct and has_loop(self.ops, x.dtype, mod.dtype)):
+            return False
+        self.ops.solve(
+            x, (other, x), u, mod, block, self.heads, w.acts[:n], self.s.most[launch.step],
+            w.watching, self.s.tol, w.norms[: 2 * n].view(2, n),
+            w.residual if self.recorded else None,
+        )  # fmt: skip
+        return True
 
     def _loop(self, n: int) -> bool:
         """The solve of n slots as one launch that ends on the device, where that can be had."""
@@ -302,7 +323,8 @@ class Run:
         ``into``; None: no slot was done before, they are where f was written."""
         w, watch = self.w, self.w.watching
         norms = w.norms[: 2 * n].view(1, 2, n)
-        src, dst = self._apply(n, parity, norms[0])
+        self._apply(n, parity, norms)
+        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
         r = SolveStats.from_norms(norms).residual[0]
         if self.recorded:
             place = watch.place[:n]
@@ -339,33 +361,46 @@ class Run:
         """The guided output of n rows (B,2C,h,w) fp32; their solutions become the latest."""
         s, w = self.s, self.w
         if isinstance(s.model, FPDM):
-            final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
-            out = s.model.decode(final, w.modulation(n), weights=s.weights).float()
-            for old, new in zip(w.solutions[:0:-1], w.solutions[-2::-1]):
-                old[:n] = new[:n]
-            if w.solutions:
-                w.solutions[0][:n] = final
+            out = s.model.unpatchify(self._tokens(s.model, launch, n)).float()
         else:
             t = s.timesteps.index_select(0, w.step).expand(n)
             out = s.model(self.inputs(launch.branches), t, w.y[:n], weights=s.weights).float()
         if launch.branches == 1:
             return out
         cond, null = out.chunk(2)
-        return steps.guide(
-            cond, null, s.config.guidance, s.config.guidance_channels, s.config.guidance_rescale
-        )
+        g = s.guidance
+        return steps.guide(cond, null, g.scale, g.channels, g.rescale)
+
+    def _tokens(self, model: FPDM, launch: Launch, n: int) -> Tensor:
+        """Tokens of the output of n rows (n,T,p p 2C); their solutions become the latest."""
+        s, w = self.s, self.w
+        final = (w.watch.result if w.watch else w.z[launch.count % 2])[:n]
+        tokens = model.decode_tokens(final, w.modulation(n), weights=s.weights)
+        for old, new in zip(w.solutions[:0:-1], w.solutions[-2::-1]):
+            old[:n] = new[:n]
+        if w.solutions:
+            w.solutions[0][:n] = final
+        return tokens
 
     def _update(self, launch: Launch, n: int, noisy: bool) -> None:
         s, w, b = self.s, self.w, self.count
-        out = self._output(launch, n)
-        z = w.noise[:b] if self.step_noise is not None else None
-        if z is None and noisy:
-            z = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)
-        row = s.rows.index_select(0, w.step)[0]
-        if s.table.multistep:
-            before = w.x0[:b].clone()
-            w.x0[:b] = steps.denoised(w.x[:b], out, row)
-            w.x[:b] = steps.step(w.x[:b], out, row, z, before)
+        given = self.step_noise is not None
+        x, before = w.x[:b], w.x0[:b] if s.table.multistep else None
+        noise = w.noise[:b] if given else None
+        if self.fused is not None:
+            self.fused.update_(
+                self._tokens(self.fpdm, launch, n), x, s.rows, w.step, s.model.config.patch_size,
+                s.guidance if launch.branches > 1 else None,
+                w.keys[:b] if noisy and not given else None, SAMPLE_STEP, noise, before,
+            )  # fmt: skip
         else:
-            w.x[:b] = steps.step(w.x[:b], out, row, z)
+            out = self._output(launch, n)
+            if noisy and not given:
+                noise = normals(w.keys[:b], w.step, 0, SAMPLE_STEP, self.shape)
+            row = s.rows.index_select(0, w.step)[0]
+            last = None
+            if before is not None:
+                last = before.clone()
+                before.copy_(steps.denoised(x, out, row))
+            x.copy_(steps.step(x, out, row, noise, last))
         w.step.add_(1)

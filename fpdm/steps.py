@@ -207,6 +207,16 @@ def denoised(x: Tensor, output: Tensor, row: Tensor | Sequence[float]) -> Tensor
     return row[-2] * x.float() + row[-1] * output[:, : x.shape[1]].float()
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """What ``guide`` is told: ``scale``; ``channels`` that are guided, the first of C; ``rescale``,
+    the share phi of the rescaled result."""
+
+    scale: float
+    channels: int
+    rescale: float
+
+
 def guide(
     cond: Tensor,
     uncond: Tensor,

@@ -11,7 +11,8 @@ may borrow from later ones and easy ones leave more, and the sum is never exceed
 The device decides and freezes: a slot that is done keeps its iterate whatever else is launched, so
 when the host learns of it changes results by no more than the rounding of other shapes. On a CPU
 the host reads at once, and takes the slots that go on to the front whenever one is done: nothing
-is carried along, so nothing needs freezing. On a GPU it reads the flag of iteration j - 1 after it
+is carried along, so nothing needs freezing; with csrc/cpu a solve is one call that does the same
+(``cpu_loop.solve``). On a GPU it reads the flag of iteration j - 1 after it
 has launched iteration j, so that it waits for nothing without work behind it in the queue, and
 compacts in buckets (``plan.bucket``), few shapes for few graphs: those of a bucket that are done
 are carried along until the next smaller one. A solve of so few slots that compaction saves nothing

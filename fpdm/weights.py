@@ -10,13 +10,14 @@ is never inferred.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fpdm.block import BlockWeights
+from fpdm.kernels import ops
 
 BLOCK_KEYS = (
     "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
@@ -24,6 +25,7 @@ BLOCK_KEYS = (
 )  # fmt: skip
 FC1, FC2 = "block_fixed_point_projection_fc1", "block_fixed_point_projection_fc2"
 PROJECTION = "block_pre_projection"
+FIRST_HALF = f"{FC1}.weight A"
 
 
 # every tensor of a flat buffer starts on a 64-byte boundary in float32, 32 in half precision
@@ -66,6 +68,7 @@ class WeightView:
 
     def __init__(self, params: dict[str, Tensor], dtype: torch.dtype, copies: dict[str, Tensor]):
         self.params, self.dtype, self.copies = params, dtype, copies
+        self.packed: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
         """The parameter in the compute dtype, without gradient."""
@@ -94,10 +97,22 @@ class WeightView:
 
     def block(self, name: str, injected: bool = False) -> BlockWeights:
         """The block ``name``; with the injection MLP when ``injected``."""
-        own = [self.get(f"{name}.{key}") for key in BLOCK_KEYS]
-        if not injected:
-            return BlockWeights(*own)
-        return BlockWeights(*own, *self.halves(), *self.linear(FC2))  # type: ignore[call-arg]
+        names = [f"{name}.{key}" for key in BLOCK_KEYS]
+        weights = BlockWeights(*(self._operand(key) for key in names))
+        if injected:
+            a, e = self.halves()
+            a = self._operand(FIRST_HALF) if FIRST_HALF in self._usable() else a
+            w2, b2 = self._operand(f"{FC2}.weight"), self.get(f"{FC2}.bias")
+            weights = weights._replace(inj_a=a, inj_e=e, inj_w2=w2, inj_b2=b2)
+        return weights
+
+    def _usable(self) -> dict[str, Tensor]:
+        # a backward reads weights as they are
+        return {} if torch.is_grad_enabled() else self.packed
+
+    def _operand(self, name: str) -> Tensor:
+        packed = self._usable().get(name)
+        return self.get(name) if packed is None else packed
 
 
 class _RefreshOnLoad:
@@ -120,7 +135,9 @@ class PreparedWeights(WeightView):
     own.
 
     ``fold=True`` (sampling only: it carries no gradient) also holds E W_p and E b_p + b1, computed
-    in the parameters' dtype and then rounded: 2 D^2 instead of 3 D^2 MACs per token and timestep.
+    in the parameters' dtype and then rounded: 2 D^2 instead of 3 D^2 MACs per token and timestep;
+    and on a processor the blocks' weights once more as csrc/cpu reads them (``cpu.pack``), for
+    calls without gradient.
     ``model.load_state_dict`` refreshes by itself while this object lives; every other change of
     parameters (an optimiser step, an EMA swap, a submodule's load) must call ``refresh()``.
     """
@@ -144,9 +161,21 @@ class PreparedWeights(WeightView):
                 d = params[f"{PROJECTION}.bias"].shape[0]
                 self.copies["fold.weight"] = torch.empty(2 * d, d, dtype=dtype, device=device)
                 self.copies["fold.bias"] = torch.empty(2 * d, dtype=dtype, device=device)
+        self._pack: Callable[..., Tensor | None] | None = None
+        if self.folded:
+            operators = ops.resolve(model.execution.impl, device, dtype)  # type: ignore[union-attr,arg-type]
+            self._pack = getattr(operators, "pack", None)
         self.refresh()
         handle = model.register_load_state_dict_post_hook(_RefreshOnLoad(self))
         weakref.finalize(self, handle.remove)
+
+    def _multiplied(self) -> dict[str, Tensor]:
+        """The weights of all blocks, of W1 the half A."""
+        names = [name for name in self.params if name.endswith(BLOCK_KEYS[::2])]
+        return {
+            **{name: self.get(name) for name in (*names, f"{FC2}.weight")},
+            FIRST_HALF: self.halves()[0],
+        }
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether these are copies of ``model``'s parameters."""
@@ -178,7 +207,12 @@ class PreparedWeights(WeightView):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Write E W_p and E b_p + b1 again, where they are held."""
+        """Write again what is held for sampling: E W_p, E b_p + b1, packed weights."""
+        if self._pack is not None:
+            for name, weight in self._multiplied().items():
+                packed = self._pack(weight, self.packed.get(name))
+                if packed is not None:
+                    self.packed[name] = packed
         if self.folded:
             e = self.params[f"{FC1}.weight"].chunk(2, dim=1)[1]
             bias = torch.addmv(self.params[f"{FC1}.bias"], e, self.params[f"{PROJECTION}.bias"])

@@ -6,12 +6,15 @@ import gc
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fpdm import run
 from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.kernels import ops
 from fpdm.model import FPDM, DiT
 
 DATA = Path(__file__).parent / "data"
@@ -120,3 +123,23 @@ def random_model(config: ModelConfig, seed: int = 0, **execution: str) -> FPDM |
             fan = param[0].numel() if param.dim() > 1 else 100
             param.normal_(std=0.7 / fan**0.5, generator=generator)
     return model
+
+
+def watch_iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every iteration of the sampler's loop from now on, whoever they are for; a solve that
+    is one call tells their sum."""
+    rows: list[int] = []
+    cpu, iterate_forward = ops.resolve("cpu", "cpu"), run.iterate_forward
+    solve = cpu.solve
+
+    def iterated(ops: Any, x: Tensor, *args: Any) -> Tensor:
+        rows.extend([len(x)] * args[6])
+        return iterate_forward(ops, x, *args)
+
+    def solved(*args: Any) -> int:
+        rows.append(solve(*args))
+        return rows[-1]
+
+    monkeypatch.setattr(run, "iterate_forward", iterated)
+    monkeypatch.setattr(cpu, "solve", solved)
+    return rows

@@ -7,12 +7,14 @@ tests of a file directly.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +58,21 @@ def _patch_once() -> None:
 
 if INSIDE:
     _patch_once()
+
+
+def planted(module: str, line: str, fault: str, folder: Path) -> tuple[ModuleType, ModuleType]:
+    """A module of fpdm.kernels, and a copy of it with ``line`` replaced wherever it stands."""
+    real = importlib.import_module(f"fpdm.kernels.{module}")
+    text = inspect.getsource(real)
+    assert line in text
+    path = folder / f"planted_{module}.py"
+    path.write_text(text.replace(line, fault))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return real, copy
 
 
 def larger_tiles(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fpdm.kernels import attention_routes as routes
 from fpdm.kernels.ops import ImplError
+from fpdm.settings import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF = torch.bfloat16
@@ -306,3 +307,7 @@ def test_measured_times_replace_older_ones(tmp_path: Path, monkeypatch: pytest.M
     (found,) = routes.entries()
     assert found["ms"] == {"triton": 1.0, "sdpa": 3.0}
     assert set(found) == {"t", "k", "dtype", "device", "ms", "source"}
+    # one without ours would end every later use of the table
+    with pytest.raises(UserError, match="got no time of triton for bfloat16 T=256"):
+        bench.write([entry(device="cpu", ms={"sdpa": 1.0}) | details], path)
+    assert json.loads(path.read_text())["entries"] == [found]

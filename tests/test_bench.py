@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench
-from bench import cost, machine, operators, page, published, report, rows, suites, timing
+from bench import (
+    against,
+    cost,
+    machine,
+    operators,
+    page,
+    processes,
+    published,
+    report,
+    rows,
+    suites,
+    timing,
+)
 from fpdm.config import ConfigError, ModelConfig
 from fpdm.kernels import ops
 
@@ -86,7 +98,7 @@ def test_a_slow_loop_is_told(
     sets: dict[str, SimpleNamespace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, after = tmp_path / "before.json", tmp_path / "after.json"
-    few = ["--rounds", "11", "--strict"]
+    few = ["--rounds", "11", "--strict", "--processes", "1"]
     assert bench.main([*few, "--out", str(before)]) == 0
     found = json.loads(before.read_text())["rows"]
     ours = {r["name"].rsplit(" ", 1)[1]: r["arms"]["fpdm"]["best_s"] for r in found}
@@ -124,8 +136,8 @@ def test_a_slow_loop_is_told_of_a_real_operator(monkeypatch: pytest.MonkeyPatch)
         plain = times["plain PyTorch"].best
         return {"rows": [row(plain / times[name].best)]}
 
-    assert not bench.slower(result("fpdm"), result("again"), 0.12)
-    assert bench.slower(result("fpdm"), result("planted"), 0.12)
+    assert not against.slower(result("fpdm"), result("again"), 0.12)
+    assert against.slower(result("fpdm"), result("planted"), 0.12)
 
 
 def row(ratio: float, name: str = "a") -> dict[str, Any]:
@@ -139,28 +151,92 @@ def row(ratio: float, name: str = "a") -> dict[str, Any]:
 
 def test_what_slower_means() -> None:
     old = {"rows": [row(3.0), row(2.0, "b")]}
-    assert not bench.slower(old, {"rows": [row(3.0 / 1.11), row(2.5, "b"), row(1.0, "new")]}, 0.12)
-    told = bench.slower(old, {"rows": [row(2.5), row(2.0, "b")]}, 0.12)
+    assert not against.slower(
+        old, {"rows": [row(3.0 / 1.11), row(2.5, "b"), row(1.0, "new")]}, 0.12
+    )
+    told = against.slower(old, {"rows": [row(2.5), row(2.0, "b")]}, 0.12)
     assert told == ["operators: a: 1.20 times slower against plain PyTorch"]
 
 
 def test_a_burst_is_measured_again_and_a_slowdown_stays() -> None:
-    old, calls = {"rows": [row(3.0)]}, []
+    old, calls = {"rows": [row(3.0), row(3.0, "b")]}, []
 
-    def again(ratio: float) -> Callable[[], dict[str, Any]]:
-        return lambda: calls.append(ratio) or row(ratio)  # type: ignore[func-returns-value]
+    def again(ratio: float) -> Callable[[list[int]], list[dict[str, Any]]]:
+        def measured(places: list[int]) -> list[dict[str, Any]]:
+            calls.append(places)
+            return [row(ratio, "ab"[i]) for i in places]
 
-    assert bench.confirm(old, row(3.0), again(1.0), 0.12) == row(3.0)
+        return measured
+
+    good = row(3.0, "b")
+    assert against.confirm(old, [row(3.0), good], again(1.0), 0.12) == [row(3.0), good]
     assert calls == []
-    assert bench.confirm(old, row(2.0), again(3.1), 0.12) == row(3.1)
-    assert len(calls) == 1
-    assert bench.confirm(old, row(2.5), again(2.4), 0.12) == row(2.5)
-    assert len(calls) == 3
+    assert against.confirm(old, [row(2.0), good], again(3.1), 0.12) == [row(3.1), good]
+    assert calls == [[0]]
+    assert against.confirm(old, [good, row(2.5, "b")], again(2.4), 0.12) == [good, row(2.5, "b")]
+    assert calls == [[0], [1], [1]]
+
+    def failing(places: list[int]) -> list[dict[str, Any]]:
+        return [{**row(3.0), "arms": {}, "error": "no"} for _ in places]
+
+    assert against.confirm(old, [row(2.0)], failing, 0.12) == [row(2.0)]
+
+
+def test_how_many_ratios_agree() -> None:
+    old = {"rows": [row(3.0), row(2.0, "b"), row(1.0, "gone")]}
+    new = {"rows": [row(3.4), row(1.7, "b"), row(1.0, "new")]}
+    assert against.agreement(old, new) == [
+        "1 of 2 ratios agree within 15%", "operators: b: plain PyTorch 1.70x, was 2.00x"
+    ]  # fmt: skip
+
+
+def test_compare_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps({"rows": [row(3.0)]}))
+    after.write_text(json.dumps({"rows": [row(2.0)]}))
+    options = ["--compare", "--out", str(after)]
+    assert bench.main([*options, "--against", str(before)]) == 1
+    told = capsys.readouterr().out
+    assert "0 of 1 ratios agree" in told
+    assert "1.50 times slower" in told
+    with pytest.raises(ConfigError, match="expected a JSON file or a commit"):
+        bench.main(options)
+
+
+def test_processes_are_pooled_by_their_medians() -> None:
+    """Of a baseline with two modes the range is told, of one outlier among seven it is not."""
+    ceilings = {"gemm float32": 1e12, "copy": 1e9}
+    counts = {"bytes": 1e6, "flops": 0, "dtype": "float32", "rounds": 7}
+
+    def pooled(ratios: tuple[float, ...]) -> dict[str, Any]:
+        return processes.pool([{**row(r), **counts} for r in ratios], ceilings)
+
+    found = pooled((3.0, 4.2, 3.1, 4.4, 3.2, 3.1, 3.0))
+    arm = found["arms"]["plain PyTorch"]
+    assert (arm["ratio"], found["rounds"], found["copy_share"]) == (3.1, 49, 1.0)
+    assert arm["ratios"] == [3.0, 4.2, 3.1, 4.4, 3.2, 3.1, 3.0]
+    assert report.times(arm) == "3.10x (3.00 to 4.40)"
+    assert report.times(pooled((3.0, 14.0, *(3.0,) * 5))["arms"]["plain PyTorch"]) == "3.00x"
+    failed = {**row(1.0), "error": "no kernel"}
+    assert processes.pool([row(1.0), failed], ceilings) is failed
+
+
+def test_each_process_is_a_fresh_one(tmp_path: Path) -> None:
+    """A row by its whole name, in two processes that tell the same implementation."""
+    out = tmp_path / "bench.json"
+    options = ["--suite", "operators", "--row", "^digits B64 float32 gelu$", "--rounds", "5"]
+    assert bench.main([*options, "--strict", "--processes", "2", "--out", str(out)]) == 0
+    (found,) = json.loads(out.read_text())["rows"]
+    arm = found["arms"]["plain PyTorch"]
+    assert len(arm["ratios"]) == 2
+    assert arm["ratio"] == sum(arm["ratios"]) / 2
+    assert found["rounds"] == 10
+    assert found["impl"] == ops.choose("auto", "cpu", torch.float32)
 
 
 def test_against_what_is_not_there() -> None:
     with pytest.raises(ConfigError, match="expected a JSON file or a commit"):
-        bench.baseline("no-such-file-or-commit", machine.name())
+        against.load("no-such-file-or-commit", machine.name())
 
 
 def test_a_baseline_that_fails_leaves_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +310,8 @@ def test_the_page_holds_every_picture_and_needs_no_other_file(
     sets: dict[str, SimpleNamespace], tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
-    assert bench.main(["--rounds", "5", "--strict", "--out", str(out)]) == 0
+    few = ["--rounds", "5", "--strict", "--processes", "1"]
+    assert bench.main([*few, "--out", str(out)]) == 0
     result, counted = json.loads(out.read_text()), report.load(RESULTS)[1]
     names = {
         "network": [f"S/2 B2 float32 k={k}" for k in (1, 4, 16)],

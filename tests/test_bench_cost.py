@@ -104,6 +104,27 @@ def test_the_hand_count_of_a_network() -> None:
     d, t = 1152, 256
     macs = 2 * (12 * d * d + 2 * t * d) + 2 * d * d + 8 * (16 * d * d + 2 * t * d)
     assert suites.network_flops(XL, 4, 8) == 2 * 4 * t * macs
+    for style in ("library", "fused"):
+        assert cost.flops(cost.network(XL, 4, 8, style=style)) == 2 * 4 * t * macs  # type: ignore[arg-type]
+    # published: the projection alone, and vectors in every block and iteration
+    plain = t * (2 * (12 * d * d + 2 * t * d) + d * d + 8 * (18 * d * d + 2 * t * d))
+    want = 2 * 4 * (plain + 10 * 6 * d * d)
+    assert cost.flops(cost.network(XL, 4, 8, style="published")) == want
+
+
+def test_the_hand_count_of_waves() -> None:
+    """512 rows of XL/2 in tiles of 128 x 128 on 132 multiprocessors at 790 TFLOP/s: 4 rows of 18,
+    9, 27, 9, 36 and 9 tiles, one wave each but two of the MLP's fc1. A wave of K = 1152 takes 6.3
+    us, those of the injection's and the MLP's fc2 twice and four times as long."""
+    device = replace(cost.DEVICES["H200"], flops=790e12, bandwidth=1e15, gap=0.0)
+    gemms = [p for p in cost.iteration(XL, 2) if p.kind == "gemm"]
+    assert [p.tiles for p in gemms] == [4 * n for n in (18, 9, 27, 9, 36, 9)]
+    wave = 2 * 128 * 128 * 1152 * 132 / 790e12
+    assert cost.seconds(gemms, device) == pytest.approx((1 + 2 + 1 + 1 + 2 + 4) * wave)
+    assert cost.seconds(gemms, device) == pytest.approx(69e-6, rel=0.01)
+    # of many rows the last wave is a thirtieth
+    many = [p for p in cost.iteration(XL, 64) if p.kind == "gemm"]
+    assert 1 < cost.seconds(many, device) / (cost.flops(many) / device.flops) < 1.04
 
 
 def test_the_hand_count_of_a_training_step() -> None:
@@ -123,6 +144,11 @@ def test_backward_is_twice_the_forward() -> None:
     gemm = sum(p.flops for p in forward if p.kind == "gemm")
     attention = sum(p.flops for p in forward if p.kind == "attention")
     assert cost.flops(backward) == 2 * gemm + 5 * attention // 2
+    # x, dy and the weights' gradient in float32, read and written
+    fc2 = next(p for p in backward if p.name == "fc2 wgrad")
+    d, rows = XL.hidden_size, 2 * XL.tokens
+    assert fc2.bytes == 2 * rows * 5 * d + 8 * 4 * d * d
+    assert fc2.tiles == (4 * d // 128) * (d // 128)
     full = cost.iteration_backward(XL, 2, recompute="full")
     assert cost.flops(full) == cost.flops(backward) + gemm + attention
 

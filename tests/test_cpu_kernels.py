@@ -15,6 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import test_cpu_loop
 import torch
 from operator_cases import (
     CAP,
@@ -305,6 +306,8 @@ FAULTS = {
         "OWN_PACKING = 96;": "OWN_PACKING = 96 << 20;",
         "packers.barrier();\n            multiply<T>": "multiply<T>",
     },
+    # a slot keeps the modulation of whoever was there before
+    "loop.cpp": {"bytes(it.modulation) + from": "bytes(it.modulation) + to"},
     # 2^r to 1e-6
     "vec.h": {"6.931472029e-1f": "6.931480000e-1f"},
 }
@@ -342,3 +345,8 @@ def test_faults_in_the_kernels_are_caught(tmp_path: Path, monkeypatch: pytest.Mo
     value, slope = gelu_units("float32", cpu.gelu, cpu.gelu_backward)
     assert value > 2
     assert slope > 4
+    torch.set_num_threads(1)
+    for size in test_cpu_loop.SIZES:
+        test_cpu_loop.test_iterate(size, True, torch.float32)
+        with pytest.raises(AssertionError):
+            test_cpu_loop.test_solve(size, True, torch.float32)

@@ -51,6 +51,7 @@ def test_contract(batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> N
     assert violation(found, low, oracle, dtype) is None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("graphs", "tol"), [("off", 0.0), ("on", 0.0), ("off", 0.1), ("on", 0.1)])
 def test_sampler_never_waits(graphs: Any, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SamplerConfig(

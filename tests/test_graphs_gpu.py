@@ -84,6 +84,7 @@ def used() -> int:
     return total - free
 
 
+@pytest.mark.alone
 def test_a_hundred_captures_give_their_memory_back(model: Any) -> None:
     s = make(model)
     assert s.graphs is not None
@@ -96,6 +97,7 @@ def test_a_hundred_captures_give_their_memory_back(model: Any) -> None:
     assert max(sizes) - sizes[0] <= 0.1 * 2**30
 
 
+@pytest.mark.alone
 def test_evicted_graphs_give_their_memory_back(model: Any) -> None:
     """Shapes that never come again, at most two graphs at a time."""
     s = make(model, replace(BUSY, batch=128, guidance=1.0, steps=2, iters=1))
@@ -109,6 +111,7 @@ def test_evicted_graphs_give_their_memory_back(model: Any) -> None:
     assert used() - before <= 0.1 * 2**30
 
 
+@pytest.mark.alone
 def test_a_failed_capture_releases_its_pool() -> None:
     """CUDA refuses to copy to the host in a capture; what was allocated comes back."""
     x = torch.ones(64, 2**20, device="cuda")
@@ -196,6 +199,7 @@ def test_capture_while_a_thread_pins_memory(model: Any) -> None:
     assert s.graphs.captures > 0
 
 
+@pytest.mark.alone
 def test_memory_pressure(model: Any) -> None:
     """Nearly full: a right answer or one clear error; and the next request works."""
     s, want = make(model), make(model, replace(BUSY, graphs="off")).sample(LABELS, SEEDS).x
@@ -268,6 +272,7 @@ def test_replayed_training_steps(mode: str, precision: str, execution: dict[str,
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.alone
 def test_training_graphs_give_their_memory_back() -> None:
     step, _ = micro_steps("on", "bf16")
     x0, noise = torch.randn(2, 256, 1, 8, 8, device="cuda")
@@ -300,6 +305,7 @@ def test_a_workspace_outlives_its_stream(model: Any) -> None:
     assert len(junk) == 2 * len(sizes)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_loops_that_end_on_the_device(
     model: Any, guidance: float, monkeypatch: pytest.MonkeyPatch

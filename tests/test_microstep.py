@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -134,6 +135,59 @@ def test_another_batch_size_begins_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ours.backend.alive == 1
     assert ours.step.graphs is not None
     assert ours.step.graphs.captures == 3
+
+
+def test_the_largest_m_is_captured_first_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After another batch size, too, whose graphs have a pool of their own."""
+    ours = Bench("on", monkeypatch, small())
+    assert ours.step.graphs is not None
+    for batch in (3, 2):
+        for number in range(3):
+            ours.run(number, 1, 1, batch)
+        assert ours.backend.alive == 0
+        for number in range(6):
+            ours.run(number, 1, 2 - number % 2, batch)
+        assert ours.backend.alive == 2
+        ours.run(0, 1, 2, batch + 2)
+        assert ours.backend.alive == 0
+
+
+KEEPS = {"nothing": False, "its loss": True}
+
+
+def accumulator(p: Tensor) -> Any:
+    """The node of autograd that adds to a parameter's gradient: the one that lives, else a new
+    one."""
+    return p.view_as(p).grad_fn.next_functions[0][0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_no_node_of_autograd_outlives_a_step(
+    case: str, keeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of an eager step belongs to the caller's stream, and would draw it into the capture of
+    the next, which CUDA refuses."""
+    config, execution = CASES[case]
+    b, kept = Bench("off", monkeypatch, config, **execution), []
+    params, losses = list(b.model.parameters()), b.diffusion.losses
+
+    def marking(*args: Any) -> dict[str, Tensor]:
+        found = losses(*args)
+        for p in params:
+            accumulator(p).metadata["old"] = True
+        kept.extend([found] if KEEPS[keeps] else [])
+        return found
+
+    monkeypatch.setattr(b.diffusion, "losses", marking)
+    gc.collect()
+    gc.disable()
+    try:
+        b.run(0, 1, 2)
+        old = ["old" in accumulator(p).metadata for p in params]
+    finally:
+        gc.enable()
+    assert any(old) is KEEPS[keeps]
 
 
 def test_statistics_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ SANITIZED = """if True:
     import fpdm.kernels
     sys.modules["fpdm.kernels._cpu"] = fpdm.kernels._cpu = native
     import operator_cases as oc
+    import test_cpu_loop as loop
     from fpdm.kernels import cpu
     assert cpu.native is native
     torch.set_num_threads(2)
@@ -155,6 +156,10 @@ SANITIZED = """if True:
     cpu.LIBRARY_PRODUCTS = frozenset()
     cases = oc.generate(64, kinds, oc.CAP, seed=6)
     print("failed:", [line for case in cases for line in oc.run_case(cpu, case)])
+    for size in loop.SIZES:
+        for kind in kinds:
+            loop.test_iterate(size, True, kind)
+            loop.test_solve(size, True, kind)
 """
 
 

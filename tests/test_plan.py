@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import watch_iterations
 from test_engine import BUSY, LABELS, SEEDS, SMALL, TIMED, draw, network, sampler
 from torch import Tensor
 
-from fpdm import engine, fixed_point, run
+from fpdm import engine, fixed_point
 from fpdm.config import ModelConfig, SamplerConfig
 from fpdm.plan import launches
 
@@ -38,19 +39,14 @@ class Counted:
     """Applications of the block, and rows of every iteration, while the sampler runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.pre_post, self.rows = 0, list[int]()
-        step_forward = fixed_point.step_forward
+        self.pre_post, self.rows = 0, watch_iterations(monkeypatch)
+        iterate_forward = fixed_point.iterate_forward
 
         def outside(*args: Any, **kw: Any) -> Tensor:
             self.pre_post += 1
-            return step_forward(*args, **kw)
+            return iterate_forward(*args, **kw)
 
-        def inside(ops: Any, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-            self.rows.append(len(x))
-            return step_forward(ops, x, *args, **kw)
-
-        monkeypatch.setattr(fixed_point, "step_forward", outside)
-        monkeypatch.setattr(run, "step_forward", inside)
+        monkeypatch.setattr(fixed_point, "iterate_forward", outside)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +94,8 @@ def test_random_budgets_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
             guidance=rng.choice([1.0, 2.0]), guidance_low=rng.choice([0.0, 0.5]),
         )  # fmt: skip
         s = sampler(config, model)
-        blocks.pre_post, blocks.rows = 0, []
+        blocks.pre_post = 0
+        blocks.rows.clear()
         used = s.sample(LABELS[:4], SEEDS[:4]).stats.iterations
         assert blocks.pre_post == 3 * count
         full = sum(4 * k * b for (_, k), b in zip(s.plan.steps, s.plan.branches))

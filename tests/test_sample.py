@@ -105,7 +105,7 @@ def test_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "MACs",
         "ms per image",
         " 2 ",
-        "attention",
+        "adaln",
         ops.choose("auto", "cpu", torch.float32),
         "first > last",
     ):

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, watch_iterations
 from torch import Tensor
 
 from fpdm import run, solvers, steps, stopping
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler, Samples
+from fpdm.kernels import ops
 from fpdm.plan import bucket, groups, most_iterations, reserves
 from fpdm.pretrained import load_source
 from fpdm.run import initial_iterate
@@ -91,6 +92,16 @@ def differs(s: Sampler, found: Samples, which: range = range(0, COUNT, 8)) -> st
     return None
 
 
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host follows every iteration, as it does wherever a solve is not one call."""
+    follow(monkeypatch)
+
+
+def follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.resolve("cpu", "cpu"), "loops", lambda *dtypes: False)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "constant": {},
     "adaptive": {"allocation": "adaptive", "iters": 6, "tol": 0.03},
@@ -102,11 +113,19 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "lag"), [*((case, 0) for case in CASES), ("adaptive", 1), ("interval", 1)]
-)
-def test_definition(digits: Any, case: str, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the host knows when, and whoever is in the batch."""
-    monkeypatch.setitem(stopping.LAG, "cpu", lag)
+    ("case", "lag"),
+    [
+        *((case, None) for case in CASES), ("adaptive", 0), ("unguided", 0), ("adaptive", 1),
+        ("interval", 1),
+    ],
+)  # fmt: skip
+def test_definition(
+    digits: Any, case: str, lag: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the host knows when (without a lag: one call), and whoever is in the batch."""
+    if lag is not None:
+        follow(monkeypatch)
+        monkeypatch.setitem(stopping.LAG, "cpu", lag)
     s = sampler(digits, replace(CONFIG, **CASES[case]))
     found = s.sample(LABELS, SEEDS)
     assert differs(s, found) is None
@@ -171,6 +190,8 @@ def test_the_definition_bites(
 ) -> None:
     # where the host knows at once, nothing that is done is there to freeze
     monkeypatch.setitem(stopping.LAG, "cpu", int(fault is no_freeze))
+    if name != "begin":
+        follow(monkeypatch)
     monkeypatch.setattr(stopping, name, fault)
     s = sampler(digits, replace(CONFIG, **CASES["adaptive"]))
     assert differs(s, s.sample(LABELS, SEEDS)) is not None
@@ -208,6 +229,7 @@ def test_batch_mates(digits: Any, reuse: Any, allocation: Any, invariant: bool) 
     assert mates_matter(digits, invariant, **changes) is None
 
 
+@pytest.mark.usefixtures("followed")
 def test_batch_mates_that_matter(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One residual for every eighth sample; one that runs alone has its own."""
     monkeypatch.setattr(stopping, "decide", one_for_some)
@@ -234,17 +256,10 @@ def test_a_bad_sample_harms_no_other(digits: Any) -> None:
 
 def row_iterations(s: Sampler, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Samples]:
     """Rows times iterations that ran, whoever they were for."""
-    seen = [0]
-    step_forward = run.step_forward
-
-    def counted(ops: Any, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-        seen[0] += len(x)
-        return step_forward(ops, x, *args, **kw)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run, "step_forward", counted)
+        rows = watch_iterations(patch)
         found = s.sample(LABELS, SEEDS)
-    return seen[0], found
+    return sum(rows), found
 
 
 def spread(digits: Any) -> Sampler:
@@ -252,10 +267,16 @@ def spread(digits: Any) -> Sampler:
     return sampler(digits, replace(CONFIG, guidance=1.0, tol=0.004, iters=21, method="ddim"))
 
 
-def evenly(w: Any, n: int, r: Tensor, tol: float, *rest: Any) -> None:
+def evenly(w: Any, n: int, *rest: Any) -> None:
     """k spread evenly from 4 to the cap of 20: mean 0.58 of it, and hardly two samples alike."""
-    target = 4 + w.rows[:n] * 16 // (COUNT - 1)
-    DECIDE(w, n, (w.count[:n] + 1 < target).float(), tol, *rest)
+    BEGIN(w, n, *rest)
+    w.cap[:n] = 4 + w.rows[:n] * 16 // (COUNT - 1)
+
+
+def spread_evenly(digits: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Sampler:
+    """Nothing but those caps ends an iteration."""
+    monkeypatch.setattr(stopping, "begin", evenly)
+    return sampler(digits, replace(CONFIG, guidance=1.0, tol=1e-6, iters=20, **changes))
 
 
 def test_work_that_stopping_saves(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +287,8 @@ def test_work_that_stopping_saves(digits: Any, monkeypatch: pytest.MonkeyPatch) 
     all_of_it = COUNT * 21 * CONFIG.steps
     used = int(found.stats.iterations.sum())
     assert ran == used <= 0.6 * all_of_it
+    follow(monkeypatch)
+    assert row_iterations(s, monkeypatch)[0] == used
     monkeypatch.setitem(stopping.LAG, "cpu", 1)
     ran, found = row_iterations(s, monkeypatch)
     assert found.stats.iterations.sum() == used
@@ -274,14 +297,15 @@ def test_work_that_stopping_saves(digits: Any, monkeypatch: pytest.MonkeyPatch) 
     assert row_iterations(s, monkeypatch)[0] > ran
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [None, 0, 1])
 def test_work_of_samples_that_stop_apart(
-    digits: Any, lag: int, monkeypatch: pytest.MonkeyPatch
+    digits: Any, lag: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly what is used on a CPU; in buckets, one iteration late, at most 0.8 of everything."""
-    monkeypatch.setitem(stopping.LAG, "cpu", lag)
-    monkeypatch.setattr(stopping, "decide", evenly)
-    s = sampler(digits, replace(CONFIG, guidance=1.0, steps=2, iters=20))
+    if lag is not None:
+        follow(monkeypatch)
+        monkeypatch.setitem(stopping.LAG, "cpu", lag)
+    s = spread_evenly(digits, monkeypatch, steps=2)
     ran, found = row_iterations(s, monkeypatch)
     assert found.stats.iterations[:, 0].tolist() == [[4 + i * 16 // 31 for i in range(COUNT)]] * 2
     assert 0.55 <= found.stats.iterations.double().mean() / 20 <= 0.6
@@ -300,8 +324,7 @@ def test_time_that_stopping_saves(
     """
     stopped = spread(digits)
     if apart:
-        monkeypatch.setattr(stopping, "decide", evenly)
-        stopped = sampler(digits, replace(stopped.config, iters=20))
+        stopped = spread_evenly(digits, monkeypatch, method="ddim")
     cap = stopped.config.iters
     assert cap is not None
     whole = sampler(digits, replace(stopped.config, tol=0.0))
@@ -365,6 +388,7 @@ def test_what_the_caller_set_changes_nothing(digits: Any, solver: Any) -> None:
     assert found.stats.residual.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("followed")
 def test_only_a_tolerance_reads_the_device(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     read = stopping.Flag.read
@@ -397,6 +421,8 @@ def test_groups() -> None:
         assert set(found) <= {8, 4, 2, 1}
         # all but the last begin on the same buffer
         assert all(size % 2 == 0 for size in found[:-1])
+        whole = groups(k, captured=False)
+        assert whole == [8] * (k // 8) + [k % 8] * (k % 8 > 0)
 
 
 def test_reserves() -> None:

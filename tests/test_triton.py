@@ -5,8 +5,6 @@ float32 and float16: the interpreter's bfloat16 dot is wrong.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract import violation
-from interpreter import inside, larger_tiles, outside, run_inside
+from interpreter import inside, larger_tiles, outside, planted, run_inside
 from operator_cases import (
     DTYPES,
     Case,
@@ -126,19 +124,10 @@ def test_planted_fault_is_caught(
 ) -> None:
     """In the real kernels: one changed line, and the cases of its operator fail."""
     module, kernel, line, faulty, op = PLANTED[fault]
-    real = importlib.import_module(f"fpdm.kernels.{module}")
-    text = inspect.getsource(real)
-    assert line in text
-    path = tmp_path / f"planted_{module}.py"
-    path.write_text(text.replace(line, faulty))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    real, copy = planted(module, line, faulty, tmp_path)
     impl, cases = ("triton-fused", FUSED) if module == "gemm_kernels" else ("triton", CASES)
     cases = [c for c in cases if c.op == op and c.t <= 64]
-    monkeypatch.setattr(real, kernel, getattr(planted, kernel))
+    monkeypatch.setattr(real, kernel, getattr(copy, kernel))
     assert any(run_case(operators(impl), case) for case in cases)
 
 

@@ -102,6 +102,17 @@ inline void pack_panel(const Linear& l, i64 panel, Word<T>* dst) {
         pack_rows(w + col, l.weight_stride, l.depth, n, dst, COLS);
 }
 
+template <class T>
+void pack_all(i64 cols, i64 depth, const void* weight, i64 stride, void* out) {
+    const i64 panels = ceil_div(cols, i64(COLS)), size = words<T>(depth) * COLS;
+    Linear l{};
+    l.cols = cols, l.depth = depth, l.transposed = true;
+    l.weight = weight, l.weight_stride = stride;
+    parallel(cols * depth, [&](Team team) {
+        team.each(panels, [&](i64 p) { pack_panel<T>(l, p, static_cast<Word<T>*>(out) + p * size); });
+    });
+}
+
 // one thread's memory in `linear_with`: rows as words, where they cannot be multiplied as they lie,
 // and sums of the runs so far
 template <class T>
@@ -156,9 +167,9 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
     const i64 depth = words<T>(l.depth), panels = ceil_div(l.cols, i64(COLS)), size = depth * COLS,
               group = min2(panels, PANELS), held = Held<T>::size(l, group),
               packed = ceil_div(group * size, i64(16)) * 16, threads = most_threads();
-    const bool shared = l.rows < OWN_PACKING * threads;
-    W* memory = reinterpret_cast<W*>(
-        scratch(size_t(threads * held + (shared ? 1 : threads) * packed + 16) * 4));
+    const bool ready = l.weight_stride == PACKED, shared = l.rows < OWN_PACKING * threads;
+    const i64 copies = ready ? 0 : shared ? 1 : threads;
+    W* memory = reinterpret_cast<W*>(scratch(size_t(threads * held + copies * packed + 16) * 4));
     parallel(l.rows * l.cols * l.depth / 32, [&](Team team) {
         before(team);
         const Team packers = shared ? team : Team{0, 1};
@@ -168,6 +179,11 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
         float* sums = reinterpret_cast<float*>(mine + Held<T>::row_words(l));
         for (i64 first = 0; first < panels; first += group) {
             i64 last = min2(panels, first + group);
+            if (ready) {
+                const W* panel = static_cast<const W*>(l.weight) + first * size;
+                multiply<T>(team, l, first, last, panel, {rows, sums}, epilogue);
+                continue;
+            }
             packers.each(last - first, [&](i64 p) { pack_panel<T>(l, first + p, b + p * size); });
             packers.barrier();
             multiply<T>(team, l, first, last, b, {rows, sums}, epilogue);

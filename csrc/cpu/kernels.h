@@ -8,6 +8,9 @@ namespace fpdm {
 
 using i64 = int64_t;
 
+// stride of a weight that lies as Variant::pack leaves it
+constexpr i64 PACKED = -1;
+
 // dtype codes
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -35,7 +38,7 @@ struct Linear {
     int type, out_type;
     bool transposed, gelu;
     const void *x, *weight;
-    i64 weight_stride;
+    i64 weight_stride;  // or PACKED
     const void *bias, *addend;
     void *pre, *out;  // null where not wanted: pre, and out before a gate
 };
@@ -58,6 +61,7 @@ struct Shape {
 
 struct Variant {
     const char* name;
+    i64 columns, pair;  // of a panel of packed weights; bfloat16 along the sum that lie together
     void (*adaln)(const Rows&, const void* z, Vector shift, Vector scale, void* out);
     void (*adaln_backward)(const Rows&, const void* dy, const void* z, Vector scale, void* dz,
                            Sum dshift, Sum dscale);
@@ -69,6 +73,8 @@ struct Variant {
                                    Sum dgate, void* out);
     void (*gelu)(int type, i64 n, const void* x, void* out);
     void (*gelu_backward)(int type, i64 n, const void* dy, const void* x, void* out, float* total);
+    // W (cols,depth) as panels (cols / columns, depth / pair, columns, pair), zeros behind its end
+    void (*pack)(int type, i64 cols, i64 depth, const void* weight, i64 stride, void* out);
     void (*linear)(const Linear&);
     void (*adaln_linear)(const Linear&, const Block&);
     void (*linear_gate)(const Linear&, const Block&);

@@ -52,6 +52,8 @@ using P = const void*;
 extern const Variant variant;
 const Variant variant = {
     TEXT(FPDM_ISA),
+    COLS,
+    FPDM_BF16_DOT ? 2 : 1,
     [](const Rows& r, P z, Vector shift, Vector scale, void* out) {
         BY_TYPES(r, adaln, r, z, shift, scale, out);
     },
@@ -70,6 +72,9 @@ const Variant variant = {
     [](int type, i64 n, P x, void* out) { BY_TYPE(type, gelu_all, n, x, out); },
     [](int type, i64 n, P dy, P x, void* out, float* total) {
         BY_TYPE(type, gelu_backward_all, n, dy, x, out, total);
+    },
+    [](int type, i64 cols, i64 depth, P weight, i64 stride, void* out) {
+        BY_TYPE(type, pack_all, cols, depth, weight, stride, out);
     },
     [](const Linear& l) { BY_TYPE(l.type, linear, l); },
     [](const Linear& l, const Block& b) { BY_TYPES(b.rows, adaln_linear, l, b); },

@@ -1,5 +1,5 @@
 // gelu:          out = gelu(x)
-// gelu_backward: dx = dy gelu'(x)
+// gelu_backward: dx = dy gelu'(x), total += dx as it is stored
 // add_gelu:      pre = x + addend, out = gelu(pre); x is the product of a library GEMM without bias
 //
 // gelu is the tanh form, x/2 (1 + tanh(w)) = x sigmoid(2 w), w = sqrt(2/pi) (x + 0.044715 x^3), for
@@ -15,7 +15,8 @@ namespace fpdm {
 struct GeluParams {  // "PPPPqi4x": 48 bytes
     const void* x;       // (count,); the pre-activation, or for add_gelu the product
     const void* other;   // gelu: unused; gelu_backward: dy; add_gelu: the addend
-    void* pre;           // add_gelu: receives x + addend, may be x or out; null: not wanted
+    void* pre;           // add_gelu: receives x + addend, may be x or out; gelu_backward: the
+                         // float32 total; null: not wanted
     void* out;           // may be x or other
     i64 count;           // elements
     i32 width;           // of the bias: element i takes other[i % width]; 0: other is a tensor
@@ -102,6 +103,13 @@ FPDM_KERNEL void FPDM_BOUNDS(GeluTraits::threads, GeluTraits::blocks_per_sm)
     FPDM_UNROLL
     for (i32 i = 0; i < 8; ++i) v[i] = dy[i] * gelu_slope<C>(v[i]);
     store8<Aligned>(static_cast<C*>(p.out) + first, n, v);
+    if (p.pre == nullptr) return;
+    float* total = static_cast<float*>(p.pre) + first;
+    float sum[8];
+    load8<Aligned>(total, n, sum);
+    FPDM_UNROLL
+    for (i32 i = 0; i < 8; ++i) sum[i] += round_to<C>(v[i]);
+    store8<Aligned>(total, n, sum);
 }
 
 template <class C, bool Aligned>

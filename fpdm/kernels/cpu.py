@@ -73,23 +73,51 @@ def _vectors(
     return sizes, [(name, v, (b, d), (dtype,)) for name, v in named.items()]
 
 
+def _panels(o: int, i: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Shape of a packed (O,I) weight."""
+    pair = native.pair if dtype == torch.bfloat16 else 1
+    return -(-o // native.columns), -(-i // pair), native.columns, pair
+
+
+def pack(weight: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """W (O,I) as the forward products read it, panels (O/c,I/p,c,p) with zeros behind the end: they
+    take it in place of W and need not pack it in every call, which at few rows is most of their
+    time. None where that cannot be had: products left to the library, widened bfloat16, and tensors
+    without memory of their own, such as fake ones."""
+    dtype = weight.dtype
+    widened = dtype == torch.bfloat16 and native.pair == 1
+    if type(weight) is not Tensor or dtype in LIBRARY_PRODUCTS or widened:
+        return None
+    o, i = weight.shape
+    shape = _panels(o, i, dtype)
+    out = weight.new_empty(shape) if out is None else out
+    inputs: list[Operand] = [("weight", weight, (o, i), DTYPES)]
+    check("pack", DEVICE, inputs, [("out", out, shape, (dtype,))])
+    native.pack(CODES[dtype], o, i, weight.data_ptr(), weight.stride(0), out.data_ptr())
+    return out
+
+
+def weight_operand(weight: Tensor, o: int, i: int, name: str = "weight") -> tuple[int, Operand]:
+    """Row distance of a weight (O,I), or what stands for one that is packed; and the operand."""
+    if weight.dim() == 4:
+        return native.packed, (name, weight, _panels(o, i, weight.dtype), DTYPES)
+    return weight.stride(0), (name, weight, (o, i), DTYPES)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """y = x W^T + b."""
     if weight.dtype in LIBRARY_PRODUCTS:
         return reference.linear(x, weight, bias, out)
     x, dtype = x.contiguous(), weight.dtype
-    o, i = weight.shape
+    o, i = weight.shape[0] if bias is None else bias.shape[0], x.shape[-1]
     shape = (*x.shape[:-1], o)
     out = x.new_empty(shape) if out is None else out
-    operands: list[Operand] = [
-        ("x", x, (*x.shape[:-1], i), (dtype,)),
-        ("weight", weight, (o, i), DTYPES),
-        ("bias", bias, (o,), (dtype,)),
-    ]
+    stride, operand = weight_operand(weight, o, i)
+    operands: list[Operand] = [("x", x, x.shape, (dtype,)), operand, ("bias", bias, (o,), (dtype,))]
     check("linear", DEVICE, operands, [("out", out, shape, DTYPES)])
     native.linear(
         CODES[dtype], CODES[out.dtype], True, _count(out), o, i, x.data_ptr(), weight.data_ptr(),
-        weight.stride(0), _at(bias), out.data_ptr(),
+        stride, _at(bias), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -169,22 +197,23 @@ def linear_add_gelu(
     """gelu(x W^T + u)."""
     if weight.dtype in LIBRARY_PRODUCTS:
         return gelu(_pre_activation(x, weight, addend, pre), out)
-    dtype, (o, i) = weight.dtype, weight.shape
+    dtype, o, i = weight.dtype, addend.shape[-1], x.shape[-1]
     shape = (*x.shape[:-1], o)
     out = x.new_empty(shape) if out is None else out
     is_bias = addend.dim() == 1
+    stride, operand = weight_operand(weight, o, i)
     if pre is not None and pre.data_ptr() == out.data_ptr():
         pre = None
     inputs: list[Operand] = [
-        ("x", x, (*x.shape[:-1], i), (dtype,)),
-        ("weight", weight, (o, i), DTYPES),
+        ("x", x, x.shape, (dtype,)),
+        operand,
         ("addend", addend, (o,) if is_bias else shape, (dtype,)),
     ]
     outputs: list[Operand] = [("pre", pre, shape, (dtype,)), ("out", out, shape, (dtype,))]
     check("linear_add_gelu", DEVICE, inputs, outputs)
     u = addend.data_ptr()
     native.linear_add_gelu(
-        CODES[dtype], _count(out), o, i, x.data_ptr(), weight.data_ptr(), weight.stride(0),
+        CODES[dtype], _count(out), o, i, x.data_ptr(), weight.data_ptr(), stride,
         u if is_bias else 0, 0 if is_bias else u, _at(pre), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -320,22 +349,23 @@ def adaln_linear(
     """y W^T + b, y = adaln(z)."""
     if weight.dtype in LIBRARY_PRODUCTS:
         return reference.linear(adaln(z, shift, scale, y), weight, bias, out)
-    dtype, (o, d) = weight.dtype, weight.shape
+    dtype, o, d = weight.dtype, bias.shape[0], z.shape[-1]
     shape = (*z.shape[:-1], o)
+    stride, operand = weight_operand(weight, o, d)
     y = torch.empty_like(z, dtype=dtype) if y is None else y
     out = z.new_empty(shape, dtype=dtype) if out is None else out
     sizes, vectors = _vectors(z, dtype, shift=shift, scale=scale)
     inputs: list[Operand] = [
-        ("z", z, (*z.shape[:-1], d), DTYPES),
+        ("z", z, z.shape, DTYPES),
         *vectors,
-        ("weight", weight, (o, d), DTYPES),
+        operand,
         ("bias", bias, (o,), (dtype,)),
     ]
     outputs: list[Operand] = [("y", y, z.shape, (dtype,)), ("out", out, shape, (dtype,))]
     check("adaln_linear", DEVICE, inputs, outputs)
     native.adaln_linear(
         *sizes, z.data_ptr(), shift.data_ptr(), row_stride(shift), scale.data_ptr(),
-        row_stride(scale), o, weight.data_ptr(), weight.stride(0), bias.data_ptr(), y.data_ptr(),
+        row_stride(scale), o, weight.data_ptr(), stride, bias.data_ptr(), y.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
     return out
@@ -355,14 +385,15 @@ def _linear_gate(
     modulation: tuple[Tensor, Tensor] | None = None,
     y: Tensor | None = None,
 ) -> None:
-    dtype, (d, i) = weight.dtype, weight.shape
+    dtype, d, i = weight.dtype, z.shape[-1], x.shape[-1]
+    stride, operand = weight_operand(weight, d, i)
     named = {"gate": gate}
     if modulation is not None:
         named["shift"], named["scale"] = modulation
     sizes, vectors = _vectors(z, dtype, **named)
     inputs: list[Operand] = [
         ("x", x, (*z.shape[:-1], i), (dtype,)),
-        ("weight", weight, (d, i), DTYPES),
+        operand,
         ("bias", bias, (d,), (dtype,)),
         ("z", z, z.shape, DTYPES),
         *vectors,
@@ -377,7 +408,7 @@ def _linear_gate(
     check(op, DEVICE, inputs, outputs, {("out", "z")})
     strided = [n for v in named.values() for n in (v.data_ptr(), row_stride(v))]
     native.linear_gate(
-        *sizes, i, x.data_ptr(), weight.data_ptr(), weight.stride(0), bias.data_ptr(),
+        *sizes, i, x.data_ptr(), weight.data_ptr(), stride, bias.data_ptr(),
         z.data_ptr(), *strided[:2], _at(p), z_out.data_ptr(), _at(prev), _at(norms),
         *(strided[2:] or (0, 0, 0, 0)), _at(y),
     )  # fmt: skip

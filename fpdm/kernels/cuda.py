@@ -304,9 +304,7 @@ def gelu_backward(
         (("out", out, x.shape, dtype), ("total", total, x.shape, (torch.float32,))),
         may_alias=(("out", "dy"),),
     )
-    _gelu("gelu_backward", x, out, other=dy)
-    if total is not None:
-        total.add_(out)
+    _gelu("gelu_backward", x, out, other=dy, pre=total)
     return out
 
 

@@ -36,6 +36,7 @@ OPERATORS = (
     "attention", "attention_backward",
     "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln",
 )  # fmt: skip
+TRITON = ("triton", "triton-fused")
 FUSED = ("linear_add_gelu", "adaln_linear", "linear_gate_residual", "linear_gate_residual_adaln")
 _REQUESTED = os.environ.get("FPDM_IMPL") or "auto"
 
@@ -96,7 +97,17 @@ def _operator_set(impl: str) -> SimpleNamespace:
         if impl.endswith("-fused") and name in FUSED:
             fn = functools.partial(fn, fused=True)
         found[name] = _counted(name, "library" if name in library else impl, fn)
-    return SimpleNamespace(name=impl, **found)
+    return SimpleNamespace(name=impl, **found, **_loop(impl))
+
+
+def _loop(impl: str) -> dict[str, Callable[..., Any]]:
+    """Where whole loops are one call (``loops`` says for which dtypes): ``iterate`` and ``solve``,
+    and ``pack`` for the weights that they read."""
+    if impl != "cpu":
+        return {}
+    cpu, loop = (importlib.import_module(f"fpdm.kernels.{name}") for name in ("cpu", "cpu_loop"))
+    counted = {name: _counted(name, impl, getattr(loop, name)) for name in ("iterate", "solve")}
+    return {"loops": loop.loops, "pack": cpu.pack, **counted}
 
 
 def unavailable(
