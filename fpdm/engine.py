@@ -132,9 +132,8 @@ class Sampler:
         self.launches = launches(ks, self.plan.branches, self.table_steps, KEPT[config.reuse])
         self.graphs = self._graphs()
         self._kept: Workspace | None = None
-        # behind what was launched for this sampler, its tables and casts first
-        self._free = _now(self.device)
         self._taken = threading.Lock()
+        self.mark()  # tables and casts may be on their way still
 
     def _make_tables(self) -> None:
         """What the launches look up by step, on the device."""
@@ -216,9 +215,7 @@ class Sampler:
         try:
             # the caller's autocast is none of a captured launch's business, nor of a solver's
             with ops.no_autocast(self.device):
-                if self._free is not None:
-                    # this call may be on another stream
-                    self._free.wait()
+                self.wait()
                 workspace = self._workspace(len(y), mine)
                 for start in range(0, len(y), self.batch):
                     part = slice(start, min(start + self.batch, len(y)))
@@ -234,9 +231,21 @@ class Sampler:
             raise ConfigError(self._too_large(len(y))) from error
         finally:
             if mine:
-                self._free = _now(self.device)
+                self.mark()
                 self._taken.release()
         return Samples(x, found)
+
+    def mark(self) -> None:
+        """Here ends what was launched for this sampler so far."""
+        self._free = _now(self.device)
+
+    def wait(self, buffers: Sequence[Tensor] = ()) -> None:
+        """Before a call, which may be on another stream than the last: after what that launched,
+        with ``buffers``, which outlive the call, held for this stream too."""
+        if self._free is not None:
+            self._free.wait()
+        if buffers:
+            _hold(buffers)
 
     def statistics(self, count: int, residuals: bool) -> SampleStats:
         """Empty ones of ``count`` samples."""

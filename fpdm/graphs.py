@@ -37,6 +37,12 @@ from fpdm.weights import WeightView
 
 GRAPHS = 64  # keys
 TRIALS = 3  # launches timed each way
+# switches of torch.backends.cuda.matmul; those for split k are newer than torch 2.10
+MATMUL = (
+    "allow_fp16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction_split_k",
+    "allow_bf16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction_split_k",
+    "allow_fp16_accumulation",
+)  # fmt: skip
 GAIN = 0.95  # a graph that takes more of the eager time is not worth its memory
 
 
@@ -58,13 +64,17 @@ class GraphKey:
 
 
 def global_settings() -> tuple[Any, ...]:
-    """What torch is told process-wide about how products and indexed writes are computed."""
-    matmul = torch.backends.cuda.matmul
+    """What torch is told process-wide about how products, attention (the routes "sdpa*" of
+    fpdm.kernels.attention_routes) and indexed writes are computed."""
+    cuda = torch.backends.cuda
     # from torch 2.9 on; the older getter raises where a caller has set this one
-    precision = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    precision = getattr(cuda.matmul, "fp32_precision", None)
     return (
-        precision, matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled(),
+        precision or torch.get_float32_matmul_precision(),
+        *(getattr(cuda.matmul, name, None) for name in MATMUL), cuda.preferred_blas_library(),
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -108,10 +108,11 @@ class Denoiser:
         self.shape = (len(self.labels), c.in_channels, c.input_size, c.input_size)
         starts = range(0, len(self.labels), batch)
         self.parts = [slice(start, min(start + batch, len(self.labels))) for start in starts]
-        # one each: their solutions live until the loop is over
-        self.workspaces = [
-            Workspace.allocate(c, self.sampler.sizes(part.stop - part.start)) for part in self.parts
-        ]
+        # one each: their solutions live until the loop is over, in inference mode or out of it
+        with torch.inference_mode(False):
+            self.workspaces = [
+                Workspace.allocate(c, self.sampler.sizes(p.stop - p.start)) for p in self.parts
+            ]
         self.runs: list[Run] = []
         self.position = 0
         self.stats: SampleStats | None = None
@@ -121,16 +122,26 @@ class Denoiser:
         keys = as_keys(check_seeds(seeds, len(self.labels))).to(self.sampler.device)
         return normals(keys, 0, 0, SAMPLE_INIT, self.shape[1:])
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, t: int | Tensor) -> Tensor:
         """The prediction at x (B,C,h,w) and timestep ``t``."""
         if tuple(x.shape) != self.shape:
             raise ConfigError(f"x: got shape {tuple(x.shape)}, expected {self.shape}")
-        with ops.no_autocast(self.sampler.device):
-            self._advance(float(t), x)
-            out = [run.predict(x[part], self.position) for run, part in zip(self.runs, self.parts)]
+        s = self.sampler
+        # what a loop keeps can be written by a later call, whose mode and stream may be others
+        with torch.inference_mode(False), torch.no_grad(), ops.no_autocast(s.device):
+            s.wait(self._kept())
+            try:
+                self._advance(float(t), x)
+                out = [run.predict(x[p], self.position) for run, p in zip(self.runs, self.parts)]
+            finally:
+                s.mark()
         self.position += 1
         return torch.cat(out)[:, : self.shape[1]].to(x.dtype)
+
+    def _kept(self) -> list[Tensor]:
+        """What outlives a call."""
+        stats = [self.stats.residual, self.stats.iterations] if self.stats is not None else []
+        return stats + [buffer for w in self.workspaces for buffer in w.tensors()]
 
     def _advance(self, t: float, x: Tensor) -> None:
         """Check that ``t`` comes next, or begin."""

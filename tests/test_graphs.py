@@ -17,9 +17,8 @@ from fpdm import engine, graphs, run, steps, stopping
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
-from fpdm.graphs import GraphCache, GraphKey, addresses
+from fpdm.graphs import GraphCache, GraphKey
 from fpdm.solvers import Anderson
-from fpdm.weights import PreparedWeights
 
 SMALL = ModelConfig(
     input_size=4, in_channels=2, hidden_size=16, num_heads=2, num_classes=5, pre_depth=1,
@@ -174,79 +173,6 @@ def test_refresh_keeps_graphs_and_their_weights_follow(monkeypatch: pytest.Monke
     assert s.graphs.captures == captures
     assert torch.equal(found, eager(s.config, model).sample(LABELS, SEEDS).x)
     assert not torch.equal(found, first)
-
-
-def test_other_weights_are_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = network(SMALL), network(SMALL, seed=1)
-    s, _ = make(BUSY, model, monkeypatch)
-    assert s.graphs is not None
-    s.sample(LABELS, SEEDS)
-    captures = s.graphs.captures
-    assert captures
-    # the parameters move to new addresses
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), other.parameters()):
-            p.data = q.detach().clone()
-    s.weights.refresh()
-    found = s.sample(LABELS, SEEDS).x
-    assert s.graphs.captures == 2 * captures
-    assert torch.equal(found, eager(BUSY, other).sample(LABELS, SEEDS).x)
-    again = PreparedWeights(model, torch.float32, fold=True)
-    assert addresses(again) != addresses(s.weights)
-    assert addresses(s.weights) == addresses(s.weights)
-
-
-def test_what_a_key_tells_apart() -> None:
-    key = GraphKey("iterate", 6, (8,), (4, 16), (torch.float32,), "cpu", "reference", 0, (1, 2))
-    changes: list[dict[str, Any]] = [
-        {"piece": "update"}, {"rows": 4}, {"variant": (4,)}, {"shape": (4, 32)},
-        {"dtypes": (torch.bfloat16,)}, {"device": "cuda:1"}, {"impl": "triton"}, {"buffers": 1},
-        {"weights": (1, 3)},
-    ]  # fmt: skip
-    assert len({key, *(replace(key, **change) for change in changes)}) == 1 + len(changes)
-    assert len(changes) == len(vars(key))
-
-
-@pytest.fixture
-def precision() -> Iterator[Any]:
-    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    yield matmul
-    matmul.fp32_precision = torch.backends.fp32_precision = "none"
-    torch.set_float32_matmul_precision(before)
-
-
-def test_settings_that_the_captured_work_depends_on(
-    monkeypatch: pytest.MonkeyPatch, precision: Any
-) -> None:
-    """Statistics, TF32 and reduced sums are decided at capture."""
-    model = network(SMALL)
-    s, _ = make(BUSY, model, monkeypatch)
-    assert s.graphs is not None
-    s.sample(LABELS, SEEDS)
-    seen = [len(s.graphs.entries)]
-    s.sample(LABELS, SEEDS, stats=False)
-    seen.append(len(s.graphs.entries))
-    torch.set_float32_matmul_precision("high")
-    s.sample(LABELS, SEEDS)
-    seen.append(len(s.graphs.entries))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    s.sample(LABELS, SEEDS)
-    seen.append(len(s.graphs.entries))
-    assert seen == [seen[0] * i for i in (1, 2, 3, 4)]
-
-
-def test_both_ways_of_setting_tf32(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
-    """Where a caller uses torch's newer setting, the older getter raises."""
-    if not hasattr(precision, "fp32_precision"):
-        pytest.skip("torch before 2.9")
-    precision.fp32_precision = "ieee"
-    first = graphs.global_settings()
-    precision.fp32_precision = "tf32"
-    with pytest.raises(RuntimeError):
-        torch.get_float32_matmul_precision()
-    assert graphs.global_settings() != first
-    s, _ = make(BUSY, network(SMALL), monkeypatch)
-    assert s.sample(LABELS[:2], SEEDS[:2]).x.isfinite().all()
 
 
 # the cache

@@ -4,14 +4,17 @@ their options."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fpdm import evaluate, figures, sample
-from fpdm.config import ConfigError
+from bench import __main__ as bench
+from fpdm import data, evaluate, figures, sample, sweep
+from fpdm.config import ConfigError, load_config
 from fpdm.schedulers import Denoiser
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +81,53 @@ def test_commands_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = "```bash\npython -m fpdm.sample --stepz 3\npython -m fpdm.evaluate --swep  # x\n```\n"
     bad += "or `python -m fpdm.sample --budget 12 --steps 20`, which does not fit"
     assert len(mistakes(bad, monkeypatch)) == 3
+
+
+def refused(text: str) -> list[str]:
+    """Commands of ``text`` of the other modules, and targets of make, that do not exist."""
+    found = []
+    parsers: dict[str, Callable[[list[str]], Any]] = {
+        "fpdm.train": lambda argv: load_config(argv[0].replace("my.yaml", "digits"), argv[1:]),
+        "fpdm.data": data._parser().parse_args,
+        "bench": bench.parser().parse_args,
+    }
+    for module, parse in parsers.items():
+        for argv in commands(module, text):
+            try:
+                parse(argv)
+            except (ConfigError, SystemExit):
+                found.append(f"{module} {' '.join(argv)}")
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)|`make (\w+)`", text, re.M)
+    found += [a or b for a, b in targets if f"\n{a or b}: " not in makefile]
+    modules = {module for _, module in re.findall(r"(python|run \S*) -m ([a-z.]+)", text)}
+    return found + [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def test_other_commands_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {len(commands(m, README)) > 0 for m in ("fpdm.train", "fpdm.data", "bench")} == {True}
+    assert refused(README) == []
+    bad = "```bash\nmake it\npython -m fpdm.train digits --train.stpes 3\npython -m fpdm.dta x\n"
+    bad += "python -m bench --fast\n```\nand `python -m fpdm.data convert`"
+    assert len(refused(bad)) == 5
+
+
+def test_the_picture_of_the_files_is_true() -> None:
+    """Every module stands where things are, and every path that is named exists."""
+    picture = README.partition("## Where things are")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\w+\.py", picture))
+    there = {p.name for p in (ROOT / "fpdm").rglob("*.py") if p.name != "__init__.py"}
+    assert named <= there
+    # kernels/ has more than its main ones
+    assert {p.name for p in (ROOT / "fpdm").glob("*.py")} - named == {"__init__.py"}
+    paths = re.findall(r"`((?:fpdm|tests|bench|docs|csrc)/[\w./-]+)`", README)
+    assert len(paths) >= 10
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+def test_the_sweep_is_that_of_its_rows() -> None:
+    rows = json.loads((ROOT / "docs" / "sweep.json").read_text())["rows"]
+    assert "\n".join(sweep.table(rows)) in README
 
 
 def test_pictures_are_there() -> None:

@@ -11,7 +11,7 @@ from conftest import random_model, relative
 from recorder import RecordingBackend
 from torch import Tensor
 
-from fpdm import classifier, graphs
+from fpdm import classifier, engine, graphs
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -142,6 +142,66 @@ def test_a_second_loop_begins_anew() -> None:
         denoise(x, t)
     assert torch.equal(loop(denoise, scheduler), whole)
     assert denoise(x.double(), 999).dtype == torch.float64
+
+
+@pytest.mark.parametrize("changes", [{}, {"budget": None, "iters": 6, "tol": 0.2}])
+@pytest.mark.parametrize("modes", [(True, False), (False, True)])
+def test_inference_mode_may_come_and_go(modes: tuple[bool, ...], changes: dict[str, Any]) -> None:
+    """While a denoiser is made, in a loop's first timestep, between timesteps and between loops."""
+    model, diffusion = random_model(SMALL), Diffusion(DiffusionConfig())
+    config = replace(BUSY, allocation="constant", reuse="extrapolate", **changes)
+    timesteps = [999, 700, 300, 50]
+
+    def predictions(made: bool, *called: bool) -> list[Tensor]:
+        with torch.inference_mode(made):
+            denoise = Denoiser(model, diffusion, replace(config, steps=4), timesteps, LABELS)
+            x, found = denoise.noise(SEEDS), []
+        for mode, t in zip(called, 3 * timesteps):
+            with torch.inference_mode(mode):
+                found.append(denoise(x, t))
+                assert not found[-1].requires_grad
+        return found
+
+    usual = predictions(*[False] * 13)
+    mixed = predictions(modes[0], *modes, *modes[::-1], *modes[::-1], *modes, *modes, *modes)
+    assert len(mixed) == len(usual) == 12
+    assert all(torch.equal(a, b) for a, b in zip(mixed, usual))
+
+
+def test_streams_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call waits for what was launched before it, on whichever stream; what a loop keeps is
+    held for the stream of every call."""
+
+    class Event:
+        waits = 0
+
+        def wait(self) -> None:
+            self.waits += 1
+
+    events: list[Event] = []
+    held: list[set[int]] = []
+
+    def now(device: torch.device) -> Event:
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(engine, "_now", now)
+    monkeypatch.setattr(
+        engine, "_hold", lambda buffers: held.append({b.data_ptr() for b in buffers})
+    )
+    config = replace(BUSY, steps=2, budget=None, iters=2, allocation="constant")
+    denoise = Denoiser(random_model(SMALL), Diffusion(DiffusionConfig()), config, [999, 9], LABELS)
+    assert len(events) == 1
+    for n, t in enumerate([999, 9, 999], 1):
+        denoise(denoise.noise(SEEDS), t)
+        assert [e.waits for e in events] == [1] * n + [0]
+    buffers = {b.data_ptr() for w in denoise.workspaces for b in w.tensors()}
+    assert all(buffers <= kept for kept in held)
+    with pytest.raises(ConfigError):
+        denoise(denoise.noise(SEEDS), 400)
+    assert [e.waits for e in events] == [1] * 4 + [0]
+    assert denoise.stats is not None
+    assert denoise.stats.residual.data_ptr() in held[-1]
 
 
 def test_replays_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
