@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fpdm.graphs import CudaBackend
+
 Arm = Callable[[], object]
 # rounds: a median of fewer is one of its samples' luck
 LEAST = 5
@@ -48,11 +50,14 @@ def replayed(fn: Arm, calls: int = REPLAYED) -> Arm:
         for _ in range(2):
             fn()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # unlike torch.cuda.graph's, a capture of it that fails spoils no later one
+    backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
+
+    def work() -> None:
         for _ in range(calls):
             fn()
-    return graph.replay
+
+    return backend.capture(work).replay
 
 
 def device_times(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, Times], dict[str, str]]:
