@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--against", help="JSON file or commit")
     p.add_argument("--compare", action="store_true", help="what is in --out, without measuring it")
     p.add_argument("--tolerance", type=float, default=0.12, help="slower by more is told: 0.12")
-    p.add_argument("--processes", type=int, default=11, help="of single operators on a CPU: 11")
+    p.add_argument("--processes", type=int, default=11, help="of single operators on a CPU: to 11")
     p.add_argument("--threads", type=int, help="of torch")
     p.add_argument("--strict", action="store_true", help="a failing row ends the run")
     p.add_argument("--count", action="store_true", help="only count memory and the cost model")

@@ -52,14 +52,15 @@ class Device:
     processors: int
 
 
-# V100: large cuBLAS GEMMs and copies as others report them; A100 and H100: 0.8 of the data sheet's
-# rates; H200: our ceilings, bench/results/nvidia-h200. The gap is HazyResearch's for H100
+# V100: large cuBLAS GEMMs and copies as others report them; A100: 0.8 of the data sheet's rates;
+# H200: our ceilings, bench/results/nvidia-h200; H100: the same chip's FLOP/s, and 0.8 of the data
+# sheet's bandwidth. The gap is HazyResearch's for H100
 DEVICES = {
     d.name: d
     for d in (
         Device("V100", 95e12, 0.80e12, 1.3e-6, 80),
         Device("A100", 250e12, 1.6e12, 1.3e-6, 108),
-        Device("H100", 700e12, 2.7e12, 1.3e-6, 132),
+        Device("H100", 730e12, 2.7e12, 1.3e-6, 132),
         Device("H200", 730e12, 4.14e12, 1.3e-6, 132),
     )
 }

@@ -8,7 +8,7 @@ ceiling. What an operator overwrites in place, or adds to, counts twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +159,8 @@ def iteration(s: Setting) -> Iterator[Row]:
     heads = s.config.num_heads
 
     def state() -> SimpleNamespace:
-        model = randomised(s.config, s.device)
+        # nothing but the iterated block
+        model = randomised(replace(s.config, pre_depth=0, post_depth=0), s.device)
         b, t, d = s.batch, s.config.tokens, s.config.hidden_size
         like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
         shapes = ((b, t, d), (b, t, 2 * d), (b, 6 * d))

@@ -9,22 +9,33 @@ import json
 from typing import Any
 
 from bench import machine
-from bench.report import HEAD, LIBRARY, _cells, ceilings, duration, reason, unmeasured
+from bench.report import (
+    HEAD,
+    LIBRARY,
+    PREDICTED,
+    _cells,
+    ceilings,
+    duration,
+    predictions,
+    reason,
+    unmeasured,
+)
 from bench.rows import OURS
 
 BLUE, RED, GREY = "#2b6cb0", "#c53030", "#cbd5e0"
 COLOURS = {
     LIBRARY: "#c53030", "plain PyTorch": "#a0aec0", "published eager": "#4a5568",
     "published eager float32": "#a0aec0", "published compiled": "#dd6b20",
-    "published, map compiled": "#dd6b20", "published frozen": "#b7791f", "DiT by fpdm": "#2f855a",
-    "DiT eager": "#9ae6b4",
+    "published, map compiled": "#f6ad55", "published frozen": "#744210", "DiT by fpdm": "#2f855a",
+    "DiT eager": "#9ae6b4", "fpdm without graphs": "#63b3ed",
     "fused": "#805ad5", "foreach": "#d53f8c", "onepass": "#00a3c4",
 }  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;
 color:#1a202c}h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #e2e8f0}
-p.note{color:#4a5568;margin:.3em 0 1em}img{max-width:100%;display:block;margin:1em 0}
+p.note{color:#4a5568;margin:.3em 0 1em}img{width:100%;display:block;margin:1em 0}
 table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:3px 8px;text-align:left;
 border-bottom:1px solid #e2e8f0;vertical-align:top}th{background:#f7fafc}
+td:nth-child(-n+3),td:nth-child(6){white-space:nowrap}
 dl{display:grid;grid-template-columns:9em 1fr;gap:.1em 1em;margin:1em 0}dt{color:#4a5568}
 dd{margin:0}summary{cursor:pointer;margin:1em 0}pre{white-space:pre-wrap;font-size:12px}"""
 
@@ -54,9 +65,10 @@ def picture(drawn: Any, alt: str) -> str:
 
 
 def label(axis: Any, x: float, y: float, text: str) -> None:
-    """Small words right of the end of a bar."""
+    """Small words right of the end of a bar, over whatever is drawn there."""
+    over = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     axis.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8,
-                  color="#4a5568")  # fmt: skip
+                  color="#4a5568", bbox=over, zorder=5)  # fmt: skip
 
 
 def rows_of(result: dict[str, Any], suite: str) -> list[dict[str, Any]]:
@@ -76,14 +88,18 @@ def overview(result: dict[str, Any]) -> str:
         for name, arm in row["arms"].items():
             if name != OURS:
                 label = None if name in seen else name
-                axis.plot(arm["ratio"], place, "o" if name != LIBRARY else "|", markersize=8,
+                # frozen and compiled often lie on each other
+                marker = {LIBRARY: "|", "published frozen": "D"}.get(name, "o")
+                axis.plot(arm["ratio"], place, marker, markersize=5 if marker == "D" else 8,
                           markeredgewidth=2 if name == LIBRARY else 0, label=label,
                           color=COLOURS.get(name, "black"), alpha=0.9)  # fmt: skip
                 seen.add(name)
     axis.axvline(1, color=BLUE, linewidth=2)
     axis.set_xscale("log", base=2)
     low, high = axis.get_xlim()
-    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if low <= t <= high]
+    fine = (0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 2, 2.5, 3)
+    coarse = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    ticks = [t for t in (fine if high / low < 8 else coarse) if low <= t <= high]
     axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(rows)), [f"{r['suite']}: {r['name']}" for r in rows], fontsize=8)
@@ -107,8 +123,9 @@ def floors(result: dict[str, Any], suite: str) -> str:
             told = (f"{n} {duration(arm['median_s'])}" for n, arm in whole["arms"].items())
             title += ": the whole iteration " + ", ".join(told)
         drawn, (axis,) = figure(10, 1.0 + 0.42 * len(parts))
+        draw = _dots if suite == "operators" else _bars
         for place, row in enumerate(parts.values()):
-            _bars(axis, place, row, result["ceilings"])
+            draw(axis, place, row, result["ceilings"])
         axis.set_yticks(range(len(parts)), list(parts))
         axis.invert_yaxis()
         axis.set_xlabel("milliseconds")
@@ -117,7 +134,7 @@ def floors(result: dict[str, Any], suite: str) -> str:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
             low, high = axis.get_xlim()
-            axis.set_xlim(low, high * 3)
+            axis.set_xlim(low, high * 7)
         else:
             axis.margins(x=0.2)
             axis.set_xlim(left=0)
@@ -127,41 +144,61 @@ def floors(result: dict[str, Any], suite: str) -> str:
     return "\n".join(found)
 
 
-def _bars(axis: Any, place: int, row: dict[str, Any], rates: dict[str, float]) -> None:
+def _floor(row: dict[str, Any], rates: dict[str, float]) -> tuple[float, float, float, str]:
+    """Milliseconds of plain PyTorch, ours and the floor, and our share of the ceiling in words."""
     compute = row["flops"] / machine.gemm_ceiling(rates, row["dtype"])
     move = row["bytes"] / rates["copy"]
     floor = 1e3 * max(compute, move)
     plain, ours = (1e3 * row["arms"][n]["median_s"] for n in ("plain PyTorch", OURS))
+    ceiling = "GEMM" if compute > move else "copy"
+    return plain, ours, floor, f"fpdm: {floor / ours:.0%} of the {ceiling} ceiling"
+
+
+def _bars(axis: Any, place: int, row: dict[str, Any], rates: dict[str, float]) -> None:
+    plain, ours, floor, told = _floor(row, rates)
     labels = ("plain PyTorch", OURS, "floor") if place == 0 else (None,) * 3
     axis.barh(place - 0.2, plain, 0.34, color=GREY, label=labels[0])
     axis.barh(place + 0.2, ours, 0.34, color=BLUE, label=labels[1])
     axis.plot([floor] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2, label=labels[2])
-    ceiling = "GEMM" if compute > move else "copy"
-    label(axis, max(plain, ours, floor), place, f"{floor / ours:.0%} of the {ceiling} ceiling")
+    label(axis, max(ours, floor), place + 0.2, told)
+
+
+def _dots(axis: Any, place: int, row: dict[str, Any], rates: dict[str, float]) -> None:
+    """On a logarithmic axis, where a bar would begin anywhere."""
+    plain, ours, floor, told = _floor(row, rates)
+    labels = ("plain PyTorch", OURS, "floor") if place == 0 else (None,) * 3
+    axis.plot([ours, plain], [place] * 2, color=GREY, linewidth=2)
+    axis.plot(plain, place, "o", color=COLOURS["plain PyTorch"], markersize=9, label=labels[0])
+    axis.plot(ours, place, "o", color=BLUE, markersize=9, label=labels[1])
+    axis.plot([floor] * 2, [place - 0.35, place + 0.35], color=RED, linewidth=2, label=labels[2])
+    label(axis, 1.05 * max(plain, ours, floor), place, told)
 
 
 def speed(result: dict[str, Any]) -> str:
-    """Images per second against batch, with and without guidance."""
-    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    """Images per second against batch, with and without guidance, where there are batches."""
+    lines: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in rows_of(result, "sampler"):
         label, batch, dtype, *rest = row["name"].split(" ")
         for name, arm in row["arms"].items():
-            key = (f"{label} {' '.join(rest)}", dtype, name)
-            lines.setdefault(key, []).append((int(batch[1:]), row["images"] / arm["median_s"]))
-    titles = list(dict.fromkeys(title for title, _, _ in lines))
+            # the float32 baseline of a row in half precision is that of the float32 row
+            shown = "float32" if name.endswith(" float32") else dtype
+            key = (f"{label} {' '.join(rest)}", shown, name.removesuffix(" float32"))
+            points = lines.setdefault(key, {})
+            points.setdefault(int(batch[1:]), row["images"] / arm["median_s"])
+    sizes = {t: {b for key, p in lines.items() if key[0] == t for b in p} for t, _, _ in lines}
+    titles = [title for title, batches in sizes.items() if len(batches) > 1]
     if not titles:
         return ""
     drawn, axes = figure(10, 4, len(titles))
     for axis, title in zip(axes, titles):
         for (mine, dtype, name), points in lines.items():
             if mine == title:
-                told = name if "float32" in name else f"{name}, {dtype}"
-                axis.plot(*zip(*sorted(points)), label=told,
+                axis.plot(*zip(*sorted(points.items())), label=f"{name}, {dtype}",
                           color=BLUE if name == OURS else COLOURS.get(name),
                           marker="o" if dtype == "float32" else "s")  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
-        batches = sorted({b for key, p in lines.items() if key[0] == title for b, _ in p})
+        batches = sorted(sizes[title])
         axis.set_xticks(batches, [str(b) for b in batches])
         axis.set(xlabel="batch", ylabel="images/s", title=title)
         axis.legend(fontsize=8, frameon=False)
@@ -209,7 +246,7 @@ def modelled(counted: dict[str, Any]) -> str:
             colour = RED if name == LIBRARY else (GREY, "#90cdf4", BLUE)[index % 3]
             axis.bar(places, [r[name] for r in rows], 0.18, color=colour, label=name)
         axis.set_xticks(range(len(rows)), [r["device"] for r in rows])
-        axis.set(title=f"batch {batch} (a model)", ylabel="us per sample and iteration")
+        axis.set(title=f"XL/2, batch {batch} (a model)", ylabel="µs per sample and iteration")
         axis.legend(fontsize=8, frameon=False)
     return picture(drawn, "predicted time of an iteration on named devices")
 
@@ -221,7 +258,7 @@ def memory_curve(counted: dict[str, Any]) -> str:
                "recompute full": "#1a365d"}  # fmt: skip
     for name, points in counted["curve"].items():
         left.plot(*zip(*points), marker="o", label=name, color=colours.get(name, "#718096"))
-    left.set(title=f"FPDM XL/2, batch {counted['batch']}, bf16", ylabel="GB",
+    left.set(title=f"a training step of FPDM XL/2, batch {counted['batch']}, bf16", ylabel="GB",
              xlabel="iterations with gradient, m")  # fmt: skip
     left.set_ylim(bottom=0)
     left.legend(fontsize=8, frameon=False)
@@ -254,15 +291,17 @@ def measured_memory(result: dict[str, Any]) -> str:
     if not rows:
         return ""
     drawn, (axis,) = figure(10, 0.9 + 0.45 * len(rows))
+    largest = max(a.get("peak_bytes", 0) for r in rows for a in r["arms"].values())
+    scale, unit = (1e9, "GB") if largest > 2e9 else (1e6, "MB")
     for place, row in enumerate(rows):
-        arms = {n: a["peak_bytes"] / 1e6 for n, a in row["arms"].items() if "peak_bytes" in a}
+        arms = {n: a["peak_bytes"] / scale for n, a in row["arms"].items() if "peak_bytes" in a}
         for shift, (name, colour) in zip((-0.2, 0.2), (("published eager", GREY), (OURS, BLUE))):
-            size = arms.get(name, 0.0)
-            axis.barh(place + shift, size, 0.36, color=colour, label=None if place else name)
-            label(axis, size, place + shift, f"{size:.0f}")
+            size = arms.get(name)
+            axis.barh(place + shift, size or 0, 0.36, color=colour, label=None if place else name)
+            label(axis, size or 0, place + shift, f"{size:.3g}" if size else "not measured")
     axis.set_yticks(range(len(rows)), [r["name"] for r in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("MB that forward and backward need beyond weights and gradients, measured")
+    axis.set_xlabel(f"{unit} that forward and backward need beyond weights and gradients, measured")
     axis.legend(frameon=False)
     return picture(drawn, "measured memory of the training rows")
 
@@ -274,25 +313,30 @@ def facts(result: dict[str, Any]) -> str:
         "machine": result["machine"],
         "processor": f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores, "
         f"{cpu.get('memory_gib')} GiB, {' '.join(cpu.get('flags', ()))}",
-        "devices": "; ".join(f"{k}: {v}" for k, v in result["devices"].items()),
+        "devices": "; ".join(f"{k}: {_plainly(v)}" for k, v in result["devices"].items()),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
         "commit": result["commit"],
         "command": result["command"],
-        "load average before": result.get("load"),
-        "took": duration(result.get("seconds", 0.0)),
+        "load before": f"{result['load']:.1f}" if result.get("load") is not None else None,
+        "took": duration(result["seconds"]) if "seconds" in result else None,
         "ceilings": ceilings(result),
+        "note": result.get("note"),
     }
+    shown = {k: v for k, v in shown.items() if v is not None}
     cells = (f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in shown.items())
     return f"<dl>{''.join(cells)}</dl>"
 
 
-def numbers(result: dict[str, Any]) -> str:
-    """Every row as a table."""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(r)) + "</tr>"
-        for r in result["rows"]
-    )
-    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in HEAD)}</tr>{rows}</table>"
+def _plainly(value: Any) -> str:
+    """A device's facts, or why there is none."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    cells = ("".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 
 
 def section(title: str, note: str, *pictures: str) -> str:
@@ -303,35 +347,41 @@ def section(title: str, note: str, *pictures: str) -> str:
 
 def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
     """The whole page."""
+    predicted = predictions(result)
     raw = html.escape(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
     parts = [
-        section("At a glance", "Every arm ran in one process, in turn. The red stroke is the "
-                "library's products alone: what calls the library cannot pass it.",
+        section("At a glance", "Every arm's time over ours; all ran in one process, in turn. The "
+                "red stroke is the library's products alone, which nothing passes that calls it.",
                 overview(result)),
         section("Parts of an iteration against their floor", "Each fused call of one iteration "
-                "without gradient. The floor is the larger of FLOPs over the measured GEMM rate "
-                "and bytes over the measured copy rate; what fits the caches can beat it.",
-                floors(result, "iteration")),
+                "without gradient, and plain PyTorch's time for the same. The floor is the larger "
+                "of FLOPs over the measured GEMM rate and bytes over the measured copy rate; what "
+                "fits the caches can beat it.", floors(result, "iteration")),
         section("Cost against k", "One evaluation of the network per sample.",
                 cost_against_k(result)),
-        section("Images per second", "The whole sampler, from noise to images.", speed(result)),
+        section("Images per second", "The whole sampler, from noise to images: S timesteps of k "
+                "iterations.", speed(result)),
         section("Memory", "Left and right: counted storage by storage without allocating it. "
                 "Below: measured here.", memory_curve(counted) if counted else "",
                 measured_memory(result)),
-        section("Other devices", "Predicted from counted FLOPs, bytes and launches, and each "
-                "device's rates, in half precision. Not a measurement. Published: modulation and "
-                "concatenation in every iteration, a kernel a call; library: hoisted, the "
-                "library's products and fused kernels between them; fused: those inside the "
-                "products.", modelled(counted) if counted else ""),
-        section("Operators against their floor", "Forward and backward.",
+        section("The cost model against measurements", "One evaluation of the network in half "
+                "precision. The model knows nothing of the host, which bounds at batch 1 whatever "
+                "is not replayed as a graph.", grid(PREDICTED, predicted) if predicted else ""),
+        section("Other devices", "Predicted from counted FLOPs, bytes, launches and waves of "
+                "tiles, and each device's rates, in half precision. Not a measurement. Published: "
+                "modulation and concatenation in every iteration, a kernel a call; library: "
+                "hoisted, the library's products and fused kernels between them; fused: those "
+                "inside the products.", modelled(counted) if counted else ""),
+        section("Operators against their floor", "Forward and backward; a logarithmic axis.",
                 floors(result, "operators")),
     ]  # fmt: skip
     lines = "".join(f"<li>{html.escape(line)}" for line in unmeasured(result))
     gone = f"<h2>Not measured</h2><ul>{lines}</ul>" if lines else ""
+    every = grid(HEAD, [_cells(r) for r in result["rows"]])
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fpdm bench</title>"
         f"<style>{STYLE}</style><h1>fpdm bench</h1>{facts(result)}{''.join(parts)}"
         f"<h2>Every number</h2><details open><summary>{len(result['rows'])} rows</summary>"
-        f"{numbers(result)}</details>{gone}<details><summary>machine, versions, ceilings as JSON"
+        f"{every}</details>{gone}<details><summary>machine, versions, ceilings as JSON"
         f"</summary><pre>{raw}</pre></details></html>\n"
     )

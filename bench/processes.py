@@ -22,7 +22,7 @@ from bench.rows import OURS, Row
 
 SUITES = ("operators", "iteration")
 # as many as fit the seconds, and a median needs three; rounds of each row in one
-LEAST, SECONDS, ROUNDS = 3, 150.0, 5
+LEAST, SECONDS, ROUNDS = 3, 120.0, 5
 
 
 def pool(found: list[Found], ceilings: dict[str, float]) -> Found:

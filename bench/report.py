@@ -28,6 +28,7 @@ TABLES = {
 }
 HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours (IQR between processes)",
         "of the ceiling", "peak"]  # fmt: skip
+PREDICTED = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
 
 
 def duration(seconds: float) -> str:
@@ -76,7 +77,7 @@ def _between(arm: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     why = reason(row)
     if why is not None:
-        return [row["suite"], row["name"], why, "", "", ""]
+        return [row["suite"], row["name"], "", why, "", ""]
     others = [
         f"{name} {times(arm)}{_between(arm)}" for name, arm in row["arms"].items() if name != OURS
     ] + [f"{name}: {why}" for name, why in row["missing"].items()]
@@ -242,11 +243,10 @@ def machine_section(result: dict[str, Any]) -> str:
         )
     lines = predictions(result)
     if lines:
-        head = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
         parts.append(
             "The cost model (below) beside what was measured. It knows nothing of the host, which "
             "bounds at batch 1 whatever is not replayed as a graph, here all but fpdm:\n\n"
-            f"{markdown(head, lines)}\n"
+            f"{markdown(PREDICTED, lines)}\n"
         )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
@@ -293,7 +293,9 @@ def readme_section(results: list[dict[str, Any]], counted: dict[str, Any] | None
         "Baselines run in the same process as ours, in turn, round by round; `2.00x` means that "
         "the baseline takes twice our time. *gemm + attention* is the library's products alone, "
         "with nothing between them; *published* is the published architecture written plainly; "
-        "DiT has the blocks of its preset (S/2: 12), else as many as ours evaluates. Peak memory "
+        "DiT has the blocks of its preset (S/2: 12), else as many as ours evaluates. A row names "
+        "model, batch B, dtype, timesteps S and iterations k, in training n without gradient and m "
+        "with it and what is recomputed; ± is the interquartile range over the median. Peak memory "
         "is what the call needs beyond weights, counted by live storages on a CPU.\n"
     ]
     parts += [machine_section(r) for r in results]

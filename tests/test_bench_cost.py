@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cost, machine, memory, published, suites
+from bench import cost, machine, memory, published, report, suites
 from fpdm.block import (
     SAVED,
     BlockGrads,
@@ -206,3 +206,21 @@ def test_stand_ins_cover_every_operator() -> None:
     assert set(OPERATORS) <= set(vars(found))
     z = torch.empty(2, 3, 8)
     assert isinstance(found.adaln(z, z[:, 0], z[:, 0]), Tensor)
+
+
+def test_predictions_stand_beside_measurements() -> None:
+    """Per evaluation of the network; guidance doubles the batch, other devices have no row."""
+    device, shape = cost.DEVICES["H200"], (XL, 16, 8)
+    measured = {
+        "fpdm": 28 * 2 * cost.seconds(cost.network(*shape), device),
+        "published eager": 28 * 3 * cost.seconds(cost.network(*shape, style="published"), device),
+    }
+    arms = {name: {"median_s": seconds} for name, seconds in measured.items()}
+    name = "XL/2 B8 bfloat16 S=28 k=8 guidance 4"
+    rows = [{"suite": "sampler", "name": n, "arms": arms} for n in (name, "S/2 B8 bfloat16 k=8")]
+    found = report.predictions({"machine": "nvidia-h200", "rows": rows})
+    assert [(line[1], line[-1]) for line in found] == [
+        ("fpdm", "2.00"),
+        ("published eager", "3.00"),
+    ]
+    assert report.predictions({"machine": "amd-epyc-2-threads", "rows": rows}) == []
