@@ -39,7 +39,10 @@ def setting(batch: int, dtype: torch.dtype = torch.bfloat16) -> Setting:
     return Setting("XL/2", XL, batch, dtype, torch.device("cuda"))
 
 
-def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters: int = 8) -> Row:
+def sampling(
+    s: Setting, guidance: float, compiled: bool, steps: int = 28, iters: int = 8,
+    method: str = "ddim",
+) -> Row:  # fmt: skip
     """Images from noise. ``compiled``: against torch.compile, else against eager PyTorch, and the
     time of our own launches without graphs."""
 
@@ -51,7 +54,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         def ours(graphs: str) -> tuple[engine.Sampler, Arm]:
             config = SamplerConfig(
                 steps=steps, iters=iters, guidance=guidance, batch=s.batch, graphs=graphs,  # type: ignore[arg-type]
-                dtype=dtype_name(s.dtype),  # type: ignore[arg-type]
+                dtype=dtype_name(s.dtype), method=method,  # type: ignore[arg-type]
             )  # fmt: skip
             sampler = engine.Sampler(model, diffusion, config)
             run = partial(sampler.sample, labels, seeds, stats=False)
@@ -92,6 +95,7 @@ def sampling(s: Setting, guidance: float, compiled: bool, steps: int = 28, iters
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
+    name += "" if method == "ddim" else f" {method}"
     return Row("sampler", name + (" compiled" if compiled else ""), build, 5)
 
 
@@ -219,7 +223,7 @@ def rows() -> list[Row]:
     found = [*operators(large), *iteration(large)]
     found += [network(large, full=False)]
     found += [sampling(large, 1.0, False), sampling(setting(8), 4.0, False)]
-    found += [sampling(one, 4.0, False)]
+    found += [sampling(one, 4.0, False), sampling(one, 4.0, False, method="ddpm")]
     found += [training(large, [(5, 6)], mode, False, mode == "none")
               for mode in ("none", "elementwise", "full")]  # fmt: skip
     found += [training(large, drawn(), "none", False, True)]

@@ -286,7 +286,8 @@ def published_sampler(
     labels: list[int],
     seeds: list[int],
 ) -> Arm:
-    """The published loop: the whole network at every timestep, on [cond; null] under guidance."""
+    """The published loop: the whole network at every timestep, on [cond; null] under guidance;
+    noise from torch's generator."""
     shape, guidance = (s.config.in_channels, *(s.config.input_size,) * 2), sampler.config.guidance
 
     def run() -> None:
@@ -301,7 +302,8 @@ def published_sampler(
                 twice = torch.cat([x, x]).to(s.dtype), times.repeat(2), torch.cat([y, null])
                 cond, free = plain(*twice, k).chunk(2)
                 out = engine.steps.guide(cond, free, guidance, None)
-            x = engine.steps.step(x, out.float(), sampler.rows[index], None)
+            z = torch.randn_like(x) if sampler.table.random[index] else None
+            x = engine.steps.step(x, out.float(), sampler.rows[index], z)
 
     return _no_grad(run)
 
