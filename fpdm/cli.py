@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fpdm import settings
+from fpdm.allocator import keep_freed_memory
 from fpdm.settings import ConfigError, UserError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def run_main(
     A UserError, an OSError and an interrupt become one line on stderr; anything else keeps its
     traceback.
     """
+    keep_freed_memory()
     try:
         with _warnings_of(prog):
             status = fn(list(sys.argv[1:] if argv is None else argv)) or 0

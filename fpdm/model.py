@@ -138,8 +138,9 @@ class _Transformer(nn.Module):
     def _label(self, y: Tensor, w: WeightView) -> Tensor:
         return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
 
-    def _vectors(self, c: Tensor, name: str, w: WeightView) -> Tensor:
-        return self._linear(nn.functional.silu(c), f"{name}.adaLN_modulation.1", w)
+    def _vectors(self, s: Tensor, name: str, w: WeightView) -> Tensor:
+        """Of s = silu(c), which is the same for all blocks that see c."""
+        return self._linear(s, f"{name}.adaLN_modulation.1", w)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
         """Shapes and kinds at the boundary; values are the caller's (reading them would wait)."""
@@ -251,17 +252,19 @@ class FPDM(_Transformer):
             if t is None:
                 raise ValueError("modulation_pp: got no t, expected (B,) timesteps for this model")
             c = c + self._time(t, w)
+        s = nn.functional.silu(c)
         return Modulation(
-            [self._vectors(c, f"blocks_pre.{i}", w) for i in range(self.config.pre_depth)],
+            [self._vectors(s, f"blocks_pre.{i}", w) for i in range(self.config.pre_depth)],
             None,
-            [self._vectors(c, f"blocks_post.{i}", w) for i in range(self.config.post_depth)],
-            self._vectors(c, "final_layer", w),
+            [self._vectors(s, f"blocks_post.{i}", w) for i in range(self.config.post_depth)],
+            self._vectors(s, "final_layer", w),
         )
 
     def modulation_fp(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
         """Vectors (B,6D) of the fixed-point block: rows may mix timesteps, one GEMM for all."""
         w = self.view(weights, y)
-        return self._vectors(self._time(t, w) + self._label(y, w), "block_fixed_point", w)
+        s = nn.functional.silu(self._time(t, w) + self._label(y, w))
+        return self._vectors(s, "block_fixed_point", w)
 
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
         """All vectors of one timestep."""
@@ -376,9 +379,9 @@ class DiT(_Transformer):
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
         """All vectors of one timestep; the blocks' stand under ``pre``."""
         w = self.view(weights, y)
-        c = self._time(t, w) + self._label(y, w)
-        blocks = [self._vectors(c, f"blocks.{i}", w) for i in range(self.config.depth)]
-        return Modulation(blocks, None, [], self._vectors(c, "final_layer", w))
+        s = nn.functional.silu(self._time(t, w) + self._label(y, w))
+        blocks = [self._vectors(s, f"blocks.{i}", w) for i in range(self.config.depth)]
+        return Modulation(blocks, None, [], self._vectors(s, "final_layer", w))
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None

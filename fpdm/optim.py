@@ -122,6 +122,8 @@ class AdamWEMA:
         (it is copied in) or dropped it (zero), as ``model.zero_grad()`` does."""
         for name, p in self.params.items():
             view = self._views[name]
+            if p.grad is view:
+                continue
             if p.grad is None:
                 view.zero_()
             elif p.grad.data_ptr() != view.data_ptr():
@@ -134,7 +136,8 @@ class AdamWEMA:
         """Clears gradients and tail in place; every p.grad is its view of the buffer."""
         self.buffer.zero_()
         for name, p in self.params.items():
-            p.grad = self._views[name]
+            if p.grad is not self._views[name]:
+                p.grad = self._views[name]
 
     def grad_norm(self) -> float:
         """Euclidean norm of all gradients as they lie in the buffer; not finite if one is not."""

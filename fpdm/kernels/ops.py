@@ -306,11 +306,8 @@ def adaln(ops: Any, z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 )
 def adaln_backward(ops: Any, dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dshift, dscale)."""
-    dz, dshift, dscale = (
-        z.new_zeros(z.shape),
-        _zeros(scale, scale.shape),
-        _zeros(scale, scale.shape),
-    )
+    dz = z.new_zeros(z.shape)
+    dshift, dscale = (_zeros(scale, scale.shape) for _ in range(2))
     ops.adaln_backward(dy.contiguous(), z.contiguous(), scale, dz, dshift, dscale)
     return dz, dshift.to(scale.dtype), dscale.to(scale.dtype)
 
@@ -360,10 +357,7 @@ def gate_residual_adaln(
 
 
 @linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, bias_c: Tensor, impl: str,
-    accumulate: bool = False,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, weight: Tensor, bias: Tensor, weight_c: Tensor, *_: Any) -> Tensor:
     return weight_c.new_empty(*x.shape[:-1], weight_c.shape[0])
 
 
