@@ -162,9 +162,12 @@ class PreparedWeights(WeightView):
                 self.copies["fold.weight"] = torch.empty(2 * d, d, dtype=dtype, device=device)
                 self.copies["fold.bias"] = torch.empty(2 * d, dtype=dtype, device=device)
         self._pack: Callable[..., Tensor | None] | None = None
+        self._packed_for: tuple[str, ...] = ()
         if self.folded:
-            operators = ops.resolve(model.execution.impl, device, dtype)  # type: ignore[union-attr,arg-type]
+            impl: str = model.execution.impl  # type: ignore[union-attr,assignment]
+            operators = ops.resolve(impl, device, dtype)
             self._pack = getattr(operators, "pack", None)
+            self._packed_for = impl, operators.name
         self.refresh()
         handle = model.register_load_state_dict_post_hook(_RefreshOnLoad(self))
         weakref.finalize(self, handle.remove)
@@ -176,6 +179,12 @@ class PreparedWeights(WeightView):
             **{name: self.get(name) for name in (*names, f"{FC2}.weight")},
             FIRST_HALF: self.halves()[0],
         }
+
+    def _usable(self) -> dict[str, Tensor]:
+        # so does another implementation, which the model may have been given since
+        model = self._model()
+        impl = None if model is None else model.execution.impl  # type: ignore[union-attr]
+        return super()._usable() if impl in self._packed_for else {}
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether these are copies of ``model``'s parameters."""

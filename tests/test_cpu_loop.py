@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -254,21 +255,54 @@ def test_prepared_weights_are_packed() -> None:
     assert PreparedWeights(double, torch.float32, fold=True).packed == {}
 
 
+def test_packed_weights_where_none_are_read() -> None:
+    """Without a bias nothing tells O; another implementation, chosen later, reads plain ones."""
+    if not packs(torch.float32):
+        pytest.skip("float32: products are the library's here")
+    with pytest.raises(LaunchError, match="linear: weight: got "):
+        cpu.linear(torch.zeros(2, 48), cpu.pack(torch.zeros(20, 48)), None)  # type: ignore[arg-type]
+    model = model_of()
+    prepared = PreparedWeights(model, torch.float32, fold=True)
+    for impl, dimensions in (("auto", 4), ("cpu", 4), ("reference", 2)):
+        model.execution = replace(model.execution, impl=impl)  # type: ignore[arg-type]
+        with torch.no_grad():
+            assert prepared.block("block_fixed_point").qkv.dim() == dimensions
+    config = SamplerConfig(steps=2, iters=2)
+    found = Sampler(model, Diffusion(DiffusionConfig()), config, prepared).sample([1], [2])
+    assert found.x.isfinite().all()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sample_of_packed_weights(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole sampler: one call and packed weights, or neither."""
+def test_a_sample_of_packed_weights(
+    dtype: str, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole sampler: one call for a solve and packed weights, or neither."""
     model, config = model_of(), SamplerConfig(steps=3, iters=5, guidance=1.5, dtype=dtype)  # type: ignore[arg-type]
-    diffusion = Diffusion(DiffusionConfig())
-    found = Sampler(model, diffusion, config).sample([1, 2, 3], [4, 5, 6])
+    diffusion, compute = Diffusion(DiffusionConfig()), getattr(torch, dtype)
+    request = [1, 2, 3], [4, 5, 6]
+    if stopped:
+        residual = Sampler(model, diffusion, config).sample(*request).stats.residual
+        config = replace(config, tol=float(residual.median()))
+    ops.reset_counters()
+    found = Sampler(model, diffusion, config).sample(*request)
+    if cpu_loop.loops(compute, compute):
+        # of a timestep a solve, a pre and a post block
+        called = {"solve": 3, "iterate": 6} if stopped else {"iterate": 9}
+        calls = ops.counters()
+        assert {op: sum(calls.get(op, {}).values()) for op in called} == called
+        assert "attention" not in calls
     with monkeypatch.context() as patch:
         operators = ops.resolve("cpu", "cpu")  # made anew by whoever forgets the first
         patch.setattr(operators, "loops", lambda *dtypes: False)
         patch.setattr(operators, "pack", lambda weight, out: None)
         plain = Sampler(model, diffusion, config)
         assert plain.weights.packed == {}
-        want = plain.sample([1, 2, 3], [4, 5, 6])
+        want = plain.sample(*request)
+    assert len(want.stats.iterations.unique()) > stopped
     assert torch.equal(found.x, want.x)
-    assert torch.equal(found.stats.residual, want.stats.residual)
+    assert torch.equal(found.stats.iterations, want.stats.iterations)
+    assert torch.equal(found.stats.residual.nan_to_num(-1), want.stats.residual.nan_to_num(-1))
 
 
 # what it is given
@@ -295,6 +329,49 @@ def test_operands_that_do_not_fit() -> None:
     ):
         with pytest.raises(LaunchError, match=words):
             call(**changes)
+
+
+def test_operands_that_are_not_there() -> None:
+    """A kernel would read address 0, divide by 0 or write behind the table's end."""
+    x, u, mod, w = operands(2, 7, 48, torch.float32)
+    acts, none = forward_workspace(x, x.dtype, "full"), block.Activations()
+    for words, weights, heads, made in (
+        ("a: got none, expected a tensor", w._replace(inj_a=None), 4, acts),
+        ("w2 bias: got none", w._replace(inj_b2=None), 4, acts),
+        ("proj bias: got none", w._replace(proj_bias=None), 4, acts),  # type: ignore[arg-type]
+        ("wide: got none", w, 4, none),
+        ("heads: got 0, expected a divisor of the width 48", w, 0, acts),
+        ("heads: got 5, expected a divisor of the width 48", w, 5, acts),
+    ):
+        with pytest.raises(LaunchError, match=f"iterate: {words}"):
+            OPS.iterate(x, buffers(x), u, mod, weights, heads, made, 2)
+    for heads in (0, 5):
+        with pytest.raises(LaunchError, match=f"attention: heads: got {heads}, expected a divisor"):
+            cpu.attention(torch.zeros(2, 7, 3 * 48), heads)
+    # the registered operator with u, but without what injects it
+    with pytest.raises(LaunchError, match="iterate: a: got none"):
+        torch.ops.fpdm.iterate(x, u, mod, list(w[:8]), 2, 4, "cpu", False)
+    with pytest.raises(LaunchError, match=r"solve: residual: got \(3, 2\), expected \(4, 2\)"):
+        OPS.solve(
+            x, (torch.empty_like(x), x), u, mod, w, 4, acts, 4, watch_of(x, [4, 4]), 0.0,
+            torch.empty(2, 2), torch.empty(3, 2),
+        )  # fmt: skip
+
+
+def test_batches_of_nothing() -> None:
+    """No sample, or samples without tokens."""
+    for b, t in ((0, 7), (2, 0)):
+        x, u, mod, w = operands(b, t, 48, torch.float32)
+        acts, norms = forward_workspace(x, x.dtype, "full"), torch.full((3, 2, b), torch.nan)
+        found = OPS.iterate(x, buffers(x), u, mod, w, 4, acts, 3, norms)
+        assert found.shape == x.shape
+        assert not norms.any()
+        watch, z = watch_of(x, [3] * b), (torch.empty_like(x), x)
+        ran = OPS.solve(
+            x, z, u, mod.contiguous(), w, 4, acts, 3, watch, 0.1, torch.empty(2, b), None
+        )
+        assert ran == b
+        assert watch.used.tolist() == [1] * b
 
 
 class Stop(Exception):

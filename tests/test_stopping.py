@@ -87,7 +87,7 @@ def differs(s: Sampler, found: Samples, which: range = range(0, COUNT, 8)) -> st
             mine = [row[:count] for row, count in zip(counts.tolist(), s.plan.branches)]
             if mine != used:
                 return f"sample {i}: iterations {mine}, expected {used}"
-            if (x - found.x[i]).abs().max() > 1e-4:
+            if not (x - found.x[i]).abs().max() <= 1e-4:
                 return f"sample {i}: off by {(x - found.x[i]).abs().max()}"
     return None
 
@@ -212,7 +212,8 @@ def mates_matter(digits: Any, invariant: bool, **changes: Any) -> str | None:
         fewer = int((one.stats.iterations[..., 0] - among.stats.iterations[..., i]).abs().max())
         residuals = one.stats.residual[..., 0], among.stats.residual[..., i]
         same = torch.equal(*(r.nan_to_num(-1) for r in residuals))
-        if off > (0 if invariant else 1e-4) or fewer > (not invariant) or (invariant and not same):
+        near = off <= (0 if invariant else 1e-4) and fewer <= (not invariant)
+        if not near or (invariant and not same):
             return f"sample {i}: off by {off:.2g}, k by {fewer}, residuals {same}"
     return None
 

@@ -31,6 +31,7 @@ COUNTERS: list[tuple[int | Tensor, int | Tensor, int | Tensor, int]] = [
     (torch.tensor([9]), 0, 2, 4096),
     (torch.full((5,), 2**40 + 3), torch.arange(5), 2, 33),
     (4, 9, torch.tensor([7, 7, 3, 3, 1]), 2),
+    (torch.arange(5), torch.tensor([9]), 4, 17),
 ]
 
 
@@ -57,8 +58,8 @@ def wrong_numbers() -> list[str]:
             found.append(f"words {where}")
         mine = philox.draw(KEYS, c1, c2, domain, count, True)
         torchs = noise.normals(KEYS, c1, c2, domain, (count,))
-        off = (mine - torchs).abs() > 2.0**-23 * torchs.abs()
-        if off.any() or int((mine != torchs).sum()) > count // 500:
+        near = (mine - torchs).abs() <= 2.0**-23 * torchs.abs()
+        if not near.all() or int((mine != torchs).sum()) > count // 500:
             found.append(f"normals {where}")
     return found
 
@@ -105,7 +106,7 @@ def test_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
 Case = dict[str, Any]
 DEFAULT: Case = {
     "b": 2, "c": 4, "h": 8, "patch": 2, "scale": 1.7, "channels": 4, "rescale": 0.0, "branches": 2,
-    "noise": "none", "multistep": False, "dtype": torch.float32,
+    "noise": "none", "multistep": False, "dtype": torch.float32, "size": 1.0,
 }  # fmt: skip
 CASES: list[Case] = [
     {},
@@ -121,6 +122,8 @@ CASES: list[Case] = [
     {"h": 12, "c": 1, "channels": 1, "patch": 4, "rescale": 0.5, "noise": "drawn"},
     {"h": 4, "patch": 4, "c": 2, "channels": 2, "b": 5},
     {"b": 0},
+    # as of a model that was just initialised: no spread to rescale by
+    {"rescale": 0.5, "size": 0.0},
 ]
 
 
@@ -132,7 +135,9 @@ def operands(case: Case) -> dict[str, Tensor]:
         return torch.randn(shape, generator=g)
 
     return {
-        "o": normal(case["branches"] * b, (h // p) ** 2, p * p * 2 * c).to(case["dtype"]),
+        "o": (normal(case["branches"] * b, (h // p) ** 2, p * p * 2 * c) * case["size"]).to(
+            case["dtype"]
+        ),
         "x": normal(b, c, h, h), "rows": normal(5, 8) * 0.5, "step": torch.tensor([3]),
         "z": normal(b, c, h, h), "x0": normal(b, c, h, h),
     }  # fmt: skip
@@ -179,8 +184,10 @@ def wrong_steps(cases: list[Case]) -> list[str]:
         pairs = [(mine, x, low)]
         pairs += [(mine0, x0, low0)] if case["multistep"] else []
         for got, want, plain in pairs:
-            if len(want) and relative(got, want) > max(2 * relative(plain, want), 2.0**-23):
-                found.append(f"{changes}: off by {relative(got, want):.2g}")
+            off, bound = relative(got, want), max(2 * relative(plain, want), 2.0**-23)
+            # a NaN is within no bound
+            if len(want) and not off <= bound:
+                found.append(f"{changes}: off by {off:.2g}")
         if not case["multistep"] and not torch.equal(mine0, v["x0"]):
             found.append(f"{changes}: x0 written")
     return found
@@ -208,6 +215,9 @@ def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("update", "step, 0, domain)", "0, step, domain)"),
         ("update", "tl.sum(b_sum) / (n - 1)", "tl.sum(b_sum) / n"),
         ("update", "half * C + o_c", "(1 - half) * C + o_c"),
+        ("update", "tl.where(found < tiny, tiny, found)", "found"),
+        ("philox", "i_b * s_c2", "i_b * s_c1"),
+        ("philox", "b_element % 4 < 2", "b_element % 4 < 1"),
         ("philox", "b_w2, b_w3 = words(key, o_group", "b_w3, b_w2 = words(key, o_group"),
         ("philox", "range(16, 0, -2)", "range(8, 0, -2)"),
         ("philox", "(b_q + 1) & 2", "b_q & 2"),
@@ -217,7 +227,8 @@ def test_planted_faults(
     module: str, line: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, copy = planted(module, line, fault, tmp_path)
-    for name in ("update_kernel", "philox_kernel"):
+    # what another module calls, too
+    for name in ("update_kernel", "philox_kernel", "normal_at"):
         if hasattr(real, name):
             monkeypatch.setattr(real, name, getattr(copy, name))
     assert wrong_steps(CASES) + wrong_numbers() != []

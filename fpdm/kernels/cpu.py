@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpdm.kernels import reference
-from fpdm.kernels.launch import Operand, check, row_stride
+from fpdm.kernels.launch import Operand, check, head_width, row_stride
 
 try:
     from fpdm.kernels import _cpu as native  # type: ignore[attr-defined]
@@ -113,6 +113,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     shape = (*x.shape[:-1], o)
     out = x.new_empty(shape) if out is None else out
     stride, operand = weight_operand(weight, o, i)
+    if bias is None:
+        # nothing tells O of a packed weight
+        operand = ("weight", weight, (o, i), DTYPES)
     operands: list[Operand] = [("x", x, x.shape, (dtype,)), operand, ("bias", bias, (o,), (dtype,))]
     check("linear", DEVICE, operands, [("out", out, shape, DTYPES)])
     native.linear(
@@ -468,10 +471,11 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v per head."""
     b, t, width = qkv.shape
     d = width // 3
+    head = head_width("attention", d, heads)
     out = qkv.new_empty(b, t, d) if out is None else out
     outputs: list[Operand] = [("out", out, (b, t, d), (qkv.dtype,))]
     check("attention", DEVICE, [("qkv", qkv, (b, t, 3 * d), DTYPES)], outputs)
-    native.attention(CODES[qkv.dtype], b, t, heads, d // heads, qkv.data_ptr(), out.data_ptr())
+    native.attention(CODES[qkv.dtype], b, t, heads, head, qkv.data_ptr(), out.data_ptr())
     return out
 
 
@@ -481,6 +485,7 @@ def attention_backward(
     """Gradient with respect to qkv; y is not needed."""
     b, t, width = qkv.shape
     d = width // 3
+    head = head_width("attention_backward", d, heads)
     out = torch.empty_like(qkv) if out is None else out
     inputs: list[Operand] = [
         ("dy", dy, (b, t, d), (qkv.dtype,)),
@@ -488,6 +493,6 @@ def attention_backward(
     ]
     check("attention_backward", DEVICE, inputs, [("out", out, qkv.shape, (qkv.dtype,))])
     native.attention_backward(
-        CODES[qkv.dtype], b, t, heads, d // heads, dy.data_ptr(), qkv.data_ptr(), out.data_ptr()
+        CODES[qkv.dtype], b, t, heads, head, dy.data_ptr(), qkv.data_ptr(), out.data_ptr()
     )
     return out

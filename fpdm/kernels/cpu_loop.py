@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fpdm.kernels import cpu
-from fpdm.kernels.launch import Operand, check, row_stride
+from fpdm.kernels.launch import LaunchError, Operand, check, head_width, row_stride
 
 if TYPE_CHECKING:
     from fpdm.block import Activations, BlockWeights
@@ -30,12 +30,20 @@ def loops(residual: torch.dtype, compute: torch.dtype) -> bool:
     return residual == compute and compute in cpu.CODES and compute not in cpu.LIBRARY_PRODUCTS
 
 
+def _present(op: str, named: dict[str, Tensor | None]) -> None:
+    # the check passes over what is not given, and a kernel would read address 0
+    for name, value in named.items():
+        if value is None:
+            raise LaunchError(f"{op}: {name}: got none, expected a tensor")
+
+
 def _operands(
-    x: Tensor, buffers: tuple[Tensor, Tensor], u: Tensor | None, mod: Tensor, w: BlockWeights,
-    acts: Activations, norms: Tensor | None, count: int,
+    op: str, x: Tensor, buffers: tuple[Tensor, Tensor], u: Tensor | None, mod: Tensor,
+    w: BlockWeights, acts: Activations, norms: Tensor | None, count: int,
 ) -> tuple[list[Operand], list[Operand], list[int], list[int]]:  # fmt: skip
     """Inputs, outputs, addresses of the buffers, and of the weights with their distances."""
     b, t, d = x.shape
+    _present(op, {"wide": acts.h, "y": acts.y1, "o": acts.o})
     dtype = (x.dtype,)
     inputs: list[Operand] = [("x", x, x.shape, dtype)]
     named = {
@@ -45,9 +53,11 @@ def _operands(
     }  # fmt: skip
     weights: list[int] = []
     for name, (weight, bias, o, i) in named.items():
-        if weight is None:
+        if u is None and name in ("a", "w2"):
             weights += [0, 0, 0]
             continue
+        _present(op, {name: weight} | ({} if name == "a" else {f"{name} bias": bias}))
+        assert weight is not None
         stride, operand = cpu.weight_operand(weight, o, i, name)
         inputs += [(*operand[:3], dtype), (f"{name} bias", bias, (o,), dtype)]
         weights += [weight.data_ptr(), stride, 0 if bias is None else bias.data_ptr()]
@@ -63,8 +73,9 @@ def _operands(
     return inputs, outputs, [0 if v is None else v.data_ptr() for v in given], weights
 
 
-def _sizes(x: Tensor, heads: int) -> list[int]:
+def _sizes(op: str, x: Tensor, heads: int) -> list[int]:
     code = cpu.CODES[x.dtype]
+    head_width(op, x.shape[-1], heads)
     return [*x.shape, code, code, heads]
 
 
@@ -85,10 +96,12 @@ def iterate(
     ``acts`` h, y1 and o are written. ``norms`` (k,2,B) receives |f(x_j) - x_j| and |f(x_j)|.
     """
     b, t, d = x.shape
-    inputs, outputs, addresses, weights = _operands(x, buffers, u, mod, w, acts, norms, k)
+    inputs, outputs, addresses, weights = _operands(
+        "iterate", x, buffers, u, mod, w, acts, norms, k
+    )
     inputs += [("u", u, (b, t, 2 * d), (x.dtype,)), ("mod", mod, (b, 6 * d), (x.dtype,))]
     check("iterate", cpu.DEVICE, inputs, outputs, {("odd", "x")})
-    cpu.native.iterate(_sizes(x, heads), addresses, row_stride(mod), weights, k)
+    cpu.native.iterate(_sizes("iterate", x, heads), addresses, row_stride(mod), weights, k)
     return buffers[(k + 1) % 2]
 
 
@@ -113,7 +126,11 @@ def solve(
     is overwritten by every iteration, ``residual`` (K,R) receives |f(x_j) - x_j| / |f(x_j)|.
     """
     b, t, d = x.shape
-    inputs, outputs, addresses, weights = _operands(x, buffers, u, mod, w, acts, norms[None], 1)
+    inputs, outputs, addresses, weights = _operands(
+        "solve", x, buffers, u, mod, w, acts, norms[None], 1
+    )
+    # an iteration writes a row of the table
+    table = None if residual is None else residual[:most]
     r = len(watch.result)
     slots = {name: getattr(watch, name)[:b] for name in ("rows", "count", "cap", "place")}
     outputs += [
@@ -122,11 +139,11 @@ def solve(
         *((name, slot, (b,), INTEGERS) for name, slot in slots.items()),
         ("used", watch.used, (r,), INTEGERS),
         ("result", watch.result, (r, t, d), (x.dtype,)),
-        ("residual", residual, (0 if residual is None else len(residual), r), (torch.float32,)),
+        ("residual", table, (most, r), (torch.float32,)),
     ]
     check("solve", cpu.DEVICE, inputs, outputs, {("odd", "x")})
     told = (*slots.values(), watch.used, watch.result, residual)
     return cpu.native.solve(
-        _sizes(x, heads), addresses, row_stride(mod), weights, most,
+        _sizes("solve", x, heads), addresses, row_stride(mod), weights, most,
         [0 if v is None else v.data_ptr() for v in told], r, tol,
     )  # fmt: skip

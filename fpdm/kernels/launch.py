@@ -131,6 +131,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def head_width(op: str, d: int, heads: int) -> int:
+    """Width of a head. Raises LaunchError unless ``heads`` divide d: kernels divide by them."""
+    if heads < 1 or d % heads:
+        raise LaunchError(f"{op}: heads: got {heads}, expected a divisor of the width {d}")
+    return d // heads
+
+
 def row_stride(t: Tensor) -> int:
     """Elements between the rows of a (B,D) operand; 0 where one row serves all, and for B <= 1."""
     return t.stride(0) if t.shape[0] > 1 else 0
