@@ -59,7 +59,8 @@ def measure(
             command = [sys.executable, "-m", "bench", *chosen, *words, "--out", str(out)]
             done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
             if not out.is_file():
-                raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+                told = done.stderr.strip()[-400:]
+                raise RuntimeError(f"its process ended with {done.returncode}: {told}")
             found.append(json.loads(out.read_text())["rows"])
     # two suites may have a row of the same name
     return [pool([row for each in found for row in each if key(row) == (r.suite, r.name)], ceilings)

@@ -221,6 +221,20 @@ def test_processes_are_pooled_by_their_medians() -> None:
     assert processes.pool([row(1.0), failed], ceilings) is failed
 
 
+def test_a_process_that_dies_leaves_rows_that_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    out = tmp_path / "bench.json"
+    options = ["--suite", "operators", "--row", "gelu$", "--out", str(out)]
+    assert bench.main(options) == 1
+    found = json.loads(out.read_text())["rows"]
+    assert len(found) == 8
+    assert all("its process ended with 1" in row["error"] for row in found)
+    with pytest.raises(RuntimeError, match="its process ended with 1"):
+        bench.main([*options, "--strict"])
+
+
 def test_each_process_is_a_fresh_one(tmp_path: Path) -> None:
     """A row by its whole name, in two processes that tell the same implementation."""
     out = tmp_path / "bench.json"
