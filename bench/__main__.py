@@ -46,6 +46,7 @@ from fpdm.config import ConfigError
 from fpdm.kernels import ops
 
 RESULTS = machine.ROOT / "bench" / "results"
+Measured = Callable[[list[rows.Row]], list[Found]]
 # suites whose peak memory is measured
 MEASURED = ("network", "sampler", "training")
 
@@ -156,14 +157,14 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
     result |= {"ceilings": ceilings, "rows": []}
     began = time.perf_counter()
 
-    def run(some: list[rows.Row], measured: Callable[[list[rows.Row]], list[Found]]) -> None:
-        found = measured(some)
-        failed = next((r["error"] for r in found if "error" in r), None)
-        if failed and args.strict:
-            raise RuntimeError(failed)
+    def run(some: list[rows.Row], measured: Measured) -> None:
+        def attempt(these: list[rows.Row]) -> list[Found]:
+            return attempted(these, measured, args.strict)
+
+        found = attempt(some)
         if old is not None:
             found = against.confirm(
-                old, found, lambda places: measured([some[i] for i in places]), args.tolerance
+                old, found, lambda places: attempt([some[i] for i in places]), args.tolerance
             )
         result["rows"] += found
         result["seconds"] = time.perf_counter() - began
@@ -178,7 +179,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
     for index, row in enumerate(others):
         seconds = time.perf_counter() - began
         print(f"[{index + 1}/{len(others)} {seconds:4.0f} s] {row.suite}: {row.name}", flush=True)
-        run([row], lambda some: [attempted(r, args, ceilings) for r in some])
+        run([row], lambda some: [run_row(r, args.rounds, ceilings) for r in some])
     return result
 
 
@@ -187,15 +188,21 @@ def pools(args: argparse.Namespace) -> bool:
     return args.processes > 1 and not torch.cuda.is_available()
 
 
-def attempted(row: rows.Row, args: argparse.Namespace, ceilings: dict[str, float]) -> Found:
-    """``run_row``, or the row with the error it ended with; with ``--strict`` that is raised."""
+def attempted(some: list[rows.Row], measured: Measured, strict: bool) -> list[Found]:
+    """What ``measured`` finds of the rows, or the rows with the error that it ended with. With
+    ``strict`` an error is raised, RuntimeError where a row only tells of it."""
     try:
-        return run_row(row, args.rounds, ceilings)
+        found = measured(some)
     except Exception as error:
-        if args.strict:
+        if strict:
             raise
         told = f"{type(error).__name__}: {error}"[:500]
-        return {"suite": row.suite, "name": row.name, "arms": {}, "missing": {}, "error": told}
+        return [{"suite": r.suite, "name": r.name, "arms": {}, "missing": {}, "error": told}
+                for r in some]  # fmt: skip
+    failed = [row["error"] for row in found if "error" in row]
+    if failed and strict:
+        raise RuntimeError(failed[0])
+    return found
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

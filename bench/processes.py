@@ -1,8 +1,8 @@
 """Single operators, timed in several fresh processes.
 
 Where a baseline's intermediates lie is decided once per process, and with it how long one call
-takes: the same within a process, up to 1.7 times apart between two. So a row holds medians over
-processes, and ``ratios`` of each arm what every process found.
+takes: the same within a process, up to 1.7 times apart between two. So a row holds the mean of the
+middle half of processes, and ``ratios`` of each arm what every process found.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from bench.against import Found, key
 from bench.rows import OURS, Row
 
 SUITES = ("operators", "iteration")
-# as many as fit the seconds, and a median needs three; rounds of each row in one
+# as many as fit the seconds, and a middle needs three; rounds of each row in one
 LEAST, SECONDS, ROUNDS = 3, 120.0, 5
+
+
+def middle(values: list[float]) -> float:
+    """The mean without the largest and the smallest quarter: an outlier does not move it, and
+    between two modes it moves less than the median."""
+    cut = max(1, len(values) // 4) if len(values) > 2 else 0
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def pool(found: list[Found], ceilings: dict[str, float]) -> Found:
@@ -33,7 +40,7 @@ def pool(found: list[Found], ceilings: dict[str, float]) -> Found:
     arms: dict[str, Found] = {}
     for name in found[0]["arms"]:
         each = [row["arms"][name] for row in found if name in row["arms"]]
-        arms[name] = {k: statistics.median(arm[k] for arm in each) for k in each[0]}
+        arms[name] = {k: middle([arm[k] for arm in each]) for k in each[0]}
         arms[name]["ratios"] = [arm["ratio"] for arm in each]
     row = {**found[0], "arms": arms, "rounds": sum(row["rounds"] for row in found)}
     return row | machine.shares(row, arms[OURS]["median_s"], ceilings)
@@ -59,7 +66,8 @@ def measure(
             command = [sys.executable, "-m", "bench", *chosen, *words, "--out", str(out)]
             done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
             if not out.is_file():
-                raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+                told = done.stderr.strip()[-400:]
+                raise RuntimeError(f"its process ended with {done.returncode}: {told}")
             found.append(json.loads(out.read_text())["rows"])
     # two suites may have a row of the same name
     return [pool([row for each in found for row in each if key(row) == (r.suite, r.name)], ceilings)

@@ -62,7 +62,7 @@ def peak(arm: dict[str, Any]) -> str:
 
 def times(arm: dict[str, Any]) -> str:
     """An arm's time over ours; from several processes also their range, where a quarter of them lie
-    more than 15 % from their median."""
+    more than 15 % from it."""
     ratio, each = arm["ratio"], arm.get("ratios", [])
     apart = sum(max(r / ratio, ratio / r) > 1 + WITHIN for r in each)
     between = f" ({min(each):.2f} to {max(each):.2f})" if apart and 4 * apart >= len(each) else ""
@@ -146,8 +146,9 @@ def several(result: dict[str, Any]) -> str:
     if not counts:
         return ""
     return (
-        f", medians of {max(counts)} processes (in brackets their range, where a quarter of them "
-        "lie more than 15 % away: where a baseline's intermediates lie is decided once a process)"
+        f", the mean of the middle half of {max(counts)} processes (in brackets their range, where "
+        "a quarter of them lie more than 15 % away: where a baseline's intermediates lie is "
+        "decided once a process)"
     )
 
 

@@ -203,7 +203,7 @@ def test_compare_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
         bench.main(options)
 
 
-def test_processes_are_pooled_by_their_medians() -> None:
+def test_processes_are_pooled_by_their_middle() -> None:
     """Of a baseline with two modes the range is told, of one outlier among seven it is not."""
     ceilings = {"gemm float32": 1e12, "copy": 1e9}
     counts = {"bytes": 1e6, "flops": 0, "dtype": "float32", "rounds": 7}
@@ -213,12 +213,28 @@ def test_processes_are_pooled_by_their_medians() -> None:
 
     found = pooled((3.0, 4.2, 3.1, 4.4, 3.2, 3.1, 3.0))
     arm = found["arms"]["plain PyTorch"]
-    assert (arm["ratio"], found["rounds"], found["copy_share"]) == (3.1, 49, 1.0)
+    assert arm["ratio"] == pytest.approx((3.0 + 3.1 + 3.1 + 3.2 + 4.2) / 5)
+    assert (found["rounds"], found["copy_share"]) == (49, 1.0)
     assert arm["ratios"] == [3.0, 4.2, 3.1, 4.4, 3.2, 3.1, 3.0]
-    assert report.times(arm) == "3.10x (3.00 to 4.40)"
+    assert report.times(arm) == "3.32x (3.00 to 4.40)"
+    assert [processes.middle(v) for v in ([1.0, 2.0], [5.0, 1.0, 9.0])] == [1.5, 5.0]
     assert report.times(pooled((3.0, 14.0, *(3.0,) * 5))["arms"]["plain PyTorch"]) == "3.00x"
     failed = {**row(1.0), "error": "no kernel"}
     assert processes.pool([row(1.0), failed], ceilings) is failed
+
+
+def test_a_process_that_dies_leaves_rows_that_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    out = tmp_path / "bench.json"
+    options = ["--suite", "operators", "--row", "gelu$", "--out", str(out)]
+    assert bench.main(options) == 1
+    found = json.loads(out.read_text())["rows"]
+    assert len(found) == 8
+    assert all("its process ended with 1" in row["error"] for row in found)
+    with pytest.raises(RuntimeError, match="its process ended with 1"):
+        bench.main([*options, "--strict"])
 
 
 def test_each_process_is_a_fresh_one(tmp_path: Path) -> None:
