@@ -339,8 +339,9 @@ def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], see
 
 def evaluate(source: LoadedSource, options: Options) -> Evaluation:
     """Draw ``options.sets`` sets and measure them. Raises ConfigError for what cannot be met."""
-    if options.sets < 1 or options.count < 2:
-        raise ConfigError(f"sets, count: got {options.sets}, {options.count}, expected >= 1, >= 2")
+    for name, least in (("sets", 1), ("count", 2)):
+        if (got := getattr(options, name)) < least:
+            raise ConfigError(f"{name}: got {got}, expected at least {least}")
     if is_digits(source):
         labels = digits().labels.tolist() * options.sets
         return evaluate_samples(
