@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ BASELINE = Path(__file__).parent / "assets" / "digits_baseline.json"
 SPLITS = 20
 ACCURACY, FRECHET, RATIO = 0.95, 2.0, 0.8
 _CHUNK = 1024
+# what every point of a sweep decides itself
+SWEPT = (
+    "sample.iters", "sample.budget", "sample.budget_macs", "sample.steps", "sample.schedule",
+    "sample.allocation", "sets", "count", "seed",
+)  # fmt: skip
 
 
 # results
@@ -419,9 +425,15 @@ def command(argv: list[str]) -> int:
             Options(SamplerConfig(iters=8), DataConfig()), ["--help"], "fpdm.evaluate", extra
         )
     source = load_source(path, weights, None, choose_device(device or "auto"))
-    options = Options(source.sampler_config, _run_data(path))
-    options = parse_options(options, argv, "fpdm.evaluate", extra)
+    default = Options(source.sampler_config, _run_data(path))
+    options = parse_options(default, argv, "fpdm.evaluate", extra)
     if sweeping:
+        given = ["--strict"] * strict
+        given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
+        if given:
+            raise ConfigError(
+                f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
+            )
         return _sweep(source, options, wanted)
     found = evaluate(source, options)
     print(found.table(), flush=True)
