@@ -142,9 +142,9 @@ def chosen(args: argparse.Namespace) -> list[rows.Row]:
     found = [r for r in found if not (args.skip and re.search(args.skip, r.name))]
     if not found:
         suites_ = ", ".join(sorted({r.suite for r in known}))
-        raise ConfigError(
-            f"rows: got none for {args.suite} {args.row!r}, expected one of {suites_}"
-        )
+        asked = {"--suite": " ".join(args.suite or ()), "--row": args.row, "--skip": args.skip}
+        got = " ".join(f"{name} {value}" for name, value in asked.items() if value)
+        raise ConfigError(f"rows: got none for {got}, expected rows of the suites {suites_}")
     return found
 
 

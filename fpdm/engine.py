@@ -60,9 +60,10 @@ def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> list[int]:
     return [int(value) for value in values]
 
 
-def check_seeds(seeds: Sequence[int], count: int) -> list[int]:
+def check_seeds(seeds: Sequence[int] | Tensor, count: int) -> list[int]:
     """``count`` seeds, integers in [0, 2^64); ConfigError names the first that is not."""
-    values = list(seeds)
+    # elements of a tensor do not compare with 2^64
+    values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if len(values) != count:
         raise ConfigError(f"seeds: got {len(values)} for {count} labels, expected one per label")
     for value in values:
@@ -189,7 +190,7 @@ class Sampler:
     def sample(
         self,
         labels: Sequence[int] | Tensor,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | Tensor,
         noise: Tensor | None = None,
         step_noise: Tensor | None = None,
         progress: Callable[[int], object] | None = None,

@@ -28,6 +28,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ BASELINE = Path(__file__).parent / "assets" / "digits_baseline.json"
 SPLITS = 20
 ACCURACY, FRECHET, RATIO = 0.95, 2.0, 0.8
 _CHUNK = 1024
+# what every point of a sweep decides itself
+SWEPT = (
+    "sample.iters", "sample.budget", "sample.budget_macs", "sample.steps", "sample.schedule",
+    "sample.allocation", "sets", "count", "seed",
+)  # fmt: skip
 
 
 # results
@@ -339,8 +345,9 @@ def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], see
 
 def evaluate(source: LoadedSource, options: Options) -> Evaluation:
     """Draw ``options.sets`` sets and measure them. Raises ConfigError for what cannot be met."""
-    if options.sets < 1 or options.count < 2:
-        raise ConfigError(f"sets, count: got {options.sets}, {options.count}, expected >= 1, >= 2")
+    for name, least in (("sets", 1), ("count", 2)):
+        if (got := getattr(options, name)) < least:
+            raise ConfigError(f"{name}: got {got}, expected at least {least}")
     if is_digits(source):
         labels = digits().labels.tolist() * options.sets
         return evaluate_samples(
@@ -418,9 +425,15 @@ def command(argv: list[str]) -> int:
             Options(SamplerConfig(iters=8), DataConfig()), ["--help"], "fpdm.evaluate", extra
         )
     source = load_source(path, weights, None, choose_device(device or "auto"))
-    options = Options(source.sampler_config, _run_data(path))
-    options = parse_options(options, argv, "fpdm.evaluate", extra)
+    default = Options(source.sampler_config, _run_data(path))
+    options = parse_options(default, argv, "fpdm.evaluate", extra)
     if sweeping:
+        given = ["--strict"] * strict
+        given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
+        if given:
+            raise ConfigError(
+                f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
+            )
         return _sweep(source, options, wanted)
     found = evaluate(source, options)
     print(found.table(), flush=True)

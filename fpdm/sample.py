@@ -246,7 +246,8 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     iterations = [torch.zeros(len(plan), 0, dtype=torch.int64)]
     traces, traced = [torch.zeros(len(plan), max(sampler.most), 0)], list[int]()
     seconds = 0.0
-    with tqdm(total=len(missing) * len(plan), unit="step", disable=not missing) as bar:
+    quiet = None if missing else True  # none: a bar on a terminal only
+    with tqdm(total=len(missing) * len(plan), unit="step", disable=quiet) as bar:
         for start in range(0, len(missing), sampler.config.batch):
             ids = missing[start : start + sampler.config.batch]
             labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]

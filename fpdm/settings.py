@@ -215,7 +215,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: got no YAML: {' '.join(str(error).split())}") from error
+        # yaml's name for text that is no stream
+        where = " ".join(str(error).replace(' in "<unicode string>",', " in").split())
+        raise ConfigError(f"{path}: got no YAML: {where}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
     return data

@@ -336,6 +336,7 @@ def test_empty_and_tensor_labels() -> None:
         ([math.nan], [0], "labels: got nan, expected integers"),
         ([True], [0], "labels: got True, expected integers"),
         (torch.tensor([0.5]), [0], "labels: got 0.5, expected integers"),
+        ([0], torch.tensor([-1]), "seeds: got -1, expected"),
         ([0], [-1], "seeds: got -1, expected integers 0..2^64 - 1"),
         ([0], [2**64], f"seeds: got {2**64}, expected integers"),
         ([0], [0.5], "seeds: got 0.5, expected integers"),

@@ -286,7 +286,7 @@ def test_command_refuses_in_one_line(exported, tmp_path):
     assert "did you mean --sets" in run(str(exported), "--set", "3")
     assert "did you mean --sample.steps?" in run(str(exported), "--stpes", "3")
     assert "did you mean --budgets?" in run(str(exported), "--sweep", "--bugdets", "140")
-    assert "sets, count: got 0" in run(str(exported), "--sets", "0")
+    assert "sets: got 0, expected at least 1" in run(str(exported), "--sets", "0")
     assert "weights: got 'best'" in run(str(exported), "--weights", "best")
 
 

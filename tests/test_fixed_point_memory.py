@@ -12,9 +12,11 @@ from test_fixed_point import addend, leaves, operator_weights, problem
 
 from bench import published as plain
 from bench.memory import LiveBytes
+from bench.memory import plain as published_memory
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.fixed_point import iterate, unroll, unroll_backward
 from fpdm.model import FPDM
+from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
 
 
@@ -61,6 +63,15 @@ def test_memory_ledger(recompute: str, residual: str, units: int) -> None:
     assert with_n[0][0] - live[2][0] <= size * (2 if residual == "float32" else 1)
     # one more iterate to swap with from the second iteration on
     assert with_n[1][1] <= with_n[0][1] + 2 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_published_iteration_keeps_26(dtype: torch.dtype) -> None:
+    """What the published architecture keeps per iteration in plain PyTorch, at XL/2's sizes."""
+    config = MODEL_PRESETS["fpdm-xl-2"]
+    few, many = (published_memory(config, 4, 0, m, dtype).saved for m in (2, 6))
+    unit = 4 * config.tokens * config.hidden_size * dtype.itemsize
+    assert 26 <= (many - few) / 4 / unit < 26.5
 
 
 def test_memory_meter_bites() -> None:
