@@ -317,6 +317,9 @@ def read_export(path: str | Path) -> Export:
         CheckpointError: missing or malformed. ConfigError: a setting that cannot be met.
     """
     file = Path(path) / CONFIG
+    inner = Path(path) / "export"
+    if not file.exists() and (inner / CONFIG).exists():
+        raise CheckpointError(f"{path}: got a run, expected an export, such as its {inner}")
     try:
         body = json.loads(read_small(file))
         if body["format"] != FORMAT:

@@ -264,6 +264,14 @@ def test_export_comes_back(tmp_path: Path, tiny: Golden, extra: Golden) -> None:
     assert from_pretrained(make_export(tmp_path / "d", dit, TINY_DIT)).config == TINY_DIT
 
 
+def test_a_run_is_not_an_export(tmp_path: Path, tiny: Golden) -> None:
+    """Nor opened silently: it has checkpoints too. The message names the one inside."""
+    path = make_export(tmp_path / "run" / "export", fpdm_state(tiny))
+    with pytest.raises(CheckpointError, match=r"run: got a run, expected an export, such as its"):
+        from_pretrained(tmp_path / "run")
+    check_tiny(from_pretrained(path), tiny)
+
+
 def test_export_refuses_what_it_should_not_write(tmp_path: Path, tiny: Golden) -> None:
     state = fpdm_state(tiny)
     with pytest.raises(CheckpointError, match="weights with pre_depth=1, expected 2"):
