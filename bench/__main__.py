@@ -152,7 +152,9 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
     """Runs the rows and writes the file after each, after single operators together."""
     wanted = chosen(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = machine.facts("python -m bench " + " ".join(args.words))
+    # where a file of this machine lies tells a reader nothing
+    words = (Path(word).name if Path(word).is_absolute() else word for word in args.words)
+    result = machine.facts(" ".join(("python -m bench", *words)))
     ceilings = machine.ceilings(device)
     result |= {"ceilings": ceilings, "rows": []}
     began = time.perf_counter()
