@@ -153,8 +153,8 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
     wanted = chosen(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # where a file of this machine lies tells a reader nothing
-    words = (Path(word).name if Path(word).is_absolute() else word for word in args.words)
-    result = machine.facts(" ".join(("python -m bench", *words)))
+    asked = (Path(word).name if Path(word).is_absolute() else word for word in args.words)
+    result = machine.facts(" ".join(("python -m bench", *asked)))
     ceilings = machine.ceilings(device)
     result |= {"ceilings": ceilings, "rows": []}
     began = time.perf_counter()
