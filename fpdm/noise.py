@@ -108,7 +108,6 @@ def _words(
     keys: Tensor, c1: int | Tensor, c2: int | Tensor, domain: int | Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """Philox words of elements 0..4N-1, N = ceil(count / 4): ((w0, w2), (w1, w3)), each (2,B,N)."""
-    _check_counters(c1, c2, domain)
     blocks = -(-count // 4)
     even = torch.empty((2, len(keys), blocks), dtype=torch.int64, device=keys.device)
     even[0] = torch.arange(blocks, device=keys.device)
@@ -132,8 +131,8 @@ def uint32(
     (B,) on the device of the keys, whose low 32 bits count. Raises ValueError for an integer out of
     range.
     """
+    _check_counters(c1, c2, domain)
     if (kernels := _kernels(keys)) is not None:
-        _check_counters(c1, c2, domain)
         return kernels.draw(keys, c1, c2, domain, count, normal=False)
     return _interleave(*_words(keys, c1, c2, domain, count), count)
 
@@ -155,8 +154,8 @@ def normals(
     libraries that differ in the last bit almost never differ in the float32 that leaves.
     """
     count = math.prod(shape)
+    _check_counters(c1, c2, domain)
     if (kernels := _kernels(keys)) is not None:
-        _check_counters(c1, c2, domain)
         return kernels.draw(keys, c1, c2, domain, count, normal=True).view(len(keys), *shape)
     even, odd = _words(keys, c1, c2, domain, count)
     radius = even.double().mul_(2 * HALF_ULP).add_(HALF_ULP).log_().mul_(-2.0).sqrt_()

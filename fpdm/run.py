@@ -324,7 +324,7 @@ class Run:
         w, watch = self.w, self.w.watching
         norms = w.norms[: 2 * n].view(1, 2, n)
         self._apply(n, parity, norms)
-        src, dst = w.z[parity][:n], w.z[1 - parity][:n]
+        src, dst, *_ = self._operands(n, parity)
         r = SolveStats.from_norms(norms).residual[0]
         if self.recorded:
             place = watch.place[:n]

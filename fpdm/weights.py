@@ -97,22 +97,21 @@ class WeightView:
 
     def block(self, name: str, injected: bool = False) -> BlockWeights:
         """The block ``name``; with the injection MLP when ``injected``."""
-        names = [f"{name}.{key}" for key in BLOCK_KEYS]
-        weights = BlockWeights(*(self._operand(key) for key in names))
-        if injected:
-            a, e = self.halves()
-            a = self._operand(FIRST_HALF) if FIRST_HALF in self._usable() else a
-            w2, b2 = self._operand(f"{FC2}.weight"), self.get(f"{FC2}.bias")
-            weights = weights._replace(inj_a=a, inj_e=e, inj_w2=w2, inj_b2=b2)
-        return weights
+        packed = self._usable()
+
+        def operand(key: str) -> Tensor:
+            return packed[key] if key in packed else self.get(key)
+
+        own = [operand(f"{name}.{key}") for key in BLOCK_KEYS]
+        if not injected:
+            return BlockWeights(*own)
+        a, e = self.halves()
+        w2, b2 = (operand(f"{FC2}.{key}") for key in ("weight", "bias"))
+        return BlockWeights(*own, packed.get(FIRST_HALF, a), e, w2, b2)  # type: ignore[call-arg]
 
     def _usable(self) -> dict[str, Tensor]:
         # a backward reads weights as they are
         return {} if torch.is_grad_enabled() else self.packed
-
-    def _operand(self, name: str) -> Tensor:
-        packed = self._usable().get(name)
-        return self.get(name) if packed is None else packed
 
 
 class _RefreshOnLoad:
