@@ -304,7 +304,7 @@ def syncs(report: Report) -> None:
 def smoke() -> int:
     """One small float16 forward and backward in every implementation that the device is for; exit
     status 1 when one of them cannot run."""
-    from fpdm.kernels import ops
+    from fpdm.kernels import implementations
 
     config = ModelConfig(input_size=8, hidden_size=144, num_heads=2, num_classes=10)
     x = torch.randn(2, 4, 8, 8, device="cuda")
@@ -313,7 +313,7 @@ def smoke() -> int:
     missing = 0
     for impl in ("triton", "triton-fused", "cuda") if newer else ("cuda",):
         dtype = torch.float16
-        if reason := ops.unavailable(impl, "cuda", dtype):
+        if reason := implementations.unavailable(impl, "cuda", dtype):
             print(f"smoke: {impl}: not run: {reason}")
             missing = 1
             continue

@@ -162,11 +162,10 @@ def devices() -> dict[str, Any]:
 @_guarded
 def implementations(device: str) -> dict[str, str]:
     """Implementation -> ``available`` or the reason why not; ``auto``: the one that would run."""
-    from fpdm.kernels import ops
+    from fpdm.kernels.implementations import availability, choose
 
-    reasons = ops.availability(device)
-    told = {name: reason or "available" for name, reason in reasons.items()}
-    told["auto"] = ops.choose("auto", device)
+    told = {name: reason or "available" for name, reason in availability(device).items()}
+    told["auto"] = choose("auto", device)
     return told
 
 

@@ -37,7 +37,7 @@ from fpdm.config import (
 )
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.settings import plain
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="output directory (default: samples/<source>-<settings>)")
     p.add_argument("--weights", choices=("ema", "raw"), help="of a run directory (default: ema)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--impl", help="auto, " + ", ".join(ops.IMPLEMENTATIONS))
+    p.add_argument("--impl", help="auto, " + ", ".join(implementations.IMPLEMENTATIONS))
     p.add_argument("--steps", type=int, help="timesteps S")
     cost = p.add_mutually_exclusive_group()
     cost.add_argument("--iters", type=int, help="fixed-point iterations per timestep")
@@ -380,7 +380,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(args.device)
     source = load_source(args.source, args.weights, args.impl, device)
     dtype = getattr(torch, sampler_config(source.sampler_config, args).dtype)
-    impl = ops.choose(source.model.execution.impl, device, dtype)
+    impl = implementations.choose(source.model.execution.impl, device, dtype)
     source.model.execution = replace(source.model.execution, impl=impl)
     config = sampler_config(source.sampler_config, args)
     if args.calibrate is not None:
@@ -396,10 +396,10 @@ def main(argv: Sequence[str]) -> None:
     out = Path(args.out or f"samples/{source.name}-{tag}")
     claim(out, request.settings)
     print("\n".join(describe(sampler, source, impl)), flush=True)
-    ops.reset_counters()
+    implementations.reset_counters()
     store = Store(out, source.model_config)
     made = generate(sampler, request, store)
-    told = ops.ran(impl)
+    told = implementations.ran(impl)
     there = len(request.ids) - made.images
     each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
     print(f"images     {made.images} made, {there} were there{each}")

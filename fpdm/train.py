@@ -35,7 +35,7 @@ from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.files import atomic_write
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
@@ -132,7 +132,9 @@ class Trainer:
         check_machine(config, self.ranks.world, device)
         self.data = open_dataset(config.data)
         check_data(config, self.data)
-        self.impl = ops.choose(config.execution.impl, device, DTYPES[config.train.precision])
+        self.impl = implementations.choose(
+            config.execution.impl, device, DTYPES[config.train.precision]
+        )
         # named from here on: no part of the run may take another
         model = build_model(config.model, replace(config.execution, impl=self.impl))
         model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -207,7 +209,7 @@ class Trainer:
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
-        ops.reset_counters()
+        implementations.reset_counters()
         if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
             self._grid()
 
@@ -413,7 +415,7 @@ class Trainer:
     def _announce(self) -> None:
         """Says which implementation ran every operator; raises ImplError if one is another than
         announced. A run that was at its end already has run none."""
-        told = ops.ran(self.impl)
+        told = implementations.ran(self.impl)
         if told and not self._announced:
             self.progress.say(f"operators on {self.ranks.device}: {told}")
             self._announced = True

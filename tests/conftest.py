@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fpdm import run
 from fpdm.config import ExecutionConfig, ModelConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.model import FPDM, DiT
 
 DATA = Path(__file__).parent / "data"
@@ -129,7 +129,7 @@ def watch_iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every iteration of the sampler's loop from now on, whoever they are for; a solve that
     is one call tells their sum."""
     rows: list[int] = []
-    cpu, iterate_forward = ops.resolve("cpu", "cpu"), run.iterate_forward
+    cpu, iterate_forward = implementations.resolve("cpu", "cpu"), run.iterate_forward
     solve = cpu.solve
 
     def iterated(ops: Any, x: Tensor, *args: Any) -> Tensor:

@@ -18,7 +18,7 @@ from contract import violation
 from torch import Tensor
 
 from fpdm.kernels import attention_routes as routes
-from fpdm.kernels.ops import ImplError
+from fpdm.kernels.implementations import ImplError
 from fpdm.settings import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -14,7 +14,7 @@ from operator_specs import SPECS, attended
 from torch import Tensor
 
 from fpdm.kernels import reference
-from fpdm.kernels.ops import OPERATORS
+from fpdm.kernels.implementations import OPERATORS
 
 ALL = DTYPES["reference"]
 CASES = [*generate(480, ALL), *fixed(ALL)]

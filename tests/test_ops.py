@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from contract import violation
 from torch import Tensor
 
-from fpdm.kernels import ops, reference
+from fpdm.kernels import implementations, ops, reference
 
 
 def plain_adaln(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ def test_contract_bites(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
         return y if out is None else out.copy_(y)
 
     monkeypatch.setattr(reference, "gelu", half)
-    monkeypatch.setattr(ops, "_REQUESTED", "reference")
-    ops._operator_set.cache_clear()
-    ops._chosen.cache_clear()
+    monkeypatch.setattr(implementations, "_REQUESTED", "reference")
+    implementations._operator_set.cache_clear()
+    implementations._chosen.cache_clear()
     try:
         assert contract_failures("linear_bias_gelu", SHAPES[0], dtype)
         if dtype == torch.float32:
@@ -152,8 +152,8 @@ def test_contract_bites(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
             assert contract_failures("adaln", SHAPES[0], dtype)
     finally:
         monkeypatch.undo()
-        ops._operator_set.cache_clear()
-        ops._chosen.cache_clear()
+        implementations._operator_set.cache_clear()
+        implementations._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -242,20 +242,20 @@ def test_residual_norms() -> None:
 
 
 def test_choice_of_implementation() -> None:
-    native = ops.unavailable("cpu", "cpu") is None
-    assert ops.choose("auto", "cpu") == ("cpu" if native else "reference")
-    assert ops.choose("auto", "cpu", torch.float64) == "reference"
-    with pytest.raises(ops.ImplError, match="got triton, which cannot run on cpu"):
-        ops.choose("triton", "cpu")
-    with pytest.raises(ops.ImplError, match="expected auto or one of"):
-        ops.choose("tritn", "cpu")
-    with pytest.raises(ops.ImplError, match="floating-point"):
-        ops.resolve("auto", "cpu", torch.int32)
+    native = implementations.unavailable("cpu", "cpu") is None
+    assert implementations.choose("auto", "cpu") == ("cpu" if native else "reference")
+    assert implementations.choose("auto", "cpu", torch.float64) == "reference"
+    with pytest.raises(implementations.ImplError, match="got triton, which cannot run on cpu"):
+        implementations.choose("triton", "cpu")
+    with pytest.raises(implementations.ImplError, match="expected auto or one of"):
+        implementations.choose("tritn", "cpu")
+    with pytest.raises(implementations.ImplError, match="floating-point"):
+        implementations.resolve("auto", "cpu", torch.int32)
 
 
 def test_counters() -> None:
-    ops.reset_counters()
+    implementations.reset_counters()
     ops.adaln(torch.randn(1, 2, 4), torch.randn(1, 4), torch.randn(1, 4), "auto")
-    assert ops.counters() == {"adaln": {ops.choose("auto", "cpu"): 1}}
-    ops.reset_counters()
-    assert ops.counters() == {}
+    assert implementations.counters() == {"adaln": {implementations.choose("auto", "cpu"): 1}}
+    implementations.reset_counters()
+    assert implementations.counters() == {}

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fpdm.kernels.ops import ImplError
+from fpdm.kernels.implementations import ImplError
 
 TABLE = Path(__file__).with_name("attention_table.json")
 OURS = "triton"
