@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 from fpdm import classifier, sweep
 from fpdm.cli import parse_options, run_main, take_option
-from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError, load_config
+from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import Dataset, open_dataset
 from fpdm.files import atomic_write
 from fpdm.metrics import frechet, mmd, moments, nearest_distances, split_halves
 from fpdm.pretrained import LoadedSource, choose_device, load_source
+from fpdm.recipes import load_config
 from fpdm.settings import plain
 
 BASELINE = Path(__file__).parent / "assets" / "digits_baseline.json"

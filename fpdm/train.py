@@ -29,7 +29,7 @@ from fpdm import __version__, checkpoint, figures, interop
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
 from fpdm.checks import check_data, check_machine, check_same
 from fpdm.cli import run_main
-from fpdm.config import Config, ConfigError, UserError, load_config, to_dict, to_yaml
+from fpdm.config import Config, ConfigError, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
@@ -39,6 +39,7 @@ from fpdm.kernels import implementations
 from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
+from fpdm.recipes import load_config
 from fpdm.runlog import Progress, RunDirectory
 from fpdm.weights import PreparedWeights
 
