@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from fpdm import budget
@@ -132,38 +132,6 @@ def network(
     return [injection, *block * (config.pre_depth + config.post_depth), *one * iters]
 
 
-def iteration_backward(
-    config: ModelConfig, batch: int, itemsize: int = 2, recompute: str = "elementwise"
-) -> list[Part]:
-    """The parts of the backward of f(x) in the library style; ``full`` adds the forward."""
-    gemm, attention, glue = _counter(config, batch, itemsize)
-    wide = 4 / itemsize  # float32 in units of U
-    parts = []
-    for name, i, o in (
-        ("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3), ("fc2 injection", 2, 1),
-        ("fc1 injection", 1, 2),
-    ):  # fmt: skip
-        wgrad, d = gemm(f"{name} wgrad", i, o), config.hidden_size
-        # read and written in float32
-        size = wgrad.bytes + i * o * d * d * (8 - itemsize)
-        tiles = math.ceil(i * d / TILE) * math.ceil(o * d / TILE)
-        parts += [gemm(f"{name} dgrad", o, i), replace(wgrad, bytes=size, tiles=tiles)]
-    parts += [
-        attention("attention backward", 5, 8),
-        # the gradient of u is added to by the injection's gelu backward
-        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6 + 4 * wide, 2),
-        glue("adaln backward", 8, 2),
-    ]  # fmt: skip
-    if recompute != "none":
-        parts += [
-            glue("gelu again", 8 + 4, 2),
-            glue("adaln again", 4, 2),
-            # z', and x where no iterate is kept
-            glue("gates again", 3, 1) if recompute == "full" else glue("gates again", 9, 3),
-        ]
-    return parts + (iteration(config, batch, itemsize) if recompute == "full" else [])
-
-
 def flops(parts: list[Part]) -> int:
     """Sum of FLOPs."""
     return sum(p.flops for p in parts)
@@ -175,12 +143,6 @@ def training_flops(config: ModelConfig, batch: int, n: int, m: int) -> int:
     forward, kept = (budget.macs_per_sample(config, [k], False, 1.0) for k in (n + m, m))
     blocks, attention = config.pre_depth + config.post_depth + m, 2 * config.tokens**2
     return 2 * batch * (forward + 2 * kept + blocks * attention * config.hidden_size // 2)
-
-
-def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsize: int) -> float:
-    """Bytes of the element-wise parts in units of U."""
-    unit = batch * config.tokens * config.hidden_size * itemsize
-    return sum(p.bytes for p in parts if p.kind == "elementwise") / unit
 
 
 def seconds(parts: list[Part], device: Device) -> float:
