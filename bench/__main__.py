@@ -44,6 +44,7 @@ from bench.memory import LiveBytes
 from fpdm.cli import run_main
 from fpdm.config import ConfigError
 from fpdm.kernels import implementations
+from fpdm.kernels.launch import dtype_name
 
 RESULTS = machine.ROOT / "bench" / "results"
 Measured = Callable[[list[rows.Row]], list[Found]]
@@ -69,7 +70,7 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
 
     Raises ImplError when our operators ran on another implementation than the announced one."""
     arms = row.build()
-    dtype = rows.dtype_name(arms.dtype)
+    dtype = dtype_name(arms.dtype)
     found: dict[str, Any] = {
         "suite": row.suite, "name": row.name, "dtype": dtype, "flops": arms.flops,
         "bytes": arms.bytes, "images": arms.images, **arms.facts, "arms": {},

@@ -28,6 +28,7 @@ from bench.timing import device_times
 from fpdm.cli import run_main
 from fpdm.kernels import gemm, gemm_table
 from fpdm.kernels.gemm_table import Tile
+from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
 
 D, T = 1152, 256
@@ -150,7 +151,7 @@ def entry(
     tile = found[best["fused"]][0] if "fused" in best else None
     return {
         "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
-        "dtype": str(s.dtype).removeprefix("torch."), "device": gemm_table.names(device)[0],
+        "dtype": dtype_name(s.dtype), "device": gemm_table.names(device)[0],
         "route": route, "tile": tile and list(tile), "ms": ms, "source": source,
         "all_ms": times, "refused": refused,
     }  # fmt: skip

@@ -224,7 +224,7 @@ def attention(device: str) -> str:
 
     from fpdm.kernels.attention_routes import route
 
-    name, why = route(256, 72, torch.bfloat16, torch.device(device), False)
+    name, why = route(256, 72, torch.bfloat16, torch.device(device))
     return f"{name}: {why}"
 
 

@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No request, and nothing remembered from another test."""
-    caches = (routes._forward, routes._names, routes.entries)
+    caches = (routes._route, routes.names, routes.entries)
     monkeypatch.setattr(routes, "_REQUESTED", "auto")
     for cached in caches:
         cached.cache_clear()
@@ -135,13 +135,6 @@ def test_a_bad_entry_is_refused(table: Callable[..., None], bad: dict[str, Any],
     table(made)
     with pytest.raises(ImplError, match=says):
         routes.entries()
-
-
-@pytest.mark.parametrize("name", routes.ROUTES)
-def test_the_backward_is_ours(monkeypatch: pytest.MonkeyPatch, hopper: None, name: str) -> None:
-    """Whatever is asked for: no route of others can make a gradient non-deterministic."""
-    monkeypatch.setattr(routes, "_REQUESTED", name)
-    assert routes.route(256, 72, HALF, GPU, backward=True)[0] == "triton"
 
 
 @pytest.mark.parametrize("name", [n for n in routes.ROUTES if n != "flash-attn"])
