@@ -37,6 +37,7 @@ from fpdm.weights import PreparedWeights
 XL = MODEL_PRESETS["fpdm-xl-2"]
 BATCH = 64
 LINES = 28
+CALLS = 3  # profiled, after as many to warm up
 
 
 class Report:
@@ -76,22 +77,22 @@ class Report:
         torch.cuda.empty_cache()
 
 
-def by_kernel(fn: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
+def by_kernel(fn: Callable[[], Any]) -> dict[str, Any]:
     """Device microseconds per call of ``fn`` by kernel, largest first; launches; in all."""
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(3):
+    for _ in range(CALLS):
         fn()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-        for _ in range(calls):
+        for _ in range(CALLS):
             fn()
         torch.cuda.synchronize()
     events = [e for e in prof.key_averages() if e.self_device_time_total > 0]
     events = [e for e in events if str(e.device_type).endswith("CUDA")]
     events.sort(key=lambda e: -e.self_device_time_total)
     kernels = [
-        {"kernel": e.key[:90], "us": e.self_device_time_total / calls, "count": e.count / calls}
+        {"kernel": e.key[:90], "us": e.self_device_time_total / CALLS, "count": e.count / CALLS}
         for e in events
     ]
     total, count = (sum(k[name] for k in kernels) for name in ("us", "count"))  # type: ignore[misc]

@@ -87,9 +87,9 @@ def about(path: str | Path = WEIGHTS) -> dict[str, Any]:
         return json.loads(file.metadata()["about"])
 
 
-def initial(seed: int = SEED) -> dict[str, Tensor]:
+def initial() -> dict[str, Tensor]:
     """float64: weights uniform with variance 1.5 / inputs, biases zero."""
-    keys = noise.as_keys([seed])
+    keys = noise.as_keys([SEED])
     out = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
         count = math.prod(shape)

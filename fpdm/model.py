@@ -55,9 +55,9 @@ def sincos_2d(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
 
 
-def timestep_features(t: Tensor, width: int = FREQUENCIES) -> Tensor:
-    """[cos(t w_k), sin(t w_k)], w_k = 10000^(-k/(width/2)).   t (B,) -> (B, width) float32."""
-    half = width // 2
+def timestep_features(t: Tensor) -> Tensor:
+    """[cos(t w_k), sin(t w_k)], w_k = 10000^(-k/128).   t (B,) -> (B,256) float32."""
+    half = FREQUENCIES // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -356,16 +356,9 @@ class FPDM(_Transformer):
     ) -> Tensor:  # fmt: skip
         """(B,2C,h,w); see the class."""
         return self.solve(
-            x,
-            t,
-            y,
-            iters,
-            no_grad_iters,
-            init,
-            weights=weights,
-            detach_init=detach_init,
+            x, t, y, iters, no_grad_iters, init, weights=weights, detach_init=detach_init,
             stats=False,
-        ).output
+        ).output  # fmt: skip
 
 
 class DiT(_Transformer):
