@@ -118,15 +118,6 @@ def save_grid(
     atomic_write(path, encode_png(make_grid(x, columns, scale, labels)))
 
 
-def decode(path: str | Path) -> np.ndarray:
-    """The pixels (H,W,C) of a PNG, C = 1 or 3, read by Pillow and not by the code that wrote it."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
 # plots
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -123,6 +124,14 @@ def random_model(config: ModelConfig, seed: int = 0, **execution: str) -> FPDM |
             fan = param[0].numel() if param.dim() > 1 else 100
             param.normal_(std=0.7 / fan**0.5, generator=generator)
     return model
+
+
+def read_png(path: Path) -> np.ndarray:
+    """The pixels (H,W,C) of a PNG, C = 1 or 3, read by Pillow and not by the code that wrote it."""
+    image = pytest.importorskip("PIL.Image")
+    with image.open(path) as opened:
+        pixels = np.asarray(opened)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def watch_iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
