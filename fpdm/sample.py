@@ -22,25 +22,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm import calibration, figures, steps
+from fpdm import calibration, figures
 from fpdm.budget import Calibration
 from fpdm.cli import run_main, unknown_option
-from fpdm.config import (
-    ConfigError,
-    SamplerConfig,
-)
+from fpdm.config import ConfigError, SamplerConfig
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
 from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
-from fpdm.settings import plain
+from fpdm.settings import hints, plain
 
 REPORTED = 256  # images of which a report keeps every residual
 COST = ("iters", "budget", "budget_macs")
@@ -92,6 +89,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+def choices(name: str) -> tuple[str, ...]:
+    """What ``SamplerConfig`` allows for a setting of words."""
+    return get_args(hints(SamplerConfig)[name])
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; what is not given comes from the source's own sampler settings."""
     p = _Parser(
@@ -110,19 +112,18 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--budget", type=int, help="blocks per image")
     cost.add_argument("--budget-macs", type=float, help="multiply-adds per image")
     cost.add_argument("--schedule", help="iterations of every timestep in order: 8,8,4,...")
-    p.add_argument("--method", choices=steps.METHODS)
+    p.add_argument("--method", choices=choices("method"))
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
-    p.add_argument("--spacing", choices=("trailing", "linspace", "leading"))
-    p.add_argument(
-        "--allocation", choices=("constant", "increasing", "decreasing", "adaptive", "learned")
-    )
+    p.add_argument("--spacing", choices=choices("spacing"))
+    # explicit is what --schedule asks for
+    p.add_argument("--allocation", choices=[a for a in choices("allocation") if a != "explicit"])
     p.add_argument("--tol", type=float, help="residual that ends an image's iteration; 0: none")
-    p.add_argument("--solver", choices=("picard", "anderson", "broyden"))
+    p.add_argument("--solver", choices=choices("solver"))
     p.add_argument("--damping", type=float, help="of the solver's step; 1: none")
     p.add_argument("--window", type=int, help="differences that anderson and broyden remember")
     p.add_argument("--max-iters", type=int, help="of --allocation adaptive, per timestep")
     p.add_argument("--calibrate", type=int, metavar="IMAGES", help="learn an allocation and stop")
-    p.add_argument("--reuse", choices=("none", "full", "blend", "extrapolate"))
+    p.add_argument("--reuse", choices=choices("reuse"))
     p.add_argument("--gamma", type=float, dest="reuse_gamma", help="of --reuse blend")
     p.add_argument("--gamma-end", type=float, dest="reuse_gamma_end", help="gamma at t = 0")
     p.add_argument("--rho", type=float, dest="reuse_rho", help="of --reuse extrapolate")
@@ -137,14 +138,14 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
     seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument("--batch", type=int, help="images at once")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--graphs", choices=("auto", "on", "off"), help="CUDA graphs")
+    p.add_argument("--dtype", choices=choices("dtype"))
+    p.add_argument("--graphs", choices=choices("graphs"), help="CUDA graphs")
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
     p.add_argument(
-        "--compare", choices=("none", "full", "blend", "extrapolate"),
+        "--compare", choices=choices("reuse"),
         help="a report, and numbers, with the same images under this reuse beside them",
     )  # fmt: skip
     return p

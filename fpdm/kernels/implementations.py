@@ -15,13 +15,13 @@ import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
 from fpdm.config import Impl, UserError
 
-IMPLEMENTATIONS = ("reference", "triton", "triton-fused", "cuda", "cpu")
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)[1:]  # all but auto
 OPERATORS = (
     "linear", "linear_dgrad", "linear_wgrad", "gelu", "gelu_backward", "linear_add_gelu",
     "adaln", "adaln_backward", "gate_residual", "gate_residual_backward", "gate_residual_adaln",
