@@ -10,6 +10,7 @@ works. The module holds no state beside its parameters and draws no random numbe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fpdm import fixed_point, gradients
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, SolveStats
-from fpdm.gradients import Gradient
+from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
@@ -205,7 +206,11 @@ class _Transformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
 
 
-S_JFB = Gradient()
+def _of_fixed_point(mod: Modulation | Tensor) -> Tensor:
+    """The vectors (B,6D) of the fixed-point block."""
+    vectors = mod.fp if isinstance(mod, Modulation) else mod
+    assert vectors is not None
+    return vectors
 
 
 class FPDM(_Transformer):
@@ -302,10 +307,10 @@ class FPDM(_Transformer):
             return i, call(ops.linear, source, e, b1, e, b1, self.execution.impl)
 
     def _solve(
-        self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,
-        detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
+        self, x: Tensor, injected: tuple[Tensor | None, Tensor], vectors: Tensor, n: int, m: int,
+        w: WeightView, detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
-        i, u = self._inject(h, w)
+        i, u = injected
         if i is None and torch.is_grad_enabled():
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
         names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
@@ -317,6 +322,19 @@ class FPDM(_Transformer):
         )  # fmt: skip
         return out, SolveStats.from_norms(norms) if stats else None
 
+    def fixed_point_map(
+        self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """f of x* = f(x*) for the injected h (B,T,D) of ``encode`` and one timestep's vectors:
+        x (B,T,D) -> f(x), differentiable by autograd in x, h, ``mod`` and the parameters.
+
+        What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
+        iterations in one call are ``iterate``'s and ``solve``'s business.
+        """
+        w, vectors = self.view(weights, h), _of_fixed_point(mod)
+        injected = self._inject(h, w)
+        return lambda x: self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+
     @torch.no_grad()
     def iterate(
         self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
@@ -324,9 +342,9 @@ class FPDM(_Transformer):
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
         """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
         stats)."""
-        vectors = mod.fp if isinstance(mod, Modulation) else mod
-        assert vectors is not None
-        return self._solve(x0, h, vectors, iters, 0, self.view(weights, h), True, stats)
+        w = self.view(weights, h)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod)
+        return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
 
     def solve(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
@@ -346,8 +364,9 @@ class FPDM(_Transformer):
         assert mod.fp is not None
         start = h if init is None else init.to(h.dtype)
         z, found = self._solve(
-            start, h, mod.fp, no_grad_iters, iters, w, detach_init, stats, gradient
-        )
+            start, self._inject(h, w), mod.fp, no_grad_iters, iters, w, detach_init, stats,
+            gradient,
+        )  # fmt: skip
         return Solution(self.decode(z, mod, weights=w), z, found)
 
     def forward(
