@@ -41,6 +41,7 @@ from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
 from fpdm.recipes import load_config
 from fpdm.runlog import Progress, RunDirectory
+from fpdm.settings import flat
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -193,19 +194,15 @@ class Trainer:
         """Everybody continues from rank 0's state: only rank 0 reads checkpoints."""
         if self.ranks.world == 1:
             return
-        s, parts = self.scaler, (self.window, self.counters)
-        numbers = [self.step, s.scale, s.good, s.floor_hits]
-        numbers += [value for part in parts for value in vars(part).values()]
-        packed = torch.tensor(numbers, dtype=torch.float64)
-        groups = self.optimizer.state()
+        state, groups = self._state(), self.optimizer.state()
+        mine = flat(state)
+        packed = torch.tensor(list(mine.values()), dtype=torch.float64)
         self.ranks.broadcast_([packed, *(t for g in groups.values() for t in g.values())])
         self.optimizer.load_state(groups)
-        step, scale, good, floor_hits, *rest = packed.tolist()
-        self.step, s.scale, s.good, s.floor_hits = int(step), scale, int(good), int(floor_hits)
-        values = iter(rest)
-        for part in parts:
-            for key, old in list(vars(part).items()):
-                setattr(part, key, type(old)(next(values)))
+        for (name, old), value in zip(mine.items(), packed.tolist()):
+            part, _, key = name.rpartition(".")
+            (state[part] if part else state)[key] = type(old)(value)
+        self._restore(state)
 
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
