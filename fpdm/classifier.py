@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fpdm import noise
-from fpdm.config import UserError
 from fpdm.data import stream_indices
+from fpdm.settings import UserError
 
 WEIGHTS = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
 SHAPES = {
