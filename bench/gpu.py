@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from bench import suites, timing
+from bench.rows import inputs, randomised
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.diffusion import Diffusion, DiffusionConfig
 from fpdm.model import FPDM, DiT, build_model
@@ -102,10 +103,10 @@ def by_kernel(fn: Callable[[], Any]) -> dict[str, Any]:
 def profile_parts(report: Report) -> None:
     """Ours: the loop at k = 8 and a training step at (5, 6)."""
     device = torch.device("cuda")
-    x, t, y = suites.inputs(XL, BATCH, device)
+    x, t, y = inputs(XL, BATCH, device)
     for name, fold in (("loop", True), ("training", False)):
         with report.row(arm=name, batch=BATCH) as found:
-            model = suites.randomised(XL, device)
+            model = randomised(XL, device)
             # in training as the trainer has them
             weights = PreparedWeights(model, torch.bfloat16, fold=fold, accumulate=not fold)
 
@@ -134,7 +135,7 @@ def peak_of_step(
         model = build_model(config, ExecutionConfig(**execution))
     weights = PreparedWeights(model, dtype, accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
-    x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))
+    x, t, y = inputs(config, BATCH, torch.device("cuda"))
     state = torch.cuda.memory_allocated() - before
     for _ in range(2):
         optimizer.zero_grad()
@@ -171,10 +172,10 @@ def published_peak() -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, device = torch.cuda.memory_allocated(), torch.device("cuda")
-    plain = suites.Plain(suites.randomised(XL, device), torch.float32)
+    plain = suites.Plain(randomised(XL, device), torch.float32)
     optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
     average = [p.detach().clone() for p in plain.parameters()]
-    x, t, y = suites.inputs(XL, BATCH, device)
+    x, t, y = inputs(XL, BATCH, device)
     for _ in range(2):
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -253,11 +254,11 @@ def micro_step(
         graphs=mode,  # type: ignore[arg-type]
     )
     config = replace(config, fixed_point=fixed, train=train)
-    model = suites.randomised(config.model, device, **execution)
+    model = randomised(config.model, device, **execution)
     weights = PreparedWeights(model, DTYPES[precision], accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
     step = MicroStep(model, Diffusion(config.diffusion, kind), weights, config, device)
-    x, t, y = suites.inputs(config.model, batch, device)
+    x, t, y = inputs(config.model, batch, device)
     draws = Draws(t, torch.randn_like(x), y)
 
     def run() -> Any:
@@ -278,7 +279,7 @@ def syncs(report: Report) -> None:
 
     from fpdm.engine import Sampler
 
-    model = suites.randomised(XL, torch.device("cuda"))
+    model = randomised(XL, torch.device("cuda"))
     for graphs, tol in (("off", 0.0), ("on", 0.0), ("on", 0.02)):
         arm = f"graphs {graphs}, tol {tol}"
         with report.row(arm=arm, batch=1, guidance=4.0, steps=28, k=8) as found:
