@@ -85,22 +85,22 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
             gemm.adaln_linear, x, shift, scale, weight, bias, y=y, out=out, fused=False
         )
         fused = partial(
-            gemm.fused_adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
+            gemm.adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
         )
     elif s.op == "linear_gate_residual":
         z, gate = normal(s.b, s.t, s.n), gate[:, : s.n]
         library = partial(
             gemm.linear_gate_residual, x, weight, bias, z, gate, p=extra, out=out, fused=False
         )
-        fused = partial(gemm.fused_linear_gate_residual, x, weight, bias, z, gate, kept, out)
+        fused = partial(gemm.linear_gate_residual, x, weight, bias, z, gate, kept, out)
     else:
         u = bias if s.op == "linear_bias_gelu" else normal(s.b, s.t, s.n)
         pre = out if kept is None else kept
         library = partial(gemm.linear_add_gelu, x, weight, u, pre=pre, out=out, fused=False)
-        fused = partial(gemm.fused_linear_add_gelu, x, weight, u, kept, out)
+        fused = partial(gemm.linear_add_gelu, x, weight, u, kept, out)
     found["library"] = None, library
     tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
-    found |= {f"fused {i}": (tile, partial(fused, tile=tile)) for i, tile in enumerate(tiles)}
+    found |= {f"fused {i}": (tile, partial(fused, fused=tile)) for i, tile in enumerate(tiles)}
     if s.op == "linear_bias_gelu" and not s.keep and device.type == "cuda":
         found["cublaslt"] = None, partial(gemm.cublaslt_bias_gelu, x, weight, bias, out)
     return found, written
