@@ -31,32 +31,28 @@ from fpdm.config import (
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
 
+def _dit(depth: int, **shape: int) -> ModelConfig:
+    return ModelConfig(kind="dit", depth=depth, pre_depth=0, post_depth=0, **shape)  # type: ignore[arg-type]
+
+
 def _presets() -> dict[str, ModelConfig]:
-    presets: dict[str, ModelConfig] = {}
-    for size, (_, width, heads) in SIZES.items():
-        for patch in (2, 4, 8):
-            presets[f"fpdm-{size}-{patch}"] = ModelConfig(
-                kind="fpdm", patch_size=patch, hidden_size=width, num_heads=heads
-            )
-    for size, (depth, width, heads) in SIZES.items():
-        for patch in (2, 4, 8):
-            presets[f"dit-{size}-{patch}"] = _dit(depth, patch, width, heads)
-    # Tab. 3, "DiT-XL, 3 layers": the paper says 86 M parameters, counted 77.2 M. Its other
-    # baseline, "DiT-B, 11 layers, 130 M", is dit-b-2: 12 layers are 130.3 M.
-    presets["dit-xl-2-3layer"] = _dit(3, 2, 1152, 16)
-    return presets
-
-
-def _dit(depth: int, patch: int, width: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        kind="dit", patch_size=patch, hidden_size=width, num_heads=heads, depth=depth,
-        pre_depth=0, post_depth=0,
-    )  # fmt: skip
+    shapes = {
+        f"{size}-{patch}": (depth, {"patch_size": patch, "hidden_size": d, "num_heads": h})
+        for size, (depth, d, h) in SIZES.items()
+        for patch in (2, 4, 8)
+    }
+    return {
+        **{f"fpdm-{n}": ModelConfig(**shape) for n, (_, shape) in shapes.items()},  # type: ignore[arg-type]
+        **{f"dit-{n}": _dit(depth, **shape) for n, (depth, shape) in shapes.items()},
+        # Tab. 3, "DiT-XL, 3 layers": the paper says 86 M parameters, counted 77.2 M. Its other
+        # baseline, "DiT-B, 11 layers, 130 M", is dit-b-2: 12 layers are 130.3 M.
+        "dit-xl-2-3layer": _dit(3, **shapes["xl-2"][1]),
+    }
 
 
 MODEL_PRESETS: Mapping[str, ModelConfig] = MappingProxyType(_presets())
 
-# five minutes on two CPU cores: the built-in 8x8 digits. Chosen by measurement (bench/NOTES.md):
+# two minutes on two CPU cores: the built-in 8x8 digits. Chosen by measurement (bench/NOTES.md):
 # half the batch and twice the steps, short loops, and betas that leave 8x8 images some signal at
 # most timesteps (the rescaling to zero terminal SNR makes any end of the schedule valid)
 _DIGITS = Config(

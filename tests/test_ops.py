@@ -9,32 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import violation
+from operator_specs import attended, gated, normed, smooth
 from torch import Tensor
 
 from fpdm.kernels import implementations, ops, reference
 
 
-def plain_adaln(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)
-    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def plain_attention(qkv: Tensor, heads: int) -> Tensor:
-    b, t, width = qkv.shape
-    q, k, v = qkv.view(b, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    p = torch.softmax((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5, dim=-1)
-    return (p @ v).transpose(1, 2).reshape(b, t, width // 3)
-
-
 def plain_gate_adaln(
     z: Tensor, y: Tensor, g: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out = z + g.unsqueeze(1) * y
-    return out, plain_adaln(out, shift, scale)
+    out = gated(z, y, g)
+    return out, normed(out, shift, scale)
 
 
 def plain_add_gelu(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
-    return F.gelu(x @ w.t() + u, approximate="tanh")
+    return smooth(x @ w.t() + u)
 
 
 def chosen(op: Any) -> Callable[..., Any]:
@@ -45,11 +34,11 @@ def chosen(op: Any) -> Callable[..., Any]:
 # operator, plain PyTorch, operand shapes from (B, T, D, H); shift, scale, gate come from one (B,
 # 6D)
 CASES: dict[str, tuple[Any, Callable[..., Any], Callable[..., list[Any]]]] = {
-    "adaln": (chosen(ops.adaln), plain_adaln, lambda b, t, d, h: [(b, t, d), "mod", "mod"]),
-    "attention": (chosen(ops.attention), plain_attention, lambda b, t, d, h: [(b, t, 3 * d), h]),
+    "adaln": (chosen(ops.adaln), normed, lambda b, t, d, h: [(b, t, d), "mod", "mod"]),
+    "attention": (chosen(ops.attention), attended, lambda b, t, d, h: [(b, t, 3 * d), h]),
     "gate_residual": (
         chosen(ops.gate_residual),
-        lambda z, y, g: z + g.unsqueeze(1) * y,
+        gated,
         lambda b, t, d, h: [(b, t, d), (b, t, d), "mod"],
     ),
     "gate_residual_adaln": (
