@@ -35,9 +35,6 @@ _GLYPHS = (
 )  # fmt: skip
 
 
-# grids
-
-
 def to_uint8(x: Tensor) -> np.ndarray:
     """(N,C,h,w) in [-1,1] -> (N,h,w,C) uint8: clamp(127.5 x + 128, 0, 255) truncated, NaN black."""
     pixels = (127.5 * x.detach().float() + 128).nan_to_num(0.0).clamp(0, 255).to(torch.uint8)
@@ -116,9 +113,6 @@ def save_grid(
     Raises ConfigError for a bad shape or number, UserError when the file cannot be written.
     """
     atomic_write(path, encode_png(make_grid(x, columns, scale, labels)))
-
-
-# plots
 
 
 def _figure(width: float, height: float, wanted: str) -> Any:

@@ -71,9 +71,6 @@ class Made:
     traced: list[int]
 
 
-# what was asked for
-
-
 class _Parser(argparse.ArgumentParser):
     """Mistakes become one ConfigError, like every other mistake of a user."""
 
@@ -236,9 +233,6 @@ def make_request(
     return Request(labels, seeds, ids, columns, settings)
 
 
-# making and writing
-
-
 def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     """Make the images of this process that are missing, one batch after the other."""
     missing = [i for i in request.ids if store.read(i) is None]
@@ -289,9 +283,6 @@ def report(
         print("\n".join(comparison(runs)))
     if figures.plot_report(runs, timesteps, path, sampler.tol):
         print(f"wrote      {path}")
-
-
-# telling
 
 
 def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:

@@ -108,8 +108,6 @@ class Trainer:
             if main_thread:
                 self.stop.restore()
 
-    # setting up
-
     def _agree(self, failure: Exception | None, *flags: int) -> list[int]:
         """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
         the others naming it."""
@@ -210,8 +208,6 @@ class Trainer:
         implementations.reset_counters()
         if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
             self._grid()
-
-    # one step
 
     def _loop(self) -> bool:
         """True at the end of the run, False after a signal."""
@@ -319,8 +315,6 @@ class Trainer:
             f"step {self.step}: {where}, expected fewer than train.max_nonfinite = {limit}; see "
             f"{self.directory.nonfinite}; the newest checkpoint is from before"
         )
-
-    # after a step
 
     def _row_due(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step == self.config.train.steps
