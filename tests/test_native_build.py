@@ -147,7 +147,9 @@ SANITIZED = """if True:
     import fpdm.kernels
     sys.modules["fpdm.kernels._cpu"] = fpdm.kernels._cpu = native
     import operator_cases as oc
+    import pytest
     import test_cpu_loop as loop
+    import test_cpu_unroll as unrolled
     from fpdm.kernels import cpu
     assert cpu.native is native
     torch.set_num_threads(2)
@@ -160,6 +162,9 @@ SANITIZED = """if True:
         for kind in kinds:
             loop.test_iterate(size, True, kind)
             loop.test_solve(size, True, kind)
+    for mode in unrolled.MODES:
+        for kind in kinds:
+            unrolled.compare(pytest.MonkeyPatch(), unrolled.SIZES[1], kind, 3, mode, 2)
 """
 
 

@@ -93,12 +93,13 @@ def _operator_set(impl: str) -> SimpleNamespace:
 
 
 def _loop(impl: str) -> dict[str, Callable[..., Any]]:
-    """Where whole loops are one call (``loops`` says for which dtypes): ``iterate`` and ``solve``,
-    and ``pack`` for the weights that they read."""
+    """Where whole loops are one call (``loops`` says for which dtypes), and ``pack`` for weights
+    that meet no backward."""
     if impl != "cpu":
         return {}
     cpu, loop = (importlib.import_module(f"fpdm.kernels.{name}") for name in ("cpu", "cpu_loop"))
-    counted = {name: _counted(name, impl, getattr(loop, name)) for name in ("iterate", "solve")}
+    names = ("iterate", "solve", "unroll", "unroll_backward")
+    counted = {name: _counted(name, impl, getattr(loop, name)) for name in names}
     return {"loops": loop.loops, "pack": cpu.pack, **counted}
 
 
