@@ -82,7 +82,8 @@ class Sampler:
     every sample alone (its two branches together) at the cost of the batch's efficiency.
     ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
     place of ``config.solver``; with any but the plain iteration a sample returns its best iterate.
-    ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``.
+    ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``. ``plan`` says what
+    will run and what it costs (budget.Plan).
 
     With CUDA graphs the sampler keeps one workspace and its graphs until ``release()``; otherwise
     nothing outlives a call. Raises ConfigError for settings that cannot be met.

@@ -1,13 +1,19 @@
-"""Gradients of a fixed point beside S-JFB: by the implicit function theorem, and phantom gradients.
+"""Gradients of a fixed point: S-JFB's, by the implicit function theorem, and phantom gradients.
 
     implicit   x* = f(x*):  dL/dp = w^T df/dp,  w = g + J^T w,  g = dL/dx*,  J = df/dx at x*
     phantom    x <- (1 - b) x + b f(x), m times, differentiated as it stands
 
 Sources: Bai, Kolter & Koltun 2019 (implicit), Geng et al. 2021 (phantom, "On Training Implicit
 Models"). The implicit one is exact at a fixed point only, and solves one more fixed-point problem
-in the backward; the phantom one is a truncated, damped unrolling. ``iterated`` has both, and S-JFB,
-for any map. ``solve`` runs them on the operators of the fixed-point block, one application at a
-time, so they are for study rather than for speed.
+in the backward; the phantom one is a truncated, damped unrolling. ``iterated`` has all of them for
+any map f (``FPDM.fixed_point_map`` is one), from wherever a solver has led:
+
+    with torch.no_grad():
+        x = solvers.solve(f, x, solvers.Anderson(), 20).x
+    x = iterated(f, x, 0, 1, Gradient("implicit"))
+
+``solve`` runs them on the operators of the fixed-point block: implicit and phantom ones apply it
+once at a time, so they are for study rather than for speed.
 """
 
 from __future__ import annotations

@@ -218,8 +218,11 @@ class FPDM(_Transformer):
 
     ``forward(x, t, y, iters=8, no_grad_iters=0, init=None)`` -> (B,2C,h,w): C prediction channels
     and C variance fractions. x (B,C,h,w); t (B,) original timestep indices; y (B,) labels,
-    ``num_classes`` is the null label. ``init`` (B,T,D) starts the iteration instead of h. Compute
-    dtype: that of ``weights`` if given, else autocast's if on, else the parameters'.
+    ``num_classes`` is the null label. S-JFB: ``no_grad_iters`` (n) iterations store nothing, then
+    ``iters`` (m) carry the gradient, from an iterate that is detached unless ``detach_init=False``.
+    ``init`` (B,T,D) starts the iteration instead of h. Compute dtype: that of ``weights`` if given,
+    else autocast's if on, else the parameters'. Raises ValueError for shapes and kinds that do not
+    fit, and for no iteration at all.
     """
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
@@ -329,7 +332,8 @@ class FPDM(_Transformer):
         x (B,T,D) -> f(x), differentiable by autograd in x, h, ``mod`` and the parameters.
 
         What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
-        iterations in one call are ``iterate``'s and ``solve``'s business.
+        iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
+        accumulate, as a trainer's do, every backward through f adds to the parameters' gradients.
         """
         w, vectors = self.view(weights, h), _of_fixed_point(mod)
         injected = self._inject(h, w)
