@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fpdm.kernels import gemm_kernels, mlp, rows
 from fpdm.kernels.adaln import adaln
-from fpdm.kernels.gate_residual import _norms, gate_residual, gate_residual_adaln
+from fpdm.kernels.gate_residual import finish_norms, gate_residual, gate_residual_adaln
 from fpdm.kernels.gemm_table import Tile, choice, tiles
 from fpdm.kernels.launch import FLOATS, aligned, cdiv, check, row_stride
 from fpdm.kernels.reference import LN_EPS, linear
@@ -247,7 +247,7 @@ def linear_gate_residual(
             b * t, T=t, **constants,
         )  # fmt: skip
         if norms is not None:
-            _norms[(b, 2)](sums, norms, row_stride(norms), parts, BLOCK=1024)
+            finish_norms[(b, 2)](sums, norms, row_stride(norms), parts, BLOCK=1024)
     return out
 
 
