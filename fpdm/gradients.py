@@ -147,6 +147,8 @@ def solve(
 
 def _solve_in_backward(x: Tensor, f: Callable[[Tensor], Tensor], iters: int) -> None:
     """Replaces the gradient g that reaches x by the w of w = g + J^T w, J at x."""
+    if not x.requires_grad:
+        return
     point = x.detach().requires_grad_()
     fx = f(point)
 
