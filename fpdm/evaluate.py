@@ -52,7 +52,7 @@ class Options:
 
 def is_digits(source: LoadedSource) -> bool:
     """Whether the model draws what the built-in digits are: one channel, 8 x 8, ten classes."""
-    c = source.model_config
+    c = source.model.config
     return (c.in_channels, c.input_size, c.num_classes) == (1, 8, 10)
 
 
@@ -82,7 +82,7 @@ def evaluate(source: LoadedSource, options: Options) -> Evaluation:
     if options.held_out:
         config = asdict(options.data) | {"path": options.held_out}
         held_out = open_dataset(DataConfig(**config))
-    classes = source.model_config.num_classes
+    classes = source.model.config.num_classes
     labels = [i % classes for i in range(options.sets * options.count)]
     return evaluate_pixels(draw(source, options.sample, labels, options.seed), train, held_out)
 
@@ -92,7 +92,7 @@ def _sweep(source: LoadedSource, options: Options, wanted: dict[str, str | None]
     if not is_digits(source):
         raise ConfigError("--sweep: got a model of other data, expected digits (it needs a judge)")
     found, seeds = sweep.asked(
-        source.model_config, wanted, source.diffusion.config.timesteps
+        source.model.config, wanted, source.diffusion.config.timesteps
     )  # fmt: skip
     labels = digits().labels.tolist()
 

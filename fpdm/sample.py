@@ -217,12 +217,12 @@ def make_request(
     args: argparse.Namespace, source: LoadedSource, config: SamplerConfig, ks: list[int]
 ) -> Request:
     """Everything that is to be made, and by this process; ``ks``: the plan's iterations."""
-    labels, seeds, columns = choose_images(args, source.model_config.num_classes)
+    labels, seeds, columns = choose_images(args, source.model.config.num_classes)
     shard, shards = parse_shard(args.shard)
     settings = {
         "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
-        "model": plain(source.model_config),
-        "diffusion": plain(source.diffusion_config),
+        "model": plain(source.model.config),
+        "diffusion": plain(source.diffusion.config),
         "sample": {k: v for k, v in plain(config).items() if k not in ("batch", "graphs")},
         "iterations": ks,
         "labels": args.labels,
@@ -287,7 +287,7 @@ def report(
 
 def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
     """What is going to run and what it costs."""
-    plan, c, m = sampler.plan, sampler.config, source.model_config
+    plan, c, m = sampler.plan, sampler.config, source.model.config
     ks = [k for _, k in plan.steps]
     solver = f"k {min(ks)}" if min(ks) == max(ks) else f"k {min(ks)} to {max(ks)}"
     if m.kind == "fpdm":
@@ -344,8 +344,8 @@ def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     """Learn an allocation from ``images`` of all classes, save it beside the model, print it."""
     if not isinstance(source.model, FPDM):
-        raise ConfigError(f"calibrate: got a {source.model_config.kind}, expected an fpdm")
-    labels = [i % source.model_config.num_classes for i in range(images)]
+        raise ConfigError(f"calibrate: got a {source.model.config.kind}, expected an fpdm")
+    labels = [i % source.model.config.num_classes for i in range(images)]
     # seeds that no image of a usual run has
     seeds = range(1 << 63, (1 << 63) + images)
     found = calibration.learn(
@@ -389,7 +389,7 @@ def main(argv: Sequence[str]) -> None:
     claim(out, request.settings)
     print("\n".join(describe(sampler, source, impl)), flush=True)
     implementations.reset_counters()
-    store = Store(out, source.model_config)
+    store = Store(out, source.model.config)
     made = generate(sampler, request, store)
     told = implementations.ran(impl)
     there = len(request.ids) - made.images
