@@ -54,6 +54,23 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return PNG_MAGIC + b"".join(packed)
 
 
+def decode_png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The (h,w,C) pixels of a PNG that ``encode_png`` wrote; ValueError for anything else."""
+    h, w, c = shape
+    start = len(PNG_MAGIC) + 25  # behind the header chunk
+    try:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        body = data[start + 8 : start + 8 + size]
+        (crc,) = struct.unpack_from(">I", data, start + 8 + size)
+        rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(h, w * c + 1)
+    except (struct.error, zlib.error) as error:
+        raise ValueError(f"not a PNG of this program: {error}") from error
+    whole = len(data) == start + 12 + size + 12
+    if kind != b"IDAT" or crc != zlib.crc32(kind + body) or not whole or rows[:, 0].any():
+        raise ValueError("not a PNG of this program")
+    return rows[:, 1:].reshape(shape)
+
+
 def make_grid(
     x: Tensor, columns: int, scale: int | None = None, labels: Sequence[int] | None = None
 ) -> np.ndarray:
