@@ -213,7 +213,7 @@ def broken(op: str, fault: Callable[..., Any]) -> SimpleNamespace:
     return SimpleNamespace(**{op: lambda **given: fault(real, given)})
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=oc.name)
+@pytest.mark.parametrize("dtype", ALL, ids=oc.dtype_name)
 @pytest.mark.parametrize(
     ("fault", "op"), [(fault, op) for fault, (ops, _) in PLANTED.items() for op in ops]
 )
