@@ -170,11 +170,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeGraph]]:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     for name in ("Stream", "synchronize", "current_blas_handle", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: FakeGraph.log.append(name))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     for name in GIVEN_BACK:
         monkeypatch.setattr(
             torch._C, name, lambda *where, name=name: FakeGraph.log.append(name), raising=False
         )  # fmt: skip
+    monkeypatch.setattr(graphs.CudaBackend, "_owed", {})
     FakeGraph.log.clear()
     yield FakeGraph
     FakeGraph.broken = set()
@@ -199,8 +202,8 @@ def test_the_order_of_a_capture(cuda: type[FakeGraph]) -> None:
     assert cuda.log == [*begin, "capture_end", "replay"]
     assert (collects, gc.isenabled(), backend.alive) == ([False], True, 1)
     for broken, tail in (
-        ("capture_end", ["work", "capture_end", "capture_end", "pool", "reset"]),
-        ("capture_begin", [*GIVEN_BACK]),
+        ("capture_end", ["work", "capture_end", "capture_end", GIVEN_BACK[0], "reset"]),
+        ("capture_begin", [GIVEN_BACK[0], "reset"]),
     ):
         cuda.log.clear()
         cuda.broken = {broken}
@@ -233,7 +236,7 @@ def test_the_order_of_a_loop(cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(ZeroDivisionError):
         backend.capture(lambda: backend.loop(lambda: left[0] > 0, broken))
-    assert cuda.log == [*begin, "while False", node[1], "capture_end", "pool", "reset"]
+    assert cuda.log == [*begin, "while False", node[1], "capture_end", GIVEN_BACK[0], "reset"]
 
 
 class Device:
@@ -276,10 +279,6 @@ class TrackedGraph:
     def set_conditional_handle_for_current_node(self, more: Tensor) -> None:
         pass
 
-    def pool(self) -> None:
-        if not self.ended:
-            raise RuntimeError("Called CUDAGraph::pool() without a successful capture.")
-
     def reset(self) -> None:
         pass
 
@@ -321,3 +320,162 @@ def test_a_body_that_cannot_be_captured_leaves_no_trace(
     for _ in range(3):
         cache.run(replace(key, rows=2), lambda: None)
     assert (cache.captures, cache.replays, cache.broken) == (1, 2, False)
+
+
+class Allocator:
+    """As torch's CUDACachingAllocator: a pool is freed once nothing refers to it, and what goes
+    below that, or records twice into one, is an assertion. ``version`` of torch: what the end of a
+    capture that CUDA invalidated does."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.uses: dict[Any, int] = {}
+        self.recording: set[Any] = set()
+        self.segments: list[dict[str, Any]] = []
+        self.made = 0
+
+    def handle(self) -> tuple[int, int]:
+        self.made += 1
+        return 0, self.made
+
+    def begin(self, pool: Any) -> None:
+        assert pool not in self.recording
+        # a name that went cannot be used again
+        assert self.uses.get(pool, 1) > 0
+        self.uses[pool] = self.uses.get(pool, 0) + 1
+        self.recording.add(pool)
+        where = {"device": 0, "segment_pool_id": pool}
+        self.segments.append({**where, "active_size": 0})
+
+    def end(self, _: int, pool: Any) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.discard(pool)
+
+    def release(self, _: int, pool: Any) -> None:
+        self.uses[pool] -= 1
+        assert self.uses[pool] >= 0, "uc >= 0"
+
+    def empty(self) -> None:
+        self.segments = [
+            s for s in self.segments if s["active_size"] or self.uses[s["segment_pool_id"]]
+        ]
+
+
+class PooledGraph:
+    """As torch's CUDAGraph to the allocator."""
+
+    allocator: ClassVar[Allocator]
+    fails: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        self.held = self.done = False
+
+    def capture_begin(self, pool: Any, **how: Any) -> None:
+        self.pool_id = pool
+        self.allocator.begin(pool)
+        self.held = True
+        if PooledGraph.fails == "begin":
+            raise RuntimeError("operation not permitted")
+
+    def capture_end(self) -> None:
+        if PooledGraph.fails:
+            if self.allocator.version != "2.11":
+                with contextlib.suppress(RuntimeError):
+                    self.allocator.end(0, self.pool_id)
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.allocator.end(0, self.pool_id)
+        self.done = True
+
+    def begin_capture_to_while_node(self, more: Tensor) -> None:
+        self._again()
+
+    def end_capture_to_conditional_node(self) -> None:
+        self._again()
+
+    def _again(self) -> None:
+        self.allocator.end(0, self.pool_id)
+        self.allocator.begin(self.pool_id)
+
+    def set_conditional_handle_for_current_node(self, more: Tensor) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        if self.held and (self.done or self.allocator.version == "190348"):
+            self.allocator.release(0, self.pool_id)
+        self.held = self.done = False
+
+    __del__ = reset
+
+
+@pytest.fixture(params=["2.11", "180395", "190348"])
+def allocator(request: pytest.FixtureRequest, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    found = Allocator(request.param)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PooledGraph)
+    monkeypatch.setattr(PooledGraph, "allocator", found, raising=False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.handle)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: found.segments)
+    monkeypatch.setattr(torch.cuda, "empty_cache", found.empty)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", found.release, raising=False)
+    yield found
+    PooledGraph.fails = ""
+
+
+@pytest.mark.parametrize("fails", ["begin", "work"])
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_pool_is_given_back_once(
+    allocator: Allocator, fails: str, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever torch it is, and whatever it releases by itself: no reference is left of a capture
+    that failed, and none is taken from graphs that live."""
+    backend = graphs.CudaBackend(torch.device("cuda"))
+    living = [backend.capture(lambda: None) for _ in range(others)]
+    monkeypatch.setattr(PooledGraph, "fails", fails)
+
+    def work() -> None:
+        if PooledGraph.fails == "work":
+            # the allocator's cache of a tensor that the error's frame holds
+            allocator.segments[-1]["active_size"] = 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        backend.capture(work)
+    allocator.segments[-1]["active_size"] = 0
+    PooledGraph.fails = ""
+    assert allocator.recording == set()
+    backend.release()
+    if others:
+        assert allocator.uses[(0, 1)] >= others
+    # others are made, in the same pool while there are graphs
+    living.append(backend.capture(lambda: None))
+    assert allocator.made == (1 if others else 2)
+    for graph in living:
+        graph.release()
+    gc.collect()
+    backend.release()
+    assert (allocator.segments, set(allocator.uses.values())) == ([], {0})
+
+
+def test_a_loops_pool_is_given_back(allocator: Allocator) -> None:
+    """A body is a capture of its own to the allocator, and so is what follows it."""
+    backend, left = graphs.CudaBackend(torch.device("cuda")), torch.ones(1)
+    for _ in range(3):
+        loop = backend.capture(lambda: backend.loop(lambda: left[0] > 0, lambda: None))
+        plain = backend.capture(lambda: None)
+        loop.release()
+        assert allocator.uses[backend.pool] >= 1
+        plain.release()
+        backend.release()
+        assert (allocator.segments, set(allocator.uses.values())) == ([], {0})
+
+
+def test_an_index_that_is_not_given_is_the_current_device(
+    cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert graphs.CudaBackend(torch.device("cuda")).device == torch.device("cuda", 1)
+    assert graphs.CudaBackend(torch.device("cuda", 0)).device == torch.device("cuda", 0)
