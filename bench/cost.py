@@ -8,9 +8,10 @@ Bytes are what must cross the memory bus once: operands, results and weights, no
     fused      element-wise work in the GEMMs' prologues and epilogues
 
 A prediction is the sum over parts of max(FLOPs / rate / occupancy, bytes / bandwidth) + launches *
-gap, the FLOPs with those that are computed again: a model, not a measurement, and labelled so wherever it is printed. Occupancy: a GEMM computes
-tiles of 128 x 128 in whole waves, one tile a multiprocessor, so that the last wave of a large one
-costs little and the 36 tiles of a small one leave most of the device idle.
+gap, the FLOPs with those that are computed again: a model, not a measurement, and labelled so
+wherever it is printed. Occupancy: a GEMM computes tiles of 128 x 128 in whole waves, one tile a
+multiprocessor, so that the last wave of a large one costs little and the 36 tiles of a small one
+leave most of the device idle.
 """
 
 from __future__ import annotations
