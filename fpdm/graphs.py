@@ -252,12 +252,12 @@ class CudaBackend:
 
     # (device, pool that no graph uses any more) -> references that torch may have left to it
     _owed: ClassVar[dict[tuple[int, Any], int]] = {}
+    # graphs whose loop failed, kept for good: one goes with a guard that changes the current stream
+    _unfinished: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device):
         self.loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
         self.recording: Any = None
-        # graphs whose loop failed, kept: one goes with a guard that makes another stream current
-        self.unfinished: list[torch.cuda.CUDAGraph] = []
         here = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", here)
         self.stream = torch.cuda.Stream(self.device)
@@ -311,7 +311,7 @@ class CudaBackend:
         """A WHILE node whose graph is ``body`` and the flag's next value."""
         graph = self.recording
         graph.begin_capture_to_while_node(more())
-        self.unfinished.append(graph)
+        self._unfinished.append(graph)
         # the allocator is told of the body as of a capture, and of what follows as of another one
         self.left += 2
         try:
@@ -319,7 +319,7 @@ class CudaBackend:
             graph.set_conditional_handle_for_current_node(more())
         finally:
             graph.end_capture_to_conditional_node()
-        self.unfinished.pop()
+        self._unfinished.remove(graph)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Return the memory of a capture that failed."""

@@ -178,6 +178,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeGraph]]:
             torch._C, name, lambda *where, name=name: FakeGraph.log.append(name), raising=False
         )  # fmt: skip
     monkeypatch.setattr(graphs.CudaBackend, "_owed", {})
+    monkeypatch.setattr(graphs.CudaBackend, "_unfinished", [])
     FakeGraph.log.clear()
     yield FakeGraph
     FakeGraph.broken = set()
@@ -320,6 +321,10 @@ def test_a_body_that_cannot_be_captured_leaves_no_trace(
     for _ in range(3):
         cache.run(replace(key, rows=2), lambda: None)
     assert (cache.captures, cache.replays, cache.broken) == (1, 2, False)
+    # nor when all of it goes
+    del cache
+    gc.collect()
+    assert (Device.current, Device.capturing) == ("caller", set())
 
 
 class Allocator:
