@@ -310,10 +310,10 @@ class CudaBackend:
     def loop(self, more: Callable[[], torch.Tensor], body: Callable[[], None]) -> None:
         """A WHILE node whose graph is ``body`` and the flag's next value."""
         graph = self.recording
-        graph.begin_capture_to_while_node(more())
-        self._unfinished.append(graph)
         # the allocator is told of the body as of a capture, and of what follows as of another one
         self.left += 2
+        graph.begin_capture_to_while_node(more())
+        self._unfinished.append(graph)
         try:
             body()
             graph.set_conditional_handle_for_current_node(more())
