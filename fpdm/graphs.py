@@ -330,11 +330,12 @@ class CudaBackend:
 
     def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
         """A capture that CUDA invalidated, or did not begin, ends for the allocator too."""
-        # by torch's own hand from pull request 180395 on
+        # gives the pool back from pull request 190348 on, and only after a good capture before;
+        # with 190308 ends what follows too, which must not have been ended
+        graph.reset()
+        # by torch's own hand from 180395 on
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-        # gives the pool back from 190348 on, and only after a good capture before
-        graph.reset()
         self.left += 1
         self._part()
 

@@ -203,8 +203,8 @@ def test_the_order_of_a_capture(cuda: type[FakeGraph]) -> None:
     assert cuda.log == [*begin, "capture_end", "replay"]
     assert (collects, gc.isenabled(), backend.alive) == ([False], True, 1)
     for broken, tail in (
-        ("capture_end", ["work", "capture_end", "capture_end", GIVEN_BACK[0], "reset"]),
-        ("capture_begin", [GIVEN_BACK[0], "reset"]),
+        ("capture_end", ["work", "capture_end", "capture_end", "reset", GIVEN_BACK[0]]),
+        ("capture_begin", ["reset", GIVEN_BACK[0]]),
     ):
         cuda.log.clear()
         cuda.broken = {broken}
@@ -237,7 +237,7 @@ def test_the_order_of_a_loop(cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(ZeroDivisionError):
         backend.capture(lambda: backend.loop(lambda: left[0] > 0, broken))
-    assert cuda.log == [*begin, "while False", node[1], "capture_end", GIVEN_BACK[0], "reset"]
+    assert cuda.log == [*begin, "while False", node[1], "capture_end", "reset", GIVEN_BACK[0]]
 
 
 class Device:
@@ -374,7 +374,7 @@ class PooledGraph:
     fails: ClassVar[str] = ""
 
     def __init__(self) -> None:
-        self.held = self.done = False
+        self.held = self.done = self.ended = False
 
     def capture_begin(self, pool: Any, **how: Any) -> None:
         self.pool_id = pool
@@ -388,6 +388,7 @@ class PooledGraph:
             if self.allocator.version != "2.11":
                 with contextlib.suppress(RuntimeError):
                     self.allocator.end(0, self.pool_id)
+                self.ended = True
             raise RuntimeError("operation failed due to a previous error during capture")
         self.allocator.end(0, self.pool_id)
         self.done = True
@@ -409,14 +410,17 @@ class PooledGraph:
         pass
 
     def reset(self) -> None:
-        if self.held and (self.done or self.allocator.version == "190348"):
+        version = self.allocator.version
+        if version == "190308" and self.held and not (self.done or self.ended):
+            self.allocator.end(0, self.pool_id)
+        if self.held and (self.done or version in ("190348", "190308")):
             self.allocator.release(0, self.pool_id)
         self.held = self.done = False
 
     __del__ = reset
 
 
-@pytest.fixture(params=["2.11", "180395", "190348"])
+@pytest.fixture(params=["2.11", "180395", "190348", "190308"])
 def allocator(request: pytest.FixtureRequest, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     found = Allocator(request.param)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PooledGraph)
