@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -250,6 +251,9 @@ class CudaBackend:
     """CUDA graphs that share one memory pool: launches leave nothing in it between replays, which
     follow one another on one stream. Loops are conditional WHILE nodes (CUDA 12.4, torch 2.14)."""
 
+    # one capture at a time, whichever thread's: another's wait for the device would spoil it, and
+    # the end of another's switches the collector on again
+    _one = threading.RLock()
     # (device, pool that no graph uses any more) -> references that torch may have left to it
     _owed: ClassVar[dict[tuple[int, Any], int]] = {}
     # graphs whose loop failed, kept for good: one goes with a guard that changes the current stream
@@ -267,18 +271,20 @@ class CudaBackend:
 
     def capture(self, work: Callable[[], None]) -> Captured:
         """``work`` captured; see ``Backend``. Waits for the device."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
-        # this thread's handle, which a capture could not make; on the caller's stream
-        torch.cuda.current_blas_handle()
-        # a capture cannot ask for what eager work left in the allocator's cache
-        self.release()
-        with torch.cuda.stream(self.stream):
-            # cuBLAS takes its workspace for this stream from the pool: when a graph's reset frees
-            # it (torch from #175276 on), only another capture gets it, which is replayed in turn
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with self._recording(graph):
-                work()
+        with self._one:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize(self.device)
+            # this thread's handle, which a capture could not make; on the caller's stream
+            torch.cuda.current_blas_handle()
+            # a capture cannot ask for what eager work left in the allocator's cache
+            self.release()
+            with torch.cuda.stream(self.stream):
+                # cuBLAS takes its workspace for this stream from the pool: when a graph's reset
+                # frees it (torch from #175276 on), only another capture gets it, which is replayed
+                # in turn
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                with self._recording(graph):
+                    work()
         self.alive += 1
         return _CudaGraph(graph, self)
 
@@ -360,15 +366,16 @@ class CudaBackend:
         """Return the memory of pools without graphs, and of eager work, to the device. What is idle
         and stays is still referred to: one reference at a time, since which versions of torch leave
         one is not told, and one too many would be another graph's."""
-        torch.cuda.empty_cache()
-        for (index, pool), count in list(self._owed.items()):
-            for _ in range(count):
-                if not _idle(index, pool):
-                    break
-                torch._C._cuda_releasePool(index, pool)
-                torch.cuda.empty_cache()
-            if not _segments(index, pool):
-                del self._owed[index, pool]
+        with self._one:
+            torch.cuda.empty_cache()
+            for (index, pool), count in list(self._owed.items()):
+                for _ in range(count):
+                    if not _idle(index, pool):
+                        break
+                    torch._C._cuda_releasePool(index, pool)
+                    torch.cuda.empty_cache()
+                if not _segments(index, pool):
+                    del self._owed[index, pool]
 
     def forget(self, graph: torch.cuda.CUDAGraph) -> None:
         """Destroy a graph; the pool goes with the last one."""
