@@ -153,6 +153,16 @@ def test_backward_is_twice_the_forward() -> None:
     assert cost.flops(full) == cost.flops(backward) + gemm + attention
 
 
+def test_what_is_computed_again_takes_time() -> None:
+    """Eight products of 2 T D MACs a token where five count: 9.6 us a sample at the rate of a
+    V100's tensor cores, as bench/NOTES.md counts them in the machine code."""
+    part = next(p for p in cost.iteration_backward(XL, 1) if p.name == "attention backward")
+    one = 2 * XL.tokens**2 * XL.hidden_size
+    assert (part.flops, part.flops + part.again) == (5 * one, 8 * one)
+    device = replace(cost.DEVICES["V100"], flops=125e12, gap=0.0, bandwidth=1e15)
+    assert cost.seconds([part], device) == pytest.approx(9.6e-6, rel=0.02)
+
+
 def test_predictions_order_as_they_must() -> None:
     for row in cost.predictions(XL, 64):
         assert row["gemm + attention"] < row["fused"] < row["library"] < row["published"]

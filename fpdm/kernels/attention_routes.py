@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fpdm.kernels import ops
 from fpdm.kernels.ops import ImplError
 
 TABLE = Path(__file__).with_name("attention_table.json")
@@ -51,6 +52,8 @@ _REQUESTED = os.environ.get("FPDM_ATTENTION") or "auto"
 
 def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """None when a route can run, else the reason why not."""
+    if _older(device):
+        return f"it needs sm_80, not {_names(device)[-1]}"
     if name in (OURS, "sdpa"):
         return None
     if device.type != "cuda":
@@ -59,8 +62,6 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
         return None
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {_text(dtype)}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs sm_80, not {_names(device)[-1]}"
     if head_size % 8:
         return f"it needs a head size in multiples of 8, not {head_size}"
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
@@ -71,8 +72,9 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
 def route(
     tokens: int, head_size: int, dtype: torch.dtype, device: torch.device, backward: bool = False
 ) -> tuple[str, str]:
-    """(name, why). Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
-    if backward:
+    """(name, why). Before sm_80 no set with routes runs: the name is that of the implementation
+    which does. Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
+    if backward and not _older(device):
         return OURS, "other backwards start from a log-sum-exp that is not stored"
     return _forward(_REQUESTED, tokens, head_size, dtype, device)
 
@@ -89,6 +91,8 @@ def _forward(
         if reason is not None:
             raise ImplError(f"FPDM_ATTENTION: got {asked}, which cannot run: {reason}")
         return asked, "FPDM_ATTENTION asks for it"
+    if _older(device):
+        return ops.choose("auto", device, dtype), f"routes need sm_80, not {_names(device)[-1]}"
     where = f"T={tokens}, K={head_size}, {_text(dtype)}"
     for known_as in _names(device):
         for entry in entries():
@@ -139,6 +143,10 @@ def run(name: str, qkv: Tensor, heads: int, out: Tensor) -> Tensor:
             y = F.scaled_dot_product_attention(q, k, v)
     out.view(b, t, heads, width // (3 * heads)).copy_(y.transpose(1, 2))
     return out
+
+
+def _older(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 @functools.cache
