@@ -164,13 +164,17 @@ def sampling(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
     for normal in (True, False):
         philox.draw(keys, at, step, 0, 4096, normal)
         philox.draw(keys, keys, at, 0, 4096, normal)
-    o, rows_ = torch.empty(2 * SMALL, T, 32, dtype=dtype), torch.empty(28, 8)
-    for guidance in (None, Guidance(4.0, 4, 0.0), Guidance(4.0, 3, 0.7)):
-        tokens = o[:SMALL] if guidance is None else o
-        update.update_(tokens, x, rows_, at, 2, guidance)
-        update.update_(tokens, x, rows_, at, 2, guidance, keys)
-        update.update_(tokens, x, rows_, at, 2, guidance, x0=torch.empty_like(x))
-    update.update_(o, x, rows_, at, 2, Guidance(4.0, 4, 0.7), noise=x.clone(), x0=x.clone())
+        # start noise; a counter beyond 31 bits is another type
+        philox.draw(keys, 0, step, 1, 4096, normal)
+        philox.draw(keys, 2**32 - 1, step, 1, 4096, normal)
+    rows_ = torch.empty(28, 8)
+    for o in (torch.empty(2 * SMALL, T, 32, dtype=kind) for kind in (dtype, torch.float32)):
+        for guidance in (None, Guidance(4.0, 4, 0.0), Guidance(4.0, 3, 0.7)):
+            tokens = o[:SMALL] if guidance is None else o
+            update.update_(tokens, x, rows_, at, 2, guidance)
+            update.update_(tokens, x, rows_, at, 2, guidance, keys)
+            update.update_(tokens, x, rows_, at, 2, guidance, x0=torch.empty_like(x))
+        update.update_(o, x, rows_, at, 2, Guidance(4.0, 4, 0.7), noise=x.clone(), x0=x.clone())
 
 
 def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
@@ -235,7 +239,8 @@ def resources(
     """Reads a compiled kernel."""
     meta, source = kernel.metadata, kernel.src
     names = function.arg_names
-    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc"))]
+    # an i64 tells kernels apart: an integer beyond 31 bits
+    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc", "i64"))]
     constants = {names[i]: v for (i, *_), v in source.constants.items()}
     registers, stack = _usage(kernel.asm["cubin"])
     return Resources(

@@ -8,16 +8,17 @@ Bytes are what must cross the memory bus once: operands, results and weights, no
     fused      element-wise work in the GEMMs' prologues and epilogues
 
 A prediction is the sum over parts of max(FLOPs / rate / occupancy, bytes / bandwidth) + launches *
-gap: a model, not a measurement, and labelled so wherever it is printed. Occupancy: a GEMM computes
-tiles of 128 x 128 in whole waves, one tile a multiprocessor, so that the last wave of a large one
-costs little and the 36 tiles of a small one leave most of the device idle.
+gap, the FLOPs with those that are computed again: a model, not a measurement, and labelled so
+wherever it is printed. Occupancy: a GEMM computes tiles of 128 x 128 in whole waves, one tile a
+multiprocessor, so that the last wave of a large one costs little and the 36 tiles of a small one
+leave most of the device idle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fpdm import budget
@@ -30,7 +31,8 @@ STYLES: tuple[Style, ...] = ("published", "library", "fused")
 @dataclass(frozen=True)
 class Part:
     """One kernel or GEMM: ``kind`` is gemm, attention or elementwise; ``tiles`` of a GEMM's
-    result, 0 where they do not matter."""
+    result, 0 where they do not matter; ``again``: FLOPs that our kernels compute a second time,
+    which take time and count for nothing."""
 
     name: str
     kind: str
@@ -38,6 +40,7 @@ class Part:
     bytes: int
     launches: int = 1
     tiles: int = 0
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ TILE = 128
 
 
 def _counter(config: ModelConfig, batch: int, itemsize: int) -> tuple[Callable, Callable, Callable]:
-    """gemm(name, I, O, U moved beside x and y), attention(name, products, U), glue(name, U,
-    launches)."""
+    """gemm(name, I, O, U moved beside x and y), attention(name, products, U, products again),
+    glue(name, U, launches)."""
     t, d = config.tokens, config.hidden_size
     rows, unit = batch * t, batch * t * d * itemsize
 
@@ -79,8 +82,10 @@ def _counter(config: ModelConfig, batch: int, itemsize: int) -> tuple[Callable, 
         return Part(name, "gemm", int(2 * rows * i * o * d * d),
                     int((i + o + extra) * unit) + weights, tiles=tiles)  # fmt: skip
 
-    def attention(name: str, products: float, units: float) -> Part:
-        return Part(name, "attention", int(2 * products * rows * t * d), int(units * unit))
+    def attention(name: str, products: float, units: float, again: float = 0.0) -> Part:
+        product = 2 * rows * t * d
+        return Part(name, "attention", int(products * product), int(units * unit),
+                    again=int(again * product))  # fmt: skip
 
     def glue(name: str, units: float, launches: int = 1) -> Part:
         return Part(name, "elementwise", 0, int(units * unit), launches)
@@ -132,6 +137,39 @@ def network(
     return [injection, *block * (config.pre_depth + config.post_depth), *one * iters]
 
 
+def iteration_backward(
+    config: ModelConfig, batch: int, itemsize: int = 2, recompute: str = "elementwise"
+) -> list[Part]:
+    """The parts of the backward of f(x) in the library style; ``full`` adds the forward."""
+    gemm, attention, glue = _counter(config, batch, itemsize)
+    wide = 4 / itemsize  # float32 in units of U
+    parts = []
+    for name, i, o in (
+        ("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3), ("fc2 injection", 2, 1),
+        ("fc1 injection", 1, 2),
+    ):  # fmt: skip
+        wgrad, d = gemm(f"{name} wgrad", i, o), config.hidden_size
+        # read and written in float32
+        size = wgrad.bytes + i * o * d * d * (8 - itemsize)
+        tiles = math.ceil(i * d / TILE) * math.ceil(o * d / TILE)
+        parts += [gemm(f"{name} dgrad", o, i), replace(wgrad, bytes=size, tiles=tiles)]
+    parts += [
+        # dq and dk, dv are two kernels, which find the scores and dP each, and the sums first
+        attention("attention backward", 5, 8, again=3),
+        # the gradient of u is added to by the injection's gelu backward
+        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6 + 4 * wide, 2),
+        glue("adaln backward", 8, 2),
+    ]  # fmt: skip
+    if recompute != "none":
+        parts += [
+            glue("gelu again", 8 + 4, 2),
+            glue("adaln again", 4, 2),
+            # z', and x where no iterate is kept
+            glue("gates again", 3, 1) if recompute == "full" else glue("gates again", 9, 3),
+        ]
+    return parts + (iteration(config, batch, itemsize) if recompute == "full" else [])
+
+
 def flops(parts: list[Part]) -> int:
     """Sum of FLOPs."""
     return sum(p.flops for p in parts)
@@ -145,13 +183,19 @@ def training_flops(config: ModelConfig, batch: int, n: int, m: int) -> int:
     return 2 * batch * (forward + 2 * kept + blocks * attention * config.hidden_size // 2)
 
 
+def elementwise_units(parts: list[Part], config: ModelConfig, batch: int, itemsize: int) -> float:
+    """Bytes of the element-wise parts in units of U."""
+    unit = batch * config.tokens * config.hidden_size * itemsize
+    return sum(p.bytes for p in parts if p.kind == "elementwise") / unit
+
+
 def seconds(parts: list[Part], device: Device) -> float:
     """Predicted time on ``device``: see the module."""
 
     def work(p: Part) -> float:
         waves = math.ceil(p.tiles / device.processors)
         occupancy = p.tiles / (waves * device.processors) if p.tiles else 1.0
-        return max(p.flops / device.flops / occupancy, p.bytes / device.bandwidth)
+        return max((p.flops + p.again) / device.flops / occupancy, p.bytes / device.bandwidth)
 
     return sum(work(p) + device.gap * p.launches for p in parts)
 

@@ -17,6 +17,7 @@ import torch
 from contract import violation
 from torch import Tensor
 
+from fpdm import info
 from fpdm.kernels import attention_routes as routes
 from fpdm.kernels.implementations import ImplError
 from fpdm.settings import UserError
@@ -165,8 +166,16 @@ def test_a_request_that_cannot_be_met_says_why(
 
 def test_an_old_device(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert routes.unmet("sdpa-flash", 72, torch.float16, GPU) == "it needs sm_80, not sm_70"
-    assert routes.unmet("sdpa-efficient", 72, torch.float16, GPU) is None
+    for name in routes.ROUTES:
+        assert routes.unmet(name, 72, torch.float16, GPU) == "it needs sm_80, not sm_70"
+    # whatever csrc/cuda or the reference computes there is told, not a kernel that cannot run
+    monkeypatch.setattr(routes.implementations, "choose", lambda impl, device, dtype: "cuda")
+    told = ("cuda", "routes need sm_80, not sm_70")
+    assert routes.route(256, 72, torch.float16, GPU) == told
+    assert info.attention("cuda:0") == "cuda: routes need sm_80, not sm_70"
+    monkeypatch.setattr(routes, "_REQUESTED", "sdpa-efficient")
+    with pytest.raises(ImplError, match="got sdpa-efficient, which cannot run: it needs sm_80"):
+        routes.route(256, 72, torch.float16, GPU)
 
 
 def test_an_unknown_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,8 @@ def test_the_hand_count_at_xl() -> None:
     published_macs = t * (18 * d * d + 2 * t * d) + 6 * d * d
     assert cost.flops(cost.iteration(XL, 1, style="published")) == 2 * published_macs
     assert cost.flops(cost.iteration(XL, 1)) == pytest.approx(11.17e9, rel=1e-3)
-    parts = [cost.iteration(XL, 4, 2, s) for s in cost.STYLES]
-    glue = [sum(p.bytes for p in found if p.kind == "elementwise") for found in parts]
-    assert glue == [units * 4 * t * d * 2 for units in (40, 23, 3)]
+    units = [cost.elementwise_units(cost.iteration(XL, 4, 2, s), XL, 4, 2) for s in cost.STYLES]
+    assert units == [40, 23, 3]
 
 
 def counted(fn: Callable[[], object]) -> int:
@@ -77,13 +76,6 @@ def test_torch_counts_the_same() -> None:
     assert ours != cost.flops(cost.iteration(wrong, b))
 
 
-def backward_flops(config: ModelConfig, batch: int) -> int:
-    """Every GEMM has two gradients; attention's backward has five products for two."""
-    parts = cost.iteration(config, batch)
-    gemm, attention = (sum(p.flops for p in parts if p.kind == k) for k in ("gemm", "attention"))
-    return 2 * gemm + 5 * attention // 2
-
-
 def test_torch_counts_the_same_backward() -> None:
     model = FPDM(SMALL)
     block = PreparedWeights(model, torch.float32).block("block_fixed_point", injected=True)
@@ -104,7 +96,7 @@ def test_torch_counts_the_same_backward() -> None:
         step_backward(reference, g, z, mod, block, 4, acts, grads, torch.zeros(b, 6 * d), scratch)
         injection_backward(reference, g, x, block, acts, grads, scratch, du)
 
-    assert counted(backward) == backward_flops(SMALL, b)
+    assert counted(backward) == cost.flops(cost.iteration_backward(SMALL, b, recompute="none"))
 
 
 def test_the_hand_count_of_a_network() -> None:
@@ -140,10 +132,35 @@ def test_the_hand_count_of_a_training_step() -> None:
     the injection."""
     t, d = 256, 1152
     forward = cost.flops(cost.iteration(XL, 4))
-    backward = backward_flops(XL, 4)
+    backward = cost.flops(cost.iteration_backward(XL, 4))
     macs = 2 * (36 * d * d + 7 * t * d) + 9 * d * d
     want = 11 * forward + 6 * backward + 2 * 4 * t * macs
     assert cost.training_flops(XL, 4, 5, 6) == want
+
+
+def test_backward_is_twice_the_forward() -> None:
+    """Every GEMM has two gradients; attention's backward has five products for two."""
+    forward, backward = cost.iteration(XL, 2), cost.iteration_backward(XL, 2)
+    gemm = sum(p.flops for p in forward if p.kind == "gemm")
+    attention = sum(p.flops for p in forward if p.kind == "attention")
+    assert cost.flops(backward) == 2 * gemm + 5 * attention // 2
+    # x, dy and the weights' gradient in float32, read and written
+    fc2 = next(p for p in backward if p.name == "fc2 wgrad")
+    d, rows = XL.hidden_size, 2 * XL.tokens
+    assert fc2.bytes == 2 * rows * 5 * d + 8 * 4 * d * d
+    assert fc2.tiles == (4 * d // 128) * (d // 128)
+    full = cost.iteration_backward(XL, 2, recompute="full")
+    assert cost.flops(full) == cost.flops(backward) + gemm + attention
+
+
+def test_what_is_computed_again_takes_time() -> None:
+    """Eight products of 2 T D MACs a token where five count: 9.6 us a sample at the rate of a
+    V100's tensor cores, as bench/NOTES.md counts them in the machine code."""
+    part = next(p for p in cost.iteration_backward(XL, 1) if p.name == "attention backward")
+    one = 2 * XL.tokens**2 * XL.hidden_size
+    assert (part.flops, part.flops + part.again) == (5 * one, 8 * one)
+    device = replace(cost.DEVICES["V100"], flops=125e12, gap=0.0, bandwidth=1e15)
+    assert cost.seconds([part], device) == pytest.approx(9.6e-6, rel=0.02)
 
 
 def test_predictions_order_as_they_must() -> None:

@@ -32,7 +32,7 @@ from operator_cases import (
     run_case,
     values_of,
 )
-from operator_specs import SPECS, Values
+from operator_specs import SPECS, Values, infinite_key
 from torch import Tensor
 
 from fpdm.kernels import cpu
@@ -106,6 +106,13 @@ def test_cases(case: Case) -> None:
 def test_instruction_sets() -> None:
     """Each keeps the contract, so they agree within it."""
     assert [line for case in FEW for line in run_case(cpu, case)] == []
+
+
+@pytest.mark.usefixtures("on_variant")
+def test_an_infinite_key() -> None:
+    """Its dq is infinite where autograd's is NaN: the least probability is 2^-126, not 0."""
+    found = infinite_key(cpu, DTYPES["cpu"])
+    assert [line for line in found if not line.endswith("dq")] == []
 
 
 def test_products_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from operator_cases import (
     odd_attention,
     run_case,
 )
+from operator_specs import infinite_key
 from torch import Tensor
 
 from fpdm.kernels import implementations
@@ -51,6 +52,11 @@ def test_interpreter_many() -> None:
 
 def operators(impl: str = "triton") -> Any:
     return implementations.resolve(impl, "cpu", torch.float32)
+
+
+@inside
+def test_attention_of_an_infinite_key() -> None:
+    assert infinite_key(operators(), HALF) == []
 
 
 @inside

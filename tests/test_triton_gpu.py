@@ -9,7 +9,7 @@ import torch
 from contract import violation
 from on_device import OnDevice
 from operator_cases import CAP, Case, fixed, generate, infinite_products, odd_attention, run_case
-from operator_specs import attended
+from operator_specs import attended, infinite_key
 from torch import Tensor
 
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig
@@ -34,6 +34,10 @@ def operators(impl: str) -> OnDevice:
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def test_attention_of_an_infinite_key() -> None:
+    assert infinite_key(ops.resolve("triton", "cuda", torch.float32), DTYPES, "cuda") == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

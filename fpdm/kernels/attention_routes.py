@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fpdm.kernels import implementations
 from fpdm.kernels.gemm_table import names
 from fpdm.kernels.implementations import ImplError
 from fpdm.kernels.launch import dtype_name
@@ -53,6 +54,8 @@ _REQUESTED = os.environ.get("FPDM_ATTENTION") or "auto"
 
 def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """None when a route can run, else the reason why not."""
+    if _older(device):
+        return f"it needs sm_80, not {names(device)[-1]}"
     if name in (OURS, "sdpa"):
         return None
     if device.type != "cuda":
@@ -61,8 +64,6 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
         return None
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {dtype_name(dtype)}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs sm_80, not {names(device)[-1]}"
     if head_size % 8:
         return f"it needs a head size in multiples of 8, not {head_size}"
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
@@ -71,7 +72,8 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
 
 
 def route(tokens: int, head_size: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """(name, why). Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
+    """(name, why). Before sm_80 no set with routes runs: the name is that of the implementation
+    which does. Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
     return _route(_REQUESTED, tokens, head_size, dtype, device)
 
 
@@ -87,6 +89,9 @@ def _route(
         if reason is not None:
             raise ImplError(f"FPDM_ATTENTION: got {asked}, which cannot run: {reason}")
         return asked, "FPDM_ATTENTION asks for it"
+    if _older(device):
+        why = f"routes need sm_80, not {names(device)[-1]}"
+        return implementations.choose("auto", device, dtype), why
     where = f"T={tokens}, K={head_size}, {dtype_name(dtype)}"
     for known_as in names(device):
         for entry in entries():
@@ -137,3 +142,7 @@ def run(name: str, qkv: Tensor, heads: int, out: Tensor) -> Tensor:
             y = F.scaled_dot_product_attention(q, k, v)
     out.view(b, t, heads, width // (3 * heads)).copy_(y.transpose(1, 2))
     return out
+
+
+def _older(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
