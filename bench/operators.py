@@ -205,6 +205,3 @@ def iteration(s: Setting) -> Iterator[Row]:
     for index, name in enumerate(PARTS):
         yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0)
     yield Row("iteration", f"{s.name} whole", whole, 31, 2.0)
-
-
-__all__ = ["OPERATORS", "PARTS", "calls", "iteration", "operators"]

@@ -364,6 +364,3 @@ def cpu_rows() -> list[Row]:
     rows += [training(small, 1, 3, "elementwise"), training(larger, 6, 6, "elementwise", "map", 2)]
     rows += [optimizer("digits", DIGITS, device), optimizer("S/2", S2, device)]
     return [*rows, *third_party.rows(small), *data()]
-
-
-__all__ = ["OURS", "Arms", "Row", "cpu_rows"]
