@@ -195,20 +195,20 @@ def gemms(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
         weight = {n: torch.empty(n, D, dtype=dtype) for n in (D, 2 * D, 3 * D, 4 * D)}
         deep, norms = torch.empty(D, 4 * D, dtype=dtype), torch.empty(2, batch)
         if residual == dtype:
-            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D])
-            gemm.fused_linear_add_gelu(x, weight[2 * D], u)
-            gemm.fused_linear_add_gelu(x, weight[4 * D], bias)
-            gemm.fused_linear_gate_residual(x, weight[D], bias[:D], z, g)
-            gemm.fused_linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms)
+            gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], fused=True)
+            gemm.linear_add_gelu(x, weight[2 * D], u, fused=True)
+            gemm.linear_add_gelu(x, weight[4 * D], bias, fused=True)
+            gemm.linear_gate_residual(x, weight[D], bias[:D], z, g, fused=True)
+            gemm.linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms, fused=True)
             continue
         y, pre, prev = torch.empty_like(x), torch.empty_like(u), torch.empty_like(z)
         for tile in gemm_table.tiles("adaln_linear", batch * T, 3 * D, dtype, arch):
-            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, tile=tile)
+            gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, fused=tile)
         for tile in gemm_table.tiles("linear_add_gelu", batch * T, 2 * D, dtype, arch):
-            gemm.fused_linear_add_gelu(x, weight[2 * D], u, pre, tile=tile)
+            gemm.linear_add_gelu(x, weight[2 * D], u, pre, fused=tile)
         for tile in gemm_table.tiles("linear_gate_residual", batch * T, D, dtype, arch):
-            gemm.fused_linear_gate_residual(
-                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, tile=tile
+            gemm.linear_gate_residual(
+                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, fused=tile
             )
 
 

@@ -34,6 +34,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from fpdm.config import ConfigError
 from fpdm.weights import WeightView
 
 GRAPHS = 64  # keys
@@ -414,3 +415,14 @@ class _CudaGraph:
 def backend_for(device: torch.device) -> Backend | None:
     """What captures on ``device``; None on a CPU."""
     return CudaBackend(device) if device.type == "cuda" else None
+
+
+def cache_for(
+    setting: str, mode: str, device: torch.device, limit: int = GRAPHS
+) -> GraphCache | None:
+    """What ``setting`` asks for by ``mode``: off, on or auto. Raises ConfigError for on where
+    nothing can be captured."""
+    backend = None if mode == "off" else backend_for(device)
+    if backend is None and mode == "on":
+        raise ConfigError(f"{setting}: got on, expected auto or off on {device}")
+    return None if backend is None else GraphCache(backend, mode == "on", limit)

@@ -28,7 +28,7 @@ from fpdm.block import (
 )
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import reference
-from fpdm.kernels.ops import OPERATORS
+from fpdm.kernels.implementations import OPERATORS
 from fpdm.model import FPDM
 from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights

@@ -14,7 +14,7 @@ from torch import Tensor
 from fpdm import block, walk
 from fpdm.block import BlockGrads, Scratch, saved_units
 from fpdm.fixed_point import unroll, unroll_backward
-from fpdm.kernels import cpu, cpu_loop, ops
+from fpdm.kernels import cpu, cpu_loop, implementations, ops
 from fpdm.kernels.launch import LaunchError
 
 pytestmark = pytest.mark.skipif(
@@ -103,10 +103,10 @@ def test_the_comparison_bites(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_call_for_all_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     """And for every part of the batch, forward and backward; what follows u is apart."""
-    ops.reset_counters()
+    implementations.reset_counters()
     results(OPS, monkeypatch, (3, 7, 48, 4), torch.float32, 5, "elementwise", chunks=3)
     parts = {"unroll": 3, "unroll_backward": 6, "linear_wgrad": 6, "linear_dgrad": 6}
-    assert ops.counters() == {op: {"cpu": n} for op, n in parts.items()}
+    assert implementations.counters() == {op: {"cpu": n} for op, n in parts.items()}
 
 
 def test_batches_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

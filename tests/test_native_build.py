@@ -69,9 +69,9 @@ def test_says_why_it_is_missing() -> None:
         import sys
         sys.modules["fpdm.kernels._cpu"] = None
         import torch
-        from fpdm.kernels import ops
-        print(ops.unavailable("cpu", "cpu", torch.float32))
-        print(ops.choose("auto", "cpu", torch.float32))
+        from fpdm.kernels import implementations
+        print(implementations.unavailable("cpu", "cpu", torch.float32))
+        print(implementations.choose("auto", "cpu", torch.float32))
     """
     reason, choice = python(code).stdout.splitlines()
     assert "cannot be loaded" in reason
