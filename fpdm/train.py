@@ -12,6 +12,7 @@ A signal is agreed by all ranks at the end of a step, which is then saved; the e
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import signal
@@ -103,6 +104,7 @@ class Trainer:
             for part in ("loader", "progress"):
                 if hasattr(self, part):
                     getattr(self, part).close()
+            self.directory.close()
             if main_thread:
                 self.stop.restore()
 
@@ -147,13 +149,29 @@ class Trainer:
             if t.precision == "fp16"
             else LossScaler(1.0, sys.maxsize, 1.0)
         )
-        # here, so that a plan which cannot be met is refused before the first step
-        self.sampler = Sampler(self.model, self.diffusion, config.sample)
+        self.sampler = self._sampler()
         if self.ranks.rank == 0:
             # only now: a start that is refused leaves no empty directories
             self.directory.prepare()
             self._resume()
         self.loader = Loader(self.data, config, self.ranks)
+
+    def _sampler(self) -> Sampler:
+        """Of the grids; made before the first step, so that what cannot be met is refused then.
+
+        It shares the parameters, not the implementation: ``auto`` is chosen for its own dtype.
+        """
+        config, seen = self.config, copy.copy(self.model)
+        wanted = config.sample.dtype
+        try:
+            impl = ops.choose(config.execution.impl, self.ranks.device, getattr(torch, wanted))
+        except ops.ImplError as error:
+            raise ConfigError(
+                f"sample.dtype: got {wanted}, expected one that execution.impl can draw grids in: "
+                f"{error}"
+            ) from error
+        seen.execution = replace(config.execution, impl=impl)
+        return Sampler(seen, self.diffusion, config.sample)
 
     def _resume(self) -> None:
         root = self.directory.checkpoints
@@ -402,9 +420,13 @@ class Trainer:
             self.sampler.weights.refresh()
             drawn.append(self.sampler.sample(labels, seeds=range(len(labels))).x)
 
+        self._announce()
+        ops.reset_counters()
         with self.optimizer.swapped():
             self.stop.interruptible(draw)
         self.sampler.release()
+        ops.ran(self.sampler.model.execution.impl)
+        ops.reset_counters()
         if drawn:
             # of latents the first three channels are shown as they are
             x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]
