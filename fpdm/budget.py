@@ -371,8 +371,11 @@ def _check_dit(model: ModelConfig, sampler: SamplerConfig, macs: int) -> None:
     wrong = [name for name in given if name in ("iters", "schedule")]
     if sampler.allocation != "constant":
         wrong.append(f"allocation {sampler.allocation}")
-    if sampler.tol:
-        wrong.append("tol")
+    wrong += [
+        name if name in ("tol", "damping") else f"{name} {getattr(sampler, name)}"
+        for name, idle in (("tol", 0.0), ("solver", "picard"), ("damping", 1.0), ("reuse", "none"))
+        if getattr(sampler, name) != idle
+    ]
     if wrong or len(given) > 1:
         raise ConfigError(
             f"sample: got {' and '.join(wrong or given)} for a DiT, which has no iterations, "

@@ -382,6 +382,8 @@ def test_dit(spacing: Any) -> None:
         (DIT, {"iters": 8}, "got iters for a DiT, which has no iterations"),
         (DIT, {"schedule": (1,), "steps": 1}, "got schedule for a DiT"),
         (DIT, {"allocation": "increasing"}, "got allocation increasing for a DiT"),
+        (DIT, {"reuse": "full"}, "got reuse full for a DiT"),
+        (DIT, {"solver": "anderson", "damping": 0.5}, "got solver anderson and damping for a DiT"),
         (DIT, {"budget": 280, "budget_macs": 1e15}, "got budget and budget_macs for a DiT"),
         (DIT, {"steps": 9, "budget": 280}, "got 280 with sample.steps=9 .* sample.steps=10"),
         (DIT, {"steps": 10, "budget": 281}, "a multiple of 28, such as 280 with sample.steps=10"),
