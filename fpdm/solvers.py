@@ -63,8 +63,8 @@ def solve(
     evaluations: int,
     residual: Callable[[Tensor, Tensor], Tensor] = relative_residual,
 ) -> Solution:
-    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate, that
-    of the least ``residual`` of x and f(x).
+    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate, the
+    one with the least ``residual`` of x and f(x).
 
     Raises ValueError for fewer than one evaluation.
     """

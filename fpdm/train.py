@@ -428,6 +428,9 @@ class Trainer:
         ops.ran(self.sampler.model.execution.impl)
         ops.reset_counters()
         if drawn:
+            bad = int((~drawn[0].flatten(1).isfinite().all(1)).sum())
+            if bad:
+                self.progress.say(f"step {self.step}: {bad} images of the grid hold NaN or Inf")
             # of latents the first three channels are shown as they are
             x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]
             figures.save_grid(x, self.directory.sample(self.step), train.grid_per_class)

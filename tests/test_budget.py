@@ -379,6 +379,17 @@ def test_dit(spacing: Any) -> None:
         (XL, {"steps": 4, "budget_macs": math.inf}, "got inf, expected a finite number"),
         (XL, {"steps": 1001, "iters": 2}, "sample.steps: got 1001, expected 1..1000"),
         (XL, {"spacing": "leading", "iters": 2}, "got leading with zero terminal SNR"),
+        (
+            XL,
+            {"iters": 10**30},
+            f"got {10**30} iterations in a timestep from iters, expected at most",
+        ),
+        (XL, {"steps": 1, "budget": 70000}, "got 69998 iterations in a timestep from budget"),
+        (
+            XL,
+            {"iters": 3, "max_iters": 70000, "allocation": "adaptive", "tol": 0.1},
+            "got 70000 iterations",
+        ),
         (DIT, {"iters": 8}, "got iters for a DiT, which has no iterations"),
         (DIT, {"schedule": (1,), "steps": 1}, "got schedule for a DiT"),
         (DIT, {"allocation": "increasing"}, "got allocation increasing for a DiT"),

@@ -78,16 +78,21 @@ def test_half_a_row_does_not_stay(tmp_path: Path) -> None:
 
 
 def test_grids_in_another_dtype_than_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """float16 on a CPU is plain PyTorch's; the grids are drawn in it, whatever trains."""
     config = small(tmp_path, steps=2, grid_every=1)
     config = replace(config, sample=replace(config.sample, dtype="float16"))
     trainer = Trainer(config)
     trainer.run()
+    assert "NaN" not in capsys.readouterr().out
     assert trainer.sampler.model.execution.impl == "reference"
     assert trainer.impl == ops.choose("auto", "cpu", torch.float32)
     assert (tmp_path / "run" / "export").is_dir()
+    # what float16 cannot hold is told
+    trainer.optimizer.ema["final_layer.linear.weight"].fill_(1e5)
+    trainer._grid()
+    assert "step 2: 10 images of the grid hold NaN or Inf" in capsys.readouterr().out
     # a grid that a kill kept from being drawn
     (tmp_path / "run" / "samples" / "step_0000002.png").unlink()
     assert Trainer(changed(config, steps=3)).run() == 3
