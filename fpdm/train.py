@@ -30,7 +30,7 @@ from fpdm import __version__, checkpoint, figures, interop
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
 from fpdm.checks import check_data, check_machine, check_same
 from fpdm.cli import run_main
-from fpdm.config import Config, ConfigError, UserError, load_config, to_dict, to_yaml
+from fpdm.config import Config, ConfigError, Impl, UserError, load_config, to_dict, to_yaml
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
@@ -134,7 +134,8 @@ class Trainer:
         check_machine(config, self.ranks.world, device)
         self.data = open_dataset(config.data)
         check_data(config, self.data)
-        self.impl = ops.choose(config.execution.impl, device, DTYPES[config.train.precision])
+        precision = config.train.precision
+        self.impl = self._choose(DTYPES[precision], f"train.precision = {precision}")
         # named from here on: no part of the run may take another
         model = build_model(config.model, replace(config.execution, impl=self.impl))
         model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -156,6 +157,14 @@ class Trainer:
             self._resume()
         self.loader = Loader(self.data, config, self.ranks)
 
+    def _choose(self, dtype: torch.dtype, setting: str) -> Impl:
+        """The implementation for ``dtype``, which ``setting`` wants."""
+        try:
+            return ops.choose(self.config.execution.impl, self.ranks.device, dtype)
+        except ops.ImplError as error:
+            told = str(error).replace("impl: ", "execution.impl: ", 1)
+            raise ops.ImplError(f"{told} ({setting})") from error
+
     def _sampler(self) -> Sampler:
         """Of the grids; made before the first step, so that what cannot be met is refused then.
 
@@ -163,13 +172,7 @@ class Trainer:
         """
         config, seen = self.config, copy.copy(self.model)
         wanted = config.sample.dtype
-        try:
-            impl = ops.choose(config.execution.impl, self.ranks.device, getattr(torch, wanted))
-        except ops.ImplError as error:
-            raise ConfigError(
-                f"sample.dtype: got {wanted}, expected one that execution.impl can draw grids in: "
-                f"{error}"
-            ) from error
+        impl = self._choose(getattr(torch, wanted), f"sample.dtype = {wanted}, of the grids")
         seen.execution = replace(config.execution, impl=impl)
         return Sampler(seen, self.diffusion, config.sample)
 

@@ -99,7 +99,9 @@ def test_grids_in_another_dtype_than_training(
     monkeypatch.setattr(Trainer, "local_step", None)
     refused = replace(config, execution=replace(config.execution, impl="cpu"))
     if ops.unavailable("cpu", torch.device("cpu"), torch.float32) is None:
-        with pytest.raises(ConfigError, match=r"sample\.dtype: got float16, expected .*float32"):
+        with pytest.raises(
+            ops.ImplError, match=r"execution\.impl: got cpu, .*sample\.dtype = float16"
+        ):
             Trainer(changed(refused, name="other")).run()
     assert not (tmp_path / "other").exists()
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
