@@ -51,6 +51,19 @@ def test_invariant_is_bitwise(model: ModelConfig) -> None:
     assert torch.equal(shuffled, alone[order])
 
 
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_adaptive_where_no_residual_reaches_the_tolerance(most: int) -> None:
+    """All run to what their plan and ``max_iters`` allow, as with a tolerance that could be met."""
+    changes: dict[str, Any] = {"allocation": "adaptive", "iters": 3, "max_iters": most}
+    with pytest.warns(UserWarning, match="every sample runs to its cap"):
+        tight = sampler(replace(BUSY, dtype="bfloat16", tol=1e-4, **changes))
+    ran = tight.sample(LABELS, SEEDS).stats.iterations
+    usual = sampler(replace(BUSY, tol=1e-6, **changes)).sample(LABELS, SEEDS).stats.iterations
+    assert torch.equal(ran, usual)
+    assert ran.max() == min(most, 7)
+    assert ran.sum(0).max() <= 12
+
+
 def test_two_samplers_in_two_threads() -> None:
     model = network()
     first, second = sampler(BUSY, model), sampler(replace(BUSY, reuse="full", method="ddim"), model)
