@@ -6,15 +6,12 @@ weights, average, optimiser, metrics and the grid of samples, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from runs import fingerprint, small
 
-from fpdm import figures, model
 from fpdm.config import Config, from_dict
 from fpdm.settings import flat
 from fpdm.train import Trainer
@@ -138,25 +135,6 @@ def test_every_setting_stands_here() -> None:
     assert sorted([*MATTERS, *ELSEWHERE]) == sorted(flat(Config()))
 
 
-@pytest.fixture
-def _away_from_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    initialize = model._Transformer.initialize
-
-    def shifted(self: Any, generator: torch.Generator | None = None) -> None:
-        initialize(self, generator)
-        noise = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.add_(torch.randn(p.shape, generator=noise) * 0.1)
-
-    monkeypatch.setattr(model._Transformer, "initialize", shifted)
-    monkeypatch.setattr(figures, "plot_history", lambda metrics, path: False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of the run with ``changes``."""
     if changes.get("model.kind") == "dit":
@@ -173,7 +151,7 @@ def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_away_from_zero")
+@pytest.mark.usefixtures("away_from_zero")
 @pytest.mark.parametrize("name", MATTERS)
 def test_it_matters(name: str, tmp_path: Path) -> None:
     value, context = MATTERS[name]
@@ -182,7 +160,7 @@ def test_it_matters(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_away_from_zero")
+@pytest.mark.usefixtures("away_from_zero")
 def test_one_that_does_not_would_be_seen(tmp_path: Path) -> None:
     """The same run twice, and with settings of what is not asked for, is the same bits."""
     base = run(tmp_path / "a", {})
