@@ -190,6 +190,8 @@ class Trainer:
             self._restore(found.meta["state"])
             total = self.config.train.steps
             print(f"resumed {found.path}: step {self.step} of {total}", flush=True)
+        elif self.directory.metrics.exists():
+            print(f"no checkpoint under {root}: the run begins anew, its rows too", flush=True)
         self.directory.keep_until(self.step)
         atomic_write(self.directory.config, to_yaml(self.config).encode())
 

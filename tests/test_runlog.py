@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,16 @@ def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="of another run"):
         Trainer(changed(config, seed=9)).run()
     assert Trainer(changed(config, steps=3)).run() == 3
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path, steps=1, log_every=1)
+    for told in (False, True):
+        Trainer(config).run()
+        assert ("no checkpoint under" in capsys.readouterr().out) == told
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
 
 
 @contextmanager
