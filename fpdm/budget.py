@@ -25,6 +25,9 @@ import numpy as np
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.steps import branches, timesteps
 
+# of a timestep: counts are int64 tensors, and every iteration of a sample has its residual kept
+MOST_ITERATIONS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -178,8 +181,8 @@ def plan(
     ``given``: ``sampler.steps`` timesteps in place of those of ``sampler.spacing``.
 
     Raises ConfigError, one line, for none or several of these, for a budget that leaves a step
-    without an iteration (naming the largest S that fits), for allocation learned without a fitting
-    ``calibration`` and for what ``timesteps`` refuses.
+    without an iteration (naming the largest S that fits) or a step more than ``MOST_ITERATIONS``,
+    for allocation learned without a fitting ``calibration`` and for what ``timesteps`` refuses.
     """
     cost = _Cost(model, sampler, diffusion, folded, tuple(given))
     ts, counts = cost.timesteps(sampler.steps)
@@ -192,6 +195,11 @@ def plan(
         ks, stranded = _iterations(cost, counts, curves)
         if sampler.allocation == "adaptive":
             limit = sampler.max_iters or 2 * -(-sum(ks) // len(ks))
+    if max(limit, *ks) > MOST_ITERATIONS:
+        raise ConfigError(
+            f"sample: got {max(limit, *ks)} iterations in a timestep from "
+            f"{', '.join(_given(sampler))}, expected at most {MOST_ITERATIONS}"
+        )
     return Plan(
         steps=tuple(zip(ts, ks)),
         stranded=stranded,
@@ -356,8 +364,11 @@ def _check_dit(model: ModelConfig, sampler: SamplerConfig, macs: int) -> None:
     wrong = [name for name in given if name in ("iters", "schedule")]
     if sampler.allocation != "constant":
         wrong.append(f"allocation {sampler.allocation}")
-    if sampler.tol:
-        wrong.append("tol")
+    wrong += [
+        name if name in ("tol", "damping") else f"{name} {getattr(sampler, name)}"
+        for name, idle in (("tol", 0.0), ("solver", "picard"), ("damping", 1.0), ("reuse", "none"))
+        if getattr(sampler, name) != idle
+    ]
     if wrong or len(given) > 1:
         raise ConfigError(
             f"sample: got {' and '.join(wrong or given)} for a DiT, which has no iterations, "

@@ -16,14 +16,12 @@ directory says so); any number may read.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from fpdm.files import (
     TEMPORARY,
     CheckpointError,
     FileRecord,
+    directory_lock,
     failpoint,
     fsync_directory,
     make_directory,
@@ -97,7 +96,7 @@ def save(
     state = json.dumps(meta, indent=1).encode()
     try:
         make_directory(root)
-        with _directory_lock(root, _LOCK_WAIT_S) as lock:
+        with directory_lock(root, _LOCK_WAIT_S) as lock:
             if lock == "busy":
                 raise CheckpointError(f"{root}: another process is writing checkpoints here")
             _remove_orphans(root)
@@ -181,34 +180,6 @@ def _is_good(path: Path) -> bool:
     with contextlib.suppress(CheckpointError):
         return _read(path, keep=False).finite
     return False
-
-
-@contextlib.contextmanager
-def _directory_lock(root: Path, wait_s: float) -> Iterator[str]:
-    """Lock ``root`` against other writers; yields "held", "busy", or "unsupported".
-
-    The kernel drops the lock of a dead process, so whoever holds it knows that every temporary is
-    an orphan.
-    """
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    state, deadline = "", time.monotonic() + wait_s
-    try:
-        while not state:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                state = "held"
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    state = "busy"
-                else:
-                    time.sleep(0.02)
-            except OSError:  # a network file system without locks
-                state = "unsupported"
-        yield state
-    finally:
-        if state == "held":  # said aloud: a child forked meanwhile shares the descriptor
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
 
 
 def _remove_orphans(root: Path) -> None:
@@ -333,7 +304,7 @@ def load_newest(root: str | Path, report: Callable[[str], object] = print) -> Ch
         try:
             if not root.exists():
                 return None
-            with _directory_lock(root, 0.0) as lock:
+            with directory_lock(root, 0.0) as lock:
                 if lock == "held":
                     _remove_orphans(root)
             paths = _listing(root)

@@ -178,7 +178,8 @@ def _tokens(argv: Sequence[str], known: dict[str, Any], extra: Mapping[str, str]
         else:
             got = " ".join(values) or "no value"
             raise ConfigError(f"{name}: got {got}, expected {settings.describe(hint)}")
-        args += [f"--{name}", *map(str, read)]
+        # a text may begin with dashes
+        args += [f"--{name}={read[0]}"] if hint is str else [f"--{name}", *map(str, read)]
     return args
 
 

@@ -71,6 +71,11 @@ class ModelConfig(Settings):
             if looped
             else "depth >= 1 and the others 0 for kind = dit",
         )
+        self.require(
+            looped or not self.pre_post_timestep_conditioning,
+            "pre_post_timestep_conditioning",
+            "false for kind = dit, whose blocks all see t",
+        )
 
     @property
     def tokens(self) -> int:
@@ -181,7 +186,7 @@ class SamplerConfig(Settings):
     ] = "constant"
     schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
     tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
-    solver: Literal["picard", "anderson", "broyden"] = "picard"
+    solver: Literal["picard", "anderson", "broyden"] = "picard"  # anderson differs from the 4th on
     damping: float = 1.0  # of the solver's step
     window: int = 3  # differences that anderson and broyden remember
     max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpdm.config import DiffusionConfig
+from fpdm.config import ConfigError, DiffusionConfig
 
 Array = NDArray[np.float64]
 
@@ -34,6 +34,8 @@ def linear_betas(config: DiffusionConfig) -> Array:
     """The T betas, float64; with ``zero_terminal_snr`` rescaled, the last exactly 1.
 
     a'_t = (a_t - a_{T-1}) a_0 / (a_0 - a_{T-1});  beta'_t = 1 - (a'_t / a'_{t-1})^2.
+
+    Raises ConfigError for betas whose a underflows before that.
     """
     betas: Array = np.linspace(
         config.beta_start, config.beta_end, config.timesteps, dtype=np.float64
@@ -41,8 +43,17 @@ def linear_betas(config: DiffusionConfig) -> Array:
     if not config.zero_terminal_snr:
         return betas
     a = np.sqrt(np.cumprod(1.0 - betas))
+    if a[-2] <= a[-1]:
+        raise _no_signal(config, "before the last")
     abar: Array = ((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2
     return 1.0 - abar / np.append(1.0, abar[:-1])
+
+
+def _no_signal(config: DiffusionConfig, where: str) -> ConfigError:
+    return ConfigError(
+        f"diffusion.beta_start, beta_end: got {config.beta_start}, {config.beta_end}, expected "
+        f"less: no signal is left {where} of {config.timesteps} timesteps"
+    )
 
 
 def log_posterior_variance(betas: Array, abar: Array) -> Array:
@@ -61,12 +72,17 @@ class Diffusion:
 
     betas, alphas_cumprod, log_beta_tilde: float64 (T,) NumPy arrays, the exact schedule. What the
     methods need per timestep is gathered from float32 tables on ``device``; nothing synchronises.
+
+    Raises ConfigError for betas that leave nothing of x_0 where it is divided by a.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):
         self.config = config
         self.betas = linear_betas(config)
         self.alphas_cumprod: Array = np.cumprod(1.0 - self.betas, dtype=np.float64)
+        if config.prediction == "eps" and self.alphas_cumprod[-1] < np.finfo(np.float32).tiny:
+            # x_0 = (x - s eps) / a, in float32
+            raise _no_signal(config, "at the last")
         self.log_beta_tilde = log_posterior_variance(self.betas, self.alphas_cumprod)
         abar, beta = self.alphas_cumprod, self.betas
         previous = np.append(1.0, abar[:-1])

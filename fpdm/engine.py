@@ -126,7 +126,9 @@ class Sampler:
         )
         self.batch = 1 if config.invariant else config.batch
         self.tol = _usable_tolerance(config.tol, self.dtype)
-        self.watched = model.config.kind == "fpdm" and (self.tol > 0 or self.solver is not None)
+        # adaptive counts what every sample has left, also where no residual reaches tol
+        counted = self.tol > 0 or self.plan.limit > 0 or self.solver is not None
+        self.watched = model.config.kind == "fpdm" and counted
         self._make_tables()
         ks = [k for _, k in self.plan.steps]
         self.most = most_iterations(ks, self.plan.limit) if self.plan.limit else ks

@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import stat
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -148,6 +149,34 @@ def make_directory(path: Path) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def directory_lock(root: Path, wait_s: float) -> Iterator[str]:
+    """Lock ``root`` against other writers; yields "held", "busy", or "unsupported".
+
+    The kernel drops the lock of a dead process, so whoever holds it knows that every temporary is
+    an orphan.
+    """
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    state, deadline = "", time.monotonic() + wait_s
+    try:
+        while not state:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                state = "held"
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    state = "busy"
+                else:
+                    time.sleep(0.02)
+            except OSError:  # a network file system without locks
+                state = "unsupported"
+        yield state
+    finally:
+        if state == "held":  # said aloud: a child forked meanwhile shares the descriptor
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Gradients of a fixed point: S-JFB's, by the implicit function theorem, and phantom gradients.
 
-    implicit   x* = f(x*):  dL/dp = w^T df/dp,  w = g + J^T w,  g = dL/dx*,  J = df/dx at x*
+    implicit   x* = f(x*):  dL/dp = w^T df/dp,  w = g + J^T w,  g = dL/dx*,  J = df/dx at x*;
+               of the w that were tried, the one with the least |g + J^T w - w|
     phantom    x <- (1 - b) x + b f(x), m times, differentiated as it stands
 
 Sources: Bai, Kolter & Koltun 2019 (implicit), Geng et al. 2021 (phantom, "On Training Implicit
@@ -156,6 +157,7 @@ def _solve_in_backward(x: Tensor, f: Callable[[Tensor], Tensor], iters: int) -> 
         def step(w: Tensor) -> Tensor:
             return g + torch.autograd.grad(fx, point, w, retain_graph=True)[0]
 
-        return solvers.solve(step, g, solvers.Anderson(), iters).x
+        # not relative: where J is no contraction, that would choose the w that has grown most
+        return solvers.solve(step, g, solvers.Anderson(), iters, solvers.distance).x
 
     x.register_hook(implicit)

@@ -112,10 +112,11 @@ def with_preset(config: Config, preset: str) -> Config:
         raise ConfigError(
             f"unknown preset {preset}{near or '; known: ' + ', '.join(MODEL_PRESETS)}"
         )
-    m = config.model
-    kept = {k: getattr(m, k) for k in ("input_size", "in_channels", "num_classes")}
-    kept["pre_post_timestep_conditioning"] = m.pre_post_timestep_conditioning
-    model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
+    model = MODEL_PRESETS[preset]
+    kept = ["input_size", "in_channels", "num_classes"]
+    if model.kind == "fpdm":
+        kept.append("pre_post_timestep_conditioning")
+    model = dataclasses.replace(model, **{name: getattr(config.model, name) for name in kept})
     sample = config.sample
     if model.kind == "dit":
         sample = dataclasses.replace(sample, iters=None, reuse="none", tol=0.0)

@@ -13,7 +13,10 @@ uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import resource
 import sys
 import time
@@ -24,8 +27,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fpdm.config import Config, ConfigError
-from fpdm.files import atomic_write
+from fpdm.config import Config, ConfigError, UserError
+from fpdm.files import atomic_write, directory_lock, write_problem
 
 
 class RunDirectory:
@@ -40,26 +43,43 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.curves = root / "curves.png"
         self.export = root / "export"
+        self._held = contextlib.ExitStack()
 
     def sample(self, step: int) -> Path:
         """PNG of the sample grid after ``step`` steps."""
         return self.root / "samples" / f"step_{step:07d}.png"
 
     def prepare(self) -> None:
-        """Creates the directories and proves that files can be written there.
+        """Creates the directories, takes the run and proves that files can be written there.
 
         Raises ConfigError before anything was trained, not at the first save.
         """
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take()
             for directory in (self.checkpoints, self.root / "samples"):
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(exist_ok=True)
                 atomic_write(directory / ".probe", b"x" * 4096)
                 (directory / ".probe").unlink()
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"train.out: got {self.root}, expected a directory that can be written: {reason}"
             ) from error
+
+    def _take(self) -> None:
+        """Locks the run until ``close``: two trainers would write every row twice."""
+        if self._held.enter_context(directory_lock(self.root, 0.0)) == "busy":
+            raise ConfigError(
+                f"train.name: got {self.root}, where another process is training, expected a run "
+                "of its own, or that process to end first"
+            )
+
+    def close(self) -> None:
+        """Lets another session have the run."""
+        self._held.close()
 
     def keep_until(self, step: int) -> None:
         """Drops the rows of steps after ``step``, and a row that a kill cut short."""
@@ -69,9 +89,18 @@ class RunDirectory:
                 atomic_write(path, b"".join(kept))
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Adds one row. One write: a kill leaves a whole row, or one that ``keep_until`` drops."""
-        with open(path, "ab", buffering=0) as file:
-            file.write((json.dumps(row) + "\n").encode())
+        """Adds one row. One write: a kill leaves a whole row, or one that ``keep_until`` drops.
+        Raises UserError when it cannot be written; then nothing of it remains."""
+        data = (json.dumps(row) + "\n").encode()
+        try:
+            with open(path, "ab", buffering=0) as file:
+                end = file.tell()
+                # a disk that is nearly full takes a part without an error
+                if file.write(data) < len(data):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(write_problem(path, error)) from error
 
 
 def _until(line: bytes, step: int) -> bool:

@@ -19,6 +19,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -240,7 +241,7 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     residual = torch.zeros(2, len(plan), max(sampler.most), device=sampler.device)
     iterations = [torch.zeros(len(plan), 0, dtype=torch.int64)]
     traces, traced = [torch.zeros(len(plan), max(sampler.most), 0)], list[int]()
-    seconds = 0.0
+    seconds, bad = 0.0, 0
     quiet = None if missing else True  # none: a bar on a terminal only
     with tqdm(total=len(missing) * len(plan), unit="step", disable=quiet) as bar:
         for start in range(0, len(missing), sampler.config.batch):
@@ -250,6 +251,7 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
             samples = sampler.sample(labels, seeds, progress=bar.update)
             x = samples.x.cpu()
             seconds += time.perf_counter() - began
+            bad += int((~x.flatten(1).isfinite().all(1)).sum())
             found = samples.stats.residual
             residual += torch.stack([found.nansum(dim=2), (~found.isnan()).sum(dim=2)])
             iterations.append(samples.stats.iterations[:, 0].cpu())
@@ -258,6 +260,8 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
                 traced += ids
             for i, image in zip(ids, x):
                 store.write(i, image)
+    if bad:
+        warnings.warn(f"{bad} of {len(missing)} images hold NaN or Inf", stacklevel=1)
     mean = (residual[0] / residual[1]).cpu()
     ran = torch.cat(iterations, dim=1)
     return Made(len(missing), seconds, mean, ran, torch.cat(traces, dim=2), traced)

@@ -35,8 +35,8 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Solution:
-    """x (B,...): f of the best iterate that was evaluated. residual (k,B) float32:
-    |f(x_j) - x_j| / |f(x_j)|. best (B,) int64: the j of x."""
+    """x (B,...): f of the best iterate that was evaluated. residual (k,B) float32: of every
+    iterate x_j, by default |f(x_j) - x_j| / |f(x_j)|. best (B,) int64: the j of x."""
 
     x: Tensor
     residual: Tensor
@@ -51,8 +51,20 @@ def relative_residual(x: Tensor, fx: Tensor) -> Tensor:
     return moved / norm(fx.to(wide).flatten(1), dim=1).clamp_min(torch.finfo(wide).tiny)
 
 
-def solve(f: Callable[[Tensor], Tensor], x: Tensor, solver: Solver, evaluations: int) -> Solution:
-    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate.
+def distance(x: Tensor, fx: Tensor) -> Tensor:
+    """|f(x) - x| per sample, (B,) float32 (float64 for float64)."""
+    return torch.linalg.vector_norm(_wide(fx) - _wide(x), dim=1)
+
+
+def solve(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    solver: Solver,
+    evaluations: int,
+    residual: Callable[[Tensor, Tensor], Tensor] = relative_residual,
+) -> Solution:
+    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate, the
+    one with the least ``residual`` of x and f(x).
 
     Raises ValueError for fewer than one evaluation.
     """
@@ -61,7 +73,7 @@ def solve(f: Callable[[Tensor], Tensor], x: Tensor, solver: Solver, evaluations:
     residuals, keeper = [], Best(x)
     for j in range(evaluations):
         fx = f(x)
-        residuals.append(relative_residual(x, fx))
+        residuals.append(residual(x, fx))
         keeper.offer(fx, residuals[-1])
         if j + 1 < evaluations:
             x = solver.advance(x, fx)

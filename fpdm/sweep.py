@@ -88,6 +88,24 @@ def asked(
     return points(model, budgets, ks, timesteps), seeds[0]
 
 
+def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows in ``path``. Raises ConfigError for those of other settings and for no such file."""
+    try:
+        old = json.loads(path.read_bytes())
+        rows, known = list(old["rows"]), old["settings"]
+        table(rows)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"--out: got {path}, which is damaged, expected rows of a sweep or another directory"
+        ) from error
+    if known != settings:
+        raise ConfigError(
+            f"--out: got {path.parent}, whose sweep.json has {len(rows)} rows of another model or "
+            "other settings; expected another directory"
+        )
+    return rows
+
+
 def _text(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """As JSON with a line for every row."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
@@ -131,15 +149,7 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "sweep.json"
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        old = json.loads(path.read_text())
-        rows = old["rows"]
-        if old.get("settings") != settings:
-            raise ConfigError(
-                f"--out: got {out}, whose sweep.json has {len(rows)} rows of another model or "
-                "other settings; expected another directory"
-            )
+    rows = _earlier(path, settings) if path.is_file() else []
     known = {(r["budget"], r["k"], r["seed"]) for r in rows}
     todo = [(p, seed) for p in wanted for seed in seeds if (p.budget, p.k, seed) not in known]
     done, total = 0, sum(p.budget - p.stranded for p, _ in todo)

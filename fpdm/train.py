@@ -12,6 +12,7 @@ A signal is agreed by all ranks at the end of a step, which is then saved; the e
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import signal
@@ -29,7 +30,7 @@ from fpdm import __version__, checkpoint, figures, interop
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
 from fpdm.checks import check_data, check_machine, check_same
 from fpdm.cli import run_main
-from fpdm.config import Config, ConfigError, UserError, to_dict, to_yaml
+from fpdm.config import Config, ConfigError, Impl, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
@@ -105,6 +106,7 @@ class Trainer:
             for part in ("loader", "progress"):
                 if hasattr(self, part):
                     getattr(self, part).close()
+            self.directory.close()
             if main_thread:
                 self.stop.restore()
 
@@ -132,9 +134,8 @@ class Trainer:
         check_machine(config, self.ranks.world, device)
         self.data = open_dataset(config.data)
         check_data(config, self.data)
-        self.impl = implementations.choose(
-            config.execution.impl, device, DTYPES[config.train.precision]
-        )
+        precision = config.train.precision
+        self.impl = self._choose(DTYPES[precision], f"train.precision = {precision}")
         # named from here on: no part of the run may take another
         model = build_model(config.model, replace(config.execution, impl=self.impl))
         model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -149,13 +150,31 @@ class Trainer:
             if t.precision == "fp16"
             else LossScaler(1.0, sys.maxsize, 1.0)
         )
-        # here, so that a plan which cannot be met is refused before the first step
-        self.sampler = Sampler(self.model, self.diffusion, config.sample)
+        self.sampler = self._sampler()
         if self.ranks.rank == 0:
             # only now: a start that is refused leaves no empty directories
             self.directory.prepare()
             self._resume()
         self.loader = Loader(self.data, config, self.ranks)
+
+    def _choose(self, dtype: torch.dtype, setting: str) -> Impl:
+        """The implementation for ``dtype``, which ``setting`` wants."""
+        try:
+            return implementations.choose(self.config.execution.impl, self.ranks.device, dtype)
+        except implementations.ImplError as error:
+            told = str(error).replace("impl: ", "execution.impl: ", 1)
+            raise implementations.ImplError(f"{told} ({setting})") from error
+
+    def _sampler(self) -> Sampler:
+        """Of the grids; made before the first step, so that what cannot be met is refused then.
+
+        It shares the parameters, not the implementation: ``auto`` is chosen for its own dtype.
+        """
+        config, seen = self.config, copy.copy(self.model)
+        wanted = config.sample.dtype
+        impl = self._choose(getattr(torch, wanted), f"sample.dtype = {wanted}, of the grids")
+        seen.execution = replace(config.execution, impl=impl)
+        return Sampler(seen, self.diffusion, config.sample)
 
     def _resume(self) -> None:
         root = self.directory.checkpoints
@@ -171,6 +190,8 @@ class Trainer:
             self._restore(found.meta["state"])
             total = self.config.train.steps
             print(f"resumed {found.path}: step {self.step} of {total}", flush=True)
+        elif self.directory.metrics.exists():
+            print(f"no checkpoint under {root}: the run begins anew, its rows too", flush=True)
         self.directory.keep_until(self.step)
         atomic_write(self.directory.config, to_yaml(self.config).encode())
 
@@ -396,10 +417,17 @@ class Trainer:
             self.sampler.weights.refresh()
             drawn.append(self.sampler.sample(labels, seeds=range(len(labels))).x)
 
+        self._announce()
+        implementations.reset_counters()
         with self.optimizer.swapped():
             self.stop.interruptible(draw)
         self.sampler.release()
+        implementations.ran(self.sampler.model.execution.impl)
+        implementations.reset_counters()
         if drawn:
+            bad = int((~drawn[0].flatten(1).isfinite().all(1)).sum())
+            if bad:
+                self.progress.say(f"step {self.step}: {bad} images of the grid hold NaN or Inf")
             # of latents the first three channels are shown as they are
             x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]
             figures.save_grid(x, self.directory.sample(self.step), train.grid_per_class)

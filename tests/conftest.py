@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpdm import run
+from fpdm import figures, run
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import implementations
-from fpdm.model import FPDM, DiT
+from fpdm.model import FPDM, DiT, _Transformer
 
 DATA = Path(__file__).parent / "data"
 TINY = ModelConfig(input_size=8, hidden_size=48, num_heads=4, num_classes=10)
@@ -161,3 +161,23 @@ def watch_iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(run, "iterate_forward", iterated)
     monkeypatch.setattr(cpu, "solve", solved)
     return rows
+
+
+@pytest.fixture
+def away_from_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs begin with weights at which every parameter has a gradient, and draw no curves."""
+    initialize = _Transformer.initialize
+
+    def shifted(self: Any, generator: torch.Generator | None = None) -> None:
+        initialize(self, generator)
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.add_(torch.randn(p.shape, generator=noise) * 0.1)
+
+    monkeypatch.setattr(_Transformer, "initialize", shifted)
+    monkeypatch.setattr(figures, "plot_history", lambda metrics, path: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

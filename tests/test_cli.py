@@ -143,6 +143,11 @@ def test_take_option() -> None:
             take_option("--a", argv)
 
 
+def test_texts_of_any_kind() -> None:
+    for text in ("--x", "-", "", "=", "a b", "none"):
+        assert load_config("digits", [f"--train.name={text}"]).train.name == text
+
+
 def test_options_of_a_single_section() -> None:
     from fpdm.cli import parse_options
 

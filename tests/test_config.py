@@ -82,6 +82,9 @@ def test_a_preset_is_applied_before_the_options_and_keeps_the_input() -> None:
     m = config.model
     assert (m.kind, m.patch_size, m.hidden_size, m.depth) == ("dit", 4, 768, 3)
     assert (m.input_size, m.in_channels, m.num_classes) == (8, 1, 10)
+    flag = ["--model.pre_post_timestep_conditioning", "true"]
+    with pytest.raises(ConfigError, match="got True, expected false for kind = dit"):
+        load_config("digits", ["--preset", "dit-b-4", *flag])
     looped = load_config("digits", ["--preset=fpdm-s-2"])
     assert looped.model.hidden_size == 384
     # a DiT has no iterations for the sampler to count

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpdm import diffusion as module
-from fpdm.config import DiffusionConfig
+from fpdm.config import ConfigError, DiffusionConfig
 from fpdm.diffusion import Diffusion
 
 WEIGHTS = ["v_mse", "p2", "min_snr", "eps_mse"]
@@ -41,6 +41,17 @@ def test_golden_schedule(tiny: dict[str, Tensor]) -> None:
     plain = make(zsnr=False)
     assert np.abs(plain.betas / want - 1).max() > 5e-6  # without the rescale it would be seen
     assert plain.betas[[0, -1]] == pytest.approx([1e-4, 0.02], rel=1e-15)
+
+
+@pytest.mark.filterwarnings("error")
+def test_betas_that_leave_no_signal() -> None:
+    for kind, zsnr, end in (("v", True, 0.999), ("x0", True, 0.999), ("eps", False, 0.3)):
+        with pytest.raises(
+            ConfigError, match=rf"beta_end: got 0\.01, {end}, expected less: no sig"
+        ):
+            make(kind, zsnr=zsnr, beta_start=0.01, beta_end=end)
+    for kind, zsnr, end in (("v", False, 0.999), ("v", True, 0.5), ("eps", False, 0.1)):
+        assert make(kind, zsnr=zsnr, beta_start=0.01, beta_end=end)._tables.isfinite().all()
 
 
 @pytest.mark.parametrize("zsnr", [True, False])

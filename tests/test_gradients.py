@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fpdm import solvers
 from fpdm.config import FixedPointConfig
-from fpdm.gradients import Gradient, iterated
+from fpdm.gradients import Gradient, _solve_in_backward, iterated
 from fpdm.model import FPDM
 from fpdm.train import Trainer
 
@@ -62,6 +62,24 @@ def test_implicit_gradient_is_exact(contraction: FPDM, exact: dict[str, Tensor])
     found, residual = run(contraction, 1, 60, gradient=Gradient("implicit", 40))
     assert residual.shape == (61, 2)
     assert worst(found, exact) < 1e-9
+
+
+def test_a_map_that_is_no_contraction_does_not_blow_the_gradient_up() -> None:
+    """The solve for w diverges there; what it found first is kept."""
+    g = torch.Generator().manual_seed(0)
+    j = torch.randn(8, 64, 64, generator=g).double()
+    j *= 1.3 / torch.linalg.eigvals(j).abs().amax(1).view(-1, 1, 1)
+    x = torch.zeros(8, 64, 1).double().requires_grad_()
+    point = 1.0 * x
+    _solve_in_backward(point, lambda v: j @ v, 80)
+    cotangent = torch.randn(8, 64, 1, generator=g).double()
+    (w,) = torch.autograd.grad(point, x, cotangent)
+
+    def missed(v: Tensor) -> Tensor:
+        return (cotangent + j.mT @ v - v).flatten(1).norm(dim=1)
+
+    # w is one evaluation past the best iterate, which at first is g
+    assert (missed(w) <= 2 * missed(cotangent)).all()
 
 
 def test_too_few_backward_iterations_would_be_seen(

@@ -17,6 +17,8 @@ from fpdm import engine, run
 from fpdm.config import ModelConfig, SamplerConfig
 from fpdm.engine import Sampler
 
+UNLOOPED = replace(BUSY, iters=None, reuse="none")  # for a DiT
+
 
 def test_same_image_in_every_batch_and_shard() -> None:
     alone = torch.cat([draw(BUSY, [y], [s]) for y, s in zip(LABELS, SEEDS)])
@@ -38,7 +40,7 @@ def test_slot_keyed_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model", [SMALL, TIMED, DIT])
 def test_invariant_is_bitwise(model: ModelConfig) -> None:
-    config = replace(BUSY, invariant=True, iters=None if model is DIT else 2)
+    config = replace(BUSY if model is not DIT else UNLOOPED, invariant=True)
     net = network(model)
     labels, seeds = LABELS[:4], SEEDS[:4]
     alone = torch.cat([draw(config, [y], [s], model=net) for y, s in zip(labels, seeds)])
@@ -47,6 +49,19 @@ def test_invariant_is_bitwise(model: ModelConfig) -> None:
     order = [3, 0, 2, 1]
     shuffled = draw(config, [labels[i] for i in order], [seeds[i] for i in order], model=net)
     assert torch.equal(shuffled, alone[order])
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_adaptive_where_no_residual_reaches_the_tolerance(most: int) -> None:
+    """All run to what their plan and ``max_iters`` allow, as with a tolerance that could be met."""
+    changes: dict[str, Any] = {"allocation": "adaptive", "iters": 3, "max_iters": most}
+    with pytest.warns(UserWarning, match="every sample runs to its cap"):
+        tight = sampler(replace(BUSY, dtype="bfloat16", tol=1e-4, **changes))
+    ran = tight.sample(LABELS, SEEDS).stats.iterations
+    usual = sampler(replace(BUSY, tol=1e-6, **changes)).sample(LABELS, SEEDS).stats.iterations
+    assert torch.equal(ran, usual)
+    assert ran.max() == min(most, 7)
+    assert ran.sum(0).max() <= 12
 
 
 def test_two_samplers_in_two_threads() -> None:
@@ -143,7 +158,7 @@ def test_residuals_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("model", [SMALL, DIT])
 def test_without_residuals(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = sampler(replace(BUSY, iters=2 if model is SMALL else None), network(model))
+    s = sampler(BUSY if model is SMALL else UNLOOPED, network(model))
     usual = s.sample(LABELS, SEEDS)
     found = s.sample(LABELS, SEEDS, stats=False)
     assert torch.equal(found.x, usual.x)

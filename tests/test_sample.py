@@ -295,6 +295,18 @@ def chosen(argv: list[str], classes: int = 3) -> tuple[list[int], list[int], int
     return choose_images(parser().parse_args(argv), classes)
 
 
+def test_images_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    model = random_model(MODEL)
+    with torch.no_grad():
+        model.final_layer.linear.weight.fill_(3e38)  # an export holds no NaN; this makes one
+    path = interop.export(
+        tmp_path / "nan", MODEL, model.state_dict(), which="ema", diffusion=DiffusionConfig(),
+        extra={"sample": to_dict(SETTINGS)},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="3 of 3 images hold NaN or Inf"):
+        main([str(path), "--count", "3", "--out", str(tmp_path / "out")])
+
+
 def test_choice_of_images() -> None:
     assert chosen(["--count", "6"]) == ([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5], 2)
     assert chosen(["--labels", "all"]) == ([0, 1, 2], [0, 1, 2], 2)

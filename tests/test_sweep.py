@@ -113,6 +113,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             evaluate.command(["--sweep", "--seeds", seeds])
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rows": 3, "settings": {}}', '{"rows": [{}], "settings": {}}', "\xff"]
+)
+def test_damaged_rows(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=f"{path}, which is damaged, expected"):
+        sweep.run([], range(1), lambda point, seed: {}, tmp_path, {})
+    assert path.read_bytes() == text.encode("latin-1")
+
+
 def test_report_picture(tmp_path: Path) -> None:
     iterations = torch.randint(1, 4, (4, 5))
     residual = torch.rand(4, 3, 5).masked_fill(

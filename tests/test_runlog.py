@@ -1,0 +1,118 @@
+"""The run directory: one trainer at a time, and rows that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import changed, small
+
+from fpdm import checkpoint, figures
+from fpdm.config import ConfigError, UserError
+from fpdm.kernels import implementations
+from fpdm.runlog import RunDirectory
+from fpdm.train import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # drawing the curves takes longer than the run
+    monkeypatch.setattr(figures, "plot_history", lambda metrics, path: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_second_trainer_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path, steps=2, save_every=1, log_every=1)
+    refusals: list[str] = []
+
+    class Joined(Trainer):
+        def local_step(self, step: int) -> None:
+            super().local_step(step)
+            with pytest.raises(ConfigError, match="run, where another process is training") as told:
+                Trainer(config).run()
+            refusals.append(str(told.value))
+
+    Joined(config).run()
+    assert len(refusals) == 2
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+    # whoever ended, also by an error, has let go of it
+    with pytest.raises(ConfigError, match="of another run"):
+        Trainer(changed(config, seed=9)).run()
+    assert Trainer(changed(config, steps=3)).run() == 3
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path, steps=1, log_every=1)
+    for told in (False, True):
+        Trainer(config).run()
+        assert ("no checkpoint under" in capsys.readouterr().out) == told
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+
+
+def test_half_a_row_does_not_stay(tmp_path: Path) -> None:
+    """A write that meets the end of the space takes what fits and reports no error."""
+    directory, path = RunDirectory(tmp_path), tmp_path / "metrics.jsonl"
+    directory.append(path, {"step": 1})
+    size = path.stat().st_size
+    for room in (size + 5, size):
+        with file_limit(room), pytest.raises(UserError, match=rf"cannot write {path}: .*space"):
+            directory.append(path, {"step": 2})
+        assert path.stat().st_size == size
+    directory.append(path, {"step": 2})
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2]
+
+
+def test_grids_in_another_dtype_than_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """float16 on a CPU is plain PyTorch's; the grids are drawn in it, whatever trains."""
+    config = small(tmp_path, steps=2, grid_every=1)
+    config = replace(config, sample=replace(config.sample, dtype="float16"))
+    trainer = Trainer(config)
+    trainer.run()
+    assert "NaN" not in capsys.readouterr().out
+    assert trainer.sampler.model.execution.impl == "reference"
+    assert trainer.impl == implementations.choose("auto", "cpu", torch.float32)
+    assert (tmp_path / "run" / "export").is_dir()
+    # what float16 cannot hold is told
+    trainer.optimizer.ema["final_layer.linear.weight"].fill_(1e5)
+    trainer._grid()
+    assert "step 2: 10 images of the grid hold NaN or Inf" in capsys.readouterr().out
+    # a grid that a kill kept from being drawn
+    (tmp_path / "run" / "samples" / "step_0000002.png").unlink()
+    assert Trainer(changed(config, steps=3)).run() == 3
+    monkeypatch.setattr(Trainer, "local_step", None)
+    refused = replace(config, execution=replace(config.execution, impl="cpu"))
+    if implementations.unavailable("cpu", torch.device("cpu"), torch.float32) is None:
+        with pytest.raises(
+            implementations.ImplError, match=r"execution\.impl: got cpu, .*sample\.dtype = float16"
+        ):
+            Trainer(changed(refused, name="other")).run()
+    assert not (tmp_path / "other").exists()
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
