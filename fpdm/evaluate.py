@@ -15,7 +15,8 @@ b is the mean Frechet distance over 20 random splits of the real digits into 898
 stands the stricter mean over 20 splits stratified by label, as the sets are (both committed in
 ``assets/digits_baseline.json``). Distances are Euclidean, in units of x, of images clamped to
 [-1,1]. Other data has no classifier here and gets the nearest distances alone. The table is printed
-and written as ``evaluation.json``; exit status 0 whatever it says, unless ``--strict``.
+and written as ``evaluation.json`` of the run, or ``evaluations/NAME-HASH.json`` here for an export;
+exit status 0 whatever it says, unless ``--strict``.
 ``--sweep`` draws quality against iterations per timestep at fixed budgets (fpdm.sweep).
 """
 
@@ -38,10 +39,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import classifier, sweep
-from fpdm.cli import parse_options, run_main, take_option
+from fpdm.cli import parse_options, replace_cost, run_main, take_option
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError, load_config
 from fpdm.data import Dataset, open_dataset
-from fpdm.files import atomic_write
+from fpdm.files import atomic_write, make_directory, write_problem
 from fpdm.metrics import frechet, mmd, moments, nearest_distances, split_halves
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.settings import plain
@@ -321,11 +322,16 @@ class Options:
 
     sample: SamplerConfig
     data: DataConfig
-    sets: int = 4
-    count: int = 256  # samples per set, of data other than digits
-    seed: int = 0
-    held_out: str = ""
-    out: str = ""
+    sets: int = field(default=4, metadata={"help": "how many are drawn, of 898 digits each"})
+    count: int = field(default=256, metadata={"help": "samples per set, of data other than digits"})
+    seed: int = field(default=0, metadata={"help": "sample i has seed + i"})
+    held_out: str = field(
+        default="", metadata={"help": "folder of images or latents that training did not see"}
+    )
+    out: str = field(
+        default="",
+        metadata={"help": "JSON file or directory of results (the run's own, or evaluations/)"},
+    )
 
 
 def is_digits(source: LoadedSource) -> bool:
@@ -398,6 +404,24 @@ def _run_data(path: str | None) -> DataConfig:
     return load_config(str(config)).data if path and config.is_file() else DataConfig()
 
 
+def results_path(source: LoadedSource, options: Options) -> Path:
+    """Where results go, made ready before anything is measured: ``--out``, else the run; beside an
+    export, which may be shared or installed, nothing is written. Raises UserError."""
+    named = f"evaluations/{source.name}-{source.digest()[:8]}.json"
+    run = source.path / "evaluation.json" if (source.path / "checkpoints").is_dir() else named
+    out = Path(options.out or run)
+    if out.is_dir() or options.out.endswith("/"):
+        out = out / "evaluation.json"
+    try:
+        make_directory(out.parent)
+        # an unwritable place must not cost the measurement
+        atomic_write(out.with_name(f"{out.name}.probe"), b"")
+        out.with_name(f"{out.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(write_problem(out, error)) from error
+    return out
+
+
 def command(argv: list[str]) -> int:
     """``python -m fpdm.evaluate``; see the module. Raises UserError."""
     help_only = "-h" in argv or "--help" in argv
@@ -420,13 +444,12 @@ def command(argv: list[str]) -> int:
         "--sweep": "quality against k at fixed budgets, into --out (sweep/)",
         "--budgets, --ks, --seeds": "of the sweep: blocks, iterations, number of seeds",
     }  # fmt: skip
+    prog = "python -m fpdm.evaluate [SOURCE]"
     if help_only:
-        parse_options(
-            Options(SamplerConfig(iters=8), DataConfig()), ["--help"], "fpdm.evaluate", extra
-        )
+        parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
     source = load_source(path, weights, None, choose_device(device or "auto"))
     default = Options(source.sampler_config, _run_data(path))
-    options = parse_options(default, argv, "fpdm.evaluate", extra)
+    options = parse_options(default, replace_cost(argv), prog, extra)
     if sweeping:
         given = ["--strict"] * strict
         given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
@@ -435,17 +458,17 @@ def command(argv: list[str]) -> int:
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
             )
         return _sweep(source, options, wanted)
+    out = results_path(source, options)
     found = evaluate(source, options)
     print(found.table(), flush=True)
-    out = options.out or (str(Path(path) / "evaluation.json") if path else "")
-    if out:
-        record = found.to_dict() | {
-            "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
-            "sample": plain(options.sample),
-            "seed": options.seed,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
-        atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    record = found.to_dict() | {
+        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+        "sample": plain(options.sample),
+        "seed": options.seed,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    print(f"wrote {out}")
     return 1 if strict and not found.passed else 0
 
 
