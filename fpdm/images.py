@@ -230,7 +230,7 @@ def index_images(
     if refused:
         raise DataError(
             f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 5)}; "
-            "mend them, or agree to skip them: python -m fpdm.data verify --skip-broken"
+            f"mend them, or agree to skip them: python -m fpdm.data verify {folder} --skip-broken"
         )
     return records, accepted
 
