@@ -158,7 +158,8 @@ class _Transformer(nn.Module):
         for name, value, most in (("t", t, None), ("y", y, c.num_classes)):
             # not of a fake or compiled tensor, which has none
             if type(value) is Tensor and value.device.type == "cpu" and b and not _compiling():
-                low, high = (int(edge) for edge in value.aminmax())
+                read = value.numpy()
+                low, high = int(read.min()), int(read.max())
                 if low < 0 or (most is not None and high > most):
                     bound = (
                         "at least 0" if most is None else f"0..{most} ({most} is the null label)"
