@@ -449,7 +449,8 @@ def command(argv: list[str]) -> int:
         parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
     source = load_source(path, weights, None, choose_device(device or "auto"))
     default = Options(source.sampler_config, _run_data(path))
-    options = parse_options(default, replace_cost(argv), prog, extra)
+    # a sweep refuses a cost, which it decides itself
+    options = parse_options(default, argv if sweeping else replace_cost(argv), prog, extra)
     if sweeping:
         given = ["--strict"] * strict
         given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
