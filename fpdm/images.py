@@ -229,7 +229,7 @@ def index_images(
     refused = [f"{name} ({records[name].problem})" for name in broken if name not in accepted]
     if refused:
         raise DataError(
-            f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 5)}; "
+            f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 3)}; "
             f"mend them, or agree to skip them: python -m fpdm.data verify {folder} --skip-broken"
         )
     return records, accepted
