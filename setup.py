@@ -76,7 +76,8 @@ def build_cpu(target: Path, work: Path) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     headers = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     units = [(CSRC / "bindings.cpp", "bindings", headers)]
-    units += [(CSRC / "cpu" / f"{name}.cpp", name, []) for name in ("dispatch", "loop")]
+    shared = ("dispatch", "block", "loop", "unroll")
+    units += [(CSRC / "cpu" / f"{name}.cpp", name, []) for name in shared]
     for name, extra in VARIANTS.items():
         units.append((CSRC / "cpu/variant.cpp", name, [*extra, f"-DFPDM_ISA={name}"]))
 

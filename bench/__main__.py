@@ -43,7 +43,8 @@ from bench.against import Found
 from bench.memory import LiveBytes
 from fpdm.cli import run_main
 from fpdm.config import ConfigError
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
+from fpdm.kernels.launch import dtype_name
 
 RESULTS = machine.ROOT / "bench" / "results"
 Measured = Callable[[list[rows.Row]], list[Found]]
@@ -69,7 +70,7 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
 
     Raises ImplError when our operators ran on another implementation than the announced one."""
     arms = row.build()
-    dtype = rows.dtype_name(arms.dtype)
+    dtype = dtype_name(arms.dtype)
     found: dict[str, Any] = {
         "suite": row.suite, "name": row.name, "dtype": dtype, "flops": arms.flops,
         "bytes": arms.bytes, "images": arms.images, **arms.facts, "arms": {},
@@ -128,10 +129,10 @@ def told(fn: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
     """Which implementation ran our operators in one call. Raises ImplError for another than the
     announced one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ops.reset_counters()
+    implementations.reset_counters()
     fn()
-    impl = ops.choose("auto", device, dtype)
-    return {"impl": impl, "ran": line} if (line := ops.ran(impl)) else {}
+    impl = implementations.choose("auto", device, dtype)
+    return {"impl": impl, "ran": line} if (line := implementations.ran(impl)) else {}
 
 
 def chosen(args: argparse.Namespace) -> list[rows.Row]:

@@ -24,6 +24,7 @@ from bench.timing import Arm, device_times, interleave
 from fpdm.cli import run_main
 from fpdm.kernels import attention, attention_routes
 from fpdm.kernels.attention_routes import OURS
+from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
 
 HEADS, HEAD = 16, 72
@@ -79,7 +80,7 @@ def entry(
     times = {n: x.median * 1e3 for n, x in measured.items()}
     back = {n: x.median * 1e3 for n, x in interleave(backward_arms(qkv), rounds).items()}
     return {
-        "t": t, "k": HEAD, "dtype": str(dtype).removeprefix("torch."),
+        "t": t, "k": HEAD, "dtype": dtype_name(dtype),
         "device": torch.cuda.get_device_name(device), "ms": times, "source": source, "batch": b,
         "heads": HEADS, "backward_ms": back, "missing": missing | uncaptured,
     }  # fmt: skip

@@ -164,13 +164,17 @@ def sampling(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
     for normal in (True, False):
         philox.draw(keys, at, step, 0, 4096, normal)
         philox.draw(keys, keys, at, 0, 4096, normal)
-    o, rows_ = torch.empty(2 * SMALL, T, 32, dtype=dtype), torch.empty(28, 8)
-    for guidance in (None, Guidance(4.0, 4, 0.0), Guidance(4.0, 3, 0.7)):
-        tokens = o[:SMALL] if guidance is None else o
-        update.update_(tokens, x, rows_, at, 2, guidance)
-        update.update_(tokens, x, rows_, at, 2, guidance, keys)
-        update.update_(tokens, x, rows_, at, 2, guidance, x0=torch.empty_like(x))
-    update.update_(o, x, rows_, at, 2, Guidance(4.0, 4, 0.7), noise=x.clone(), x0=x.clone())
+        # start noise; a counter beyond 31 bits is another type
+        philox.draw(keys, 0, step, 1, 4096, normal)
+        philox.draw(keys, 2**32 - 1, step, 1, 4096, normal)
+    rows_ = torch.empty(28, 8)
+    for o in (torch.empty(2 * SMALL, T, 32, dtype=kind) for kind in (dtype, torch.float32)):
+        for guidance in (None, Guidance(4.0, 4, 0.0), Guidance(4.0, 3, 0.7)):
+            tokens = o[:SMALL] if guidance is None else o
+            update.update_(tokens, x, rows_, at, 2, guidance)
+            update.update_(tokens, x, rows_, at, 2, guidance, keys)
+            update.update_(tokens, x, rows_, at, 2, guidance, x0=torch.empty_like(x))
+        update.update_(o, x, rows_, at, 2, Guidance(4.0, 4, 0.7), noise=x.clone(), x0=x.clone())
 
 
 def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
@@ -191,20 +195,20 @@ def gemms(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
         weight = {n: torch.empty(n, D, dtype=dtype) for n in (D, 2 * D, 3 * D, 4 * D)}
         deep, norms = torch.empty(D, 4 * D, dtype=dtype), torch.empty(2, batch)
         if residual == dtype:
-            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D])
-            gemm.fused_linear_add_gelu(x, weight[2 * D], u)
-            gemm.fused_linear_add_gelu(x, weight[4 * D], bias)
-            gemm.fused_linear_gate_residual(x, weight[D], bias[:D], z, g)
-            gemm.fused_linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms)
+            gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], fused=True)
+            gemm.linear_add_gelu(x, weight[2 * D], u, fused=True)
+            gemm.linear_add_gelu(x, weight[4 * D], bias, fused=True)
+            gemm.linear_gate_residual(x, weight[D], bias[:D], z, g, fused=True)
+            gemm.linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms, fused=True)
             continue
         y, pre, prev = torch.empty_like(x), torch.empty_like(u), torch.empty_like(z)
         for tile in gemm_table.tiles("adaln_linear", batch * T, 3 * D, dtype, arch):
-            gemm.fused_adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, tile=tile)
+            gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, fused=tile)
         for tile in gemm_table.tiles("linear_add_gelu", batch * T, 2 * D, dtype, arch):
-            gemm.fused_linear_add_gelu(x, weight[2 * D], u, pre, tile=tile)
+            gemm.linear_add_gelu(x, weight[2 * D], u, pre, fused=tile)
         for tile in gemm_table.tiles("linear_gate_residual", batch * T, D, dtype, arch):
-            gemm.fused_linear_gate_residual(
-                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, tile=tile
+            gemm.linear_gate_residual(
+                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, fused=tile
             )
 
 
@@ -235,7 +239,8 @@ def resources(
     """Reads a compiled kernel."""
     meta, source = kernel.metadata, kernel.src
     names = function.arg_names
-    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc"))]
+    # an i64 tells kernels apart: an integer beyond 31 bits
+    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc", "i64"))]
     constants = {names[i]: v for (i, *_), v in source.constants.items()}
     registers, stack = _usage(kernel.asm["cubin"])
     return Resources(

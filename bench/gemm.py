@@ -28,6 +28,7 @@ from bench.timing import device_times
 from fpdm.cli import run_main
 from fpdm.kernels import gemm, gemm_table
 from fpdm.kernels.gemm_table import Tile
+from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
 
 D, T = 1152, 256
@@ -84,22 +85,22 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
             gemm.adaln_linear, x, shift, scale, weight, bias, y=y, out=out, fused=False
         )
         fused = partial(
-            gemm.fused_adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
+            gemm.adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
         )
     elif s.op == "linear_gate_residual":
         z, gate = normal(s.b, s.t, s.n), gate[:, : s.n]
         library = partial(
             gemm.linear_gate_residual, x, weight, bias, z, gate, p=extra, out=out, fused=False
         )
-        fused = partial(gemm.fused_linear_gate_residual, x, weight, bias, z, gate, kept, out)
+        fused = partial(gemm.linear_gate_residual, x, weight, bias, z, gate, kept, out)
     else:
         u = bias if s.op == "linear_bias_gelu" else normal(s.b, s.t, s.n)
         pre = out if kept is None else kept
         library = partial(gemm.linear_add_gelu, x, weight, u, pre=pre, out=out, fused=False)
-        fused = partial(gemm.fused_linear_add_gelu, x, weight, u, kept, out)
+        fused = partial(gemm.linear_add_gelu, x, weight, u, kept, out)
     found["library"] = None, library
     tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
-    found |= {f"fused {i}": (tile, partial(fused, tile=tile)) for i, tile in enumerate(tiles)}
+    found |= {f"fused {i}": (tile, partial(fused, fused=tile)) for i, tile in enumerate(tiles)}
     if s.op == "linear_bias_gelu" and not s.keep and device.type == "cuda":
         found["cublaslt"] = None, partial(gemm.cublaslt_bias_gelu, x, weight, bias, out)
     return found, written
@@ -150,7 +151,7 @@ def entry(
     tile = found[best["fused"]][0] if "fused" in best else None
     return {
         "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
-        "dtype": str(s.dtype).removeprefix("torch."), "device": gemm_table.names(device)[0],
+        "dtype": dtype_name(s.dtype), "device": gemm_table.names(device)[0],
         "route": route, "tile": tile and list(tile), "ms": ms, "source": source,
         "all_ms": times, "refused": refused,
     }  # fmt: skip

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from bench import suites, timing
+from bench.rows import inputs, randomised
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.diffusion import Diffusion, DiffusionConfig
 from fpdm.model import FPDM, DiT, build_model
@@ -37,6 +38,7 @@ from fpdm.weights import PreparedWeights
 XL = MODEL_PRESETS["fpdm-xl-2"]
 BATCH = 64
 LINES = 28
+CALLS = 3  # profiled, after as many to warm up
 
 
 class Report:
@@ -76,22 +78,22 @@ class Report:
         torch.cuda.empty_cache()
 
 
-def by_kernel(fn: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
+def by_kernel(fn: Callable[[], Any]) -> dict[str, Any]:
     """Device microseconds per call of ``fn`` by kernel, largest first; launches; in all."""
     from torch.profiler import ProfilerActivity, profile
 
-    for _ in range(3):
+    for _ in range(CALLS):
         fn()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-        for _ in range(calls):
+        for _ in range(CALLS):
             fn()
         torch.cuda.synchronize()
     events = [e for e in prof.key_averages() if e.self_device_time_total > 0]
     events = [e for e in events if str(e.device_type).endswith("CUDA")]
     events.sort(key=lambda e: -e.self_device_time_total)
     kernels = [
-        {"kernel": e.key[:90], "us": e.self_device_time_total / calls, "count": e.count / calls}
+        {"kernel": e.key[:90], "us": e.self_device_time_total / CALLS, "count": e.count / CALLS}
         for e in events
     ]
     total, count = (sum(k[name] for k in kernels) for name in ("us", "count"))  # type: ignore[misc]
@@ -101,10 +103,10 @@ def by_kernel(fn: Callable[[], Any], calls: int = 3) -> dict[str, Any]:
 def profile_parts(report: Report) -> None:
     """Ours: the loop at k = 8 and a training step at (5, 6)."""
     device = torch.device("cuda")
-    x, t, y = suites.inputs(XL, BATCH, device)
+    x, t, y = inputs(XL, BATCH, device)
     for name, fold in (("loop", True), ("training", False)):
         with report.row(arm=name, batch=BATCH) as found:
-            model = suites.randomised(XL, device)
+            model = randomised(XL, device)
             # in training as the trainer has them
             weights = PreparedWeights(model, torch.bfloat16, fold=fold, accumulate=not fold)
 
@@ -133,7 +135,7 @@ def peak_of_step(
         model = build_model(config, ExecutionConfig(**execution))
     weights = PreparedWeights(model, dtype, accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
-    x, t, y = suites.inputs(config, BATCH, torch.device("cuda"))
+    x, t, y = inputs(config, BATCH, torch.device("cuda"))
     state = torch.cuda.memory_allocated() - before
     for _ in range(2):
         optimizer.zero_grad()
@@ -170,10 +172,10 @@ def published_peak() -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, device = torch.cuda.memory_allocated(), torch.device("cuda")
-    plain = suites.Plain(suites.randomised(XL, device), torch.float32)
+    plain = suites.Plain(randomised(XL, device), torch.float32)
     optimizer = torch.optim.AdamW(plain.parameters(), fused=True)
     average = [p.detach().clone() for p in plain.parameters()]
-    x, t, y = suites.inputs(XL, BATCH, device)
+    x, t, y = inputs(XL, BATCH, device)
     for _ in range(2):
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -252,11 +254,11 @@ def micro_step(
         graphs=mode,  # type: ignore[arg-type]
     )
     config = replace(config, fixed_point=fixed, train=train)
-    model = suites.randomised(config.model, device, **execution)
+    model = randomised(config.model, device, **execution)
     weights = PreparedWeights(model, DTYPES[precision], accumulate=True)
     optimizer = AdamWEMA(model, OptimConfig(), weights)
     step = MicroStep(model, Diffusion(config.diffusion, kind), weights, config, device)
-    x, t, y = suites.inputs(config.model, batch, device)
+    x, t, y = inputs(config.model, batch, device)
     draws = Draws(t, torch.randn_like(x), y)
 
     def run() -> Any:
@@ -277,7 +279,7 @@ def syncs(report: Report) -> None:
 
     from fpdm.engine import Sampler
 
-    model = suites.randomised(XL, torch.device("cuda"))
+    model = randomised(XL, torch.device("cuda"))
     for graphs, tol in (("off", 0.0), ("on", 0.0), ("on", 0.02)):
         arm = f"graphs {graphs}, tol {tol}"
         with report.row(arm=arm, batch=1, guidance=4.0, steps=28, k=8) as found:
@@ -304,7 +306,7 @@ def syncs(report: Report) -> None:
 def smoke() -> int:
     """One small float16 forward and backward in every implementation that the device is for; exit
     status 1 when one of them cannot run."""
-    from fpdm.kernels import ops
+    from fpdm.kernels import implementations
 
     config = ModelConfig(input_size=8, hidden_size=144, num_heads=2, num_classes=10)
     x = torch.randn(2, 4, 8, 8, device="cuda")
@@ -313,7 +315,7 @@ def smoke() -> int:
     missing = 0
     for impl in ("triton", "triton-fused", "cuda") if newer else ("cuda",):
         dtype = torch.float16
-        if reason := ops.unavailable(impl, "cuda", dtype):
+        if reason := implementations.unavailable(impl, "cuda", dtype):
             print(f"smoke: {impl}: not run: {reason}")
             missing = 1
             continue

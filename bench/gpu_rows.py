@@ -20,13 +20,14 @@ from torch import nn
 
 from bench import cost, published, timing
 from bench.operators import iteration, operators
-from bench.rows import OURS, Arms, Row, Setting, dtype_name, inputs, randomised
+from bench.rows import OURS, Arms, Row, Setting, inputs, randomised
 from bench.suites import Plain, gemms, network, optimizer, published_sampler
 from bench.timing import Arm
 from fpdm import budget, engine
 from fpdm.batches import draw_iterations
 from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
+from fpdm.kernels.launch import dtype_name
 from fpdm.recipes import MODEL_PRESETS, RECIPES
 from fpdm.weights import PreparedWeights
 
@@ -34,9 +35,9 @@ XL = MODEL_PRESETS["fpdm-xl-2"]
 DRAWS = 8
 
 
-def setting(batch: int, dtype: torch.dtype = torch.bfloat16) -> Setting:
-    """XL/2 on the current GPU."""
-    return Setting("XL/2", XL, batch, dtype, torch.device("cuda"))
+def setting(batch: int) -> Setting:
+    """XL/2 in bfloat16 on the current GPU."""
+    return Setting("XL/2", XL, batch, torch.bfloat16, torch.device("cuda"))
 
 
 def sampling(

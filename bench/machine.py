@@ -16,6 +16,7 @@ import torch
 
 from bench.timing import inner_calls, once
 from fpdm import info
+from fpdm.kernels.launch import dtype_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,7 +133,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
         inner = inner_calls(gemm, 0.02)
         best = min(once(gemm, inner) for _ in range(5))
-        found[f"gemm {str(dtype).removeprefix('torch.')}"] = 2 * m * n * k / best
+        found[f"gemm {dtype_name(dtype)}"] = 2 * m * n * k / best
     source = torch.empty(2**28 if cuda else 2**25, device=device)
     target = torch.empty_like(source)
     best = min(once(lambda: target.copy_(source)) for _ in range(6))

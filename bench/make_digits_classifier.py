@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save
 
-from fpdm import classifier, evaluate
+from fpdm import classifier, quality
 from fpdm.config import DataConfig
 from fpdm.data import open_dataset
 from fpdm.files import atomic_write
@@ -47,9 +47,9 @@ def main(folder: Path) -> None:
     atomic_write(path, data)
     weights, about = classifier.read(path), classifier.about(path)
     baseline = {"classifier_sha256": hashlib.sha256(data).hexdigest()}
-    baseline |= evaluate.measure_baseline(weights)
+    baseline |= quality.measure_baseline(weights)
     text = json.dumps(baseline, indent=1)
-    atomic_write(folder / evaluate.BASELINE.name, text.encode() + b"\n")
+    atomic_write(folder / quality.BASELINE.name, text.encode() + b"\n")
     print(
         f"{path}: {len(data)} bytes, {about['accuracy_reference']:.4f} of the reference half right"
     )

@@ -21,7 +21,7 @@ from bench.rows import OURS, Arms, Row, Setting, randomised
 from bench.timing import Arm
 from fpdm.block import forward_workspace, step_forward
 from fpdm.config import ModelConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.weights import PreparedWeights
 
 # the calls of block.step_forward with injection, in order
@@ -122,8 +122,8 @@ def operators(s: Setting) -> Iterator[Row]:
 
     def build(name: str) -> Arms:
         v = tensors(s)
-        ours = calls(ops.resolve("auto", s.device, s.dtype), v, heads)[name]
-        plain = calls(ops.resolve("reference", s.device), v, heads)[name]
+        ours = calls(implementations.resolve("auto", s.device, s.dtype), v, heads)[name]
+        plain = calls(implementations.resolve("reference", s.device), v, heads)[name]
         count = flops(name, s.config, s.batch)
         return Arms(
             {OURS: ours.fn, "plain PyTorch": plain.fn}, count, ours.bytes, dtype=s.dtype
@@ -172,11 +172,11 @@ def iteration(s: Setting) -> Iterator[Row]:
 
     def part(index: int) -> Arms:
         v = state()
-        recorder = Recorder(ops.resolve("reference", s.device))
+        recorder = Recorder(implementations.resolve("reference", s.device))
         with torch.no_grad():
             step_forward(recorder, *v.args)
         name, args, kwargs = recorder.calls[index]
-        ours, plain = (ops.resolve(i, s.device, s.dtype) for i in ("auto", "reference"))
+        ours, plain = (implementations.resolve(i, s.device, s.dtype) for i in ("auto", "reference"))
         run: dict[str, Arm | str] = {
             OURS: lambda: getattr(ours, name)(*args, **kwargs),
             "plain PyTorch": lambda: getattr(plain, name)(*args, **kwargs),
@@ -186,7 +186,7 @@ def iteration(s: Setting) -> Iterator[Row]:
 
     def whole() -> Arms:
         v = state()
-        ours, plain = (ops.resolve(i, s.device, s.dtype) for i in ("auto", "reference"))
+        ours, plain = (implementations.resolve(i, s.device, s.dtype) for i in ("auto", "reference"))
         weights = {k: p.detach().to(s.dtype) for k, p in v.model.state_dict().items()}
         i, c = (torch.randn_like(v.x), torch.randn_like(v.mod[:, : v.x.shape[-1]]))
 
@@ -205,6 +205,3 @@ def iteration(s: Setting) -> Iterator[Row]:
     for index, name in enumerate(PARTS):
         yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0)
     yield Row("iteration", f"{s.name} whole", whole, 31, 2.0)
-
-
-__all__ = ["OPERATORS", "PARTS", "calls", "iteration", "operators"]

@@ -13,8 +13,8 @@ from bench.report import (
     HEAD,
     LIBRARY,
     PREDICTED,
-    _cells,
     ceilings,
+    cells_of,
     duration,
     predictions,
     reason,
@@ -377,7 +377,7 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
     ]  # fmt: skip
     lines = "".join(f"<li>{html.escape(line)}" for line in unmeasured(result))
     gone = f"<h2>Not measured</h2><ul>{lines}</ul>" if lines else ""
-    every = grid(HEAD, [_cells(r) for r in result["rows"]])
+    every = grid(HEAD, [cells_of(r) for r in result["rows"]])
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fpdm bench</title>"
         f"<style>{STYLE}</style><h1>fpdm bench</h1>{facts(result)}{''.join(parts)}"

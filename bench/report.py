@@ -74,7 +74,8 @@ def _between(arm: dict[str, Any]) -> str:
     return f" ±{Times(tuple(arm['ratios'])).spread:.0%}" if "ratios" in arm else ""
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A row under ``HEAD``."""
     why = reason(row)
     if why is not None:
         return [row["suite"], row["name"], "", why, "", ""]
@@ -89,7 +90,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """Aligned text."""
-    rows = [HEAD, *(_cells(r) for r in result["rows"])]
+    rows = [HEAD, *(cells_of(r) for r in result["rows"])]
     widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
     return "\n".join([*lines, "ceilings: " + ceilings(result)])

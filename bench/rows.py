@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.timing import Arm
 from fpdm.config import ExecutionConfig, ModelConfig
+from fpdm.kernels.launch import dtype_name
 from fpdm.model import build_model
 from fpdm.recipes import MODEL_PRESETS, RECIPES
 
@@ -60,11 +61,6 @@ class Setting:
     def name(self) -> str:
         """Such as ``S/2 B8 bfloat16``."""
         return f"{self.label} B{self.batch} {dtype_name(self.dtype)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def randomised(config: ModelConfig, device: torch.device, **execution: Any) -> Any:

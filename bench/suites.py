@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from bench import cost, published, third_party
 from bench.operators import iteration, operators
-from bench.rows import DIGITS, OURS, S2, XL, Arms, Row, Setting, dtype_name, inputs, randomised
+from bench.rows import DIGITS, OURS, S2, XL, Arms, Row, Setting, inputs, randomised
 from bench.timing import Arm
 from fpdm import budget, engine, noise, shards
 from fpdm.config import DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
+from fpdm.kernels.launch import dtype_name
 from fpdm.optim import AdamWEMA
 from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
@@ -363,6 +364,3 @@ def cpu_rows() -> list[Row]:
     rows += [training(small, 1, 3, "elementwise"), training(larger, 6, 6, "elementwise", "map", 2)]
     rows += [optimizer("digits", DIGITS, device), optimizer("S/2", S2, device)]
     return [*rows, *third_party.rows(small), *data()]
-
-
-__all__ = ["OURS", "Arms", "Row", "cpu_rows"]

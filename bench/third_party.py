@@ -20,7 +20,7 @@ from bench.rows import OURS, Arms, Row, Setting, randomised
 from bench.timing import Arm
 from fpdm import info
 from fpdm.config import OptimConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.optim import AdamWEMA
 
 
@@ -72,7 +72,7 @@ def rows(s: Setting) -> list[Row]:
         if why is not None:
             return Arms({OURS: why})
         v = tensors(s)
-        ours = calls(ops.resolve("auto", s.device, s.dtype), v, heads)[name]
+        ours = calls(implementations.resolve("auto", s.device, s.dtype), v, heads)[name]
         return Arms({OURS: ours.fn, module: make(v)}, 0, ours.bytes, dtype=s.dtype)
 
     def heads_of(v: dict[str, Tensor]) -> Tensor:

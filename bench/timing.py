@@ -110,12 +110,10 @@ def ratio(arm: Times, ours: Times) -> float:
     return statistics.median(a / b for a, b in zip(arm.rounds, ours.rounds))
 
 
-def interleave(
-    arms: dict[str, Arm], rounds: int, at_least: float = 2e-3, seconds: float = 60.0
-) -> dict[str, Times]:
+def interleave(arms: dict[str, Arm], rounds: int, seconds: float = 60.0) -> dict[str, Times]:
     """Times of every arm, warmed, its order turned from round to round: as many rounds as fit
     ``seconds``, at least 5 and at most ``rounds``."""
-    inner = {name: inner_calls(fn, at_least) for name, fn in arms.items()}
+    inner = {name: inner_calls(fn) for name, fn in arms.items()}
     began = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)

@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/loop.h"
+#include "cpu/unroll.h"
 
 namespace py = pybind11;
 using fpdm::Block;
@@ -115,30 +116,29 @@ void pack(int type, i64 cols, i64 depth, i64 weight, i64 stride, i64 out) {
 
 using Addresses = std::vector<i64>;
 
-// sizes: b t d z_type type heads; buffers: x z[0] z[1] u modulation wide y o norms; weights: address,
-// stride and bias of A W2 qkv proj fc1 fc2
-fpdm::Iteration iteration(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
-                          const Addresses& weights) {
-    fpdm::Weight w[6];
-    for (size_t i = 0; i < 6; i++)
-        w[i] = {at(weights[3 * i]), weights[3 * i + 1], at(weights[3 * i + 2])};
-    return {{sizes[0], sizes[1], sizes[2], int(sizes[3]), int(sizes[4])},
-            sizes[5],
+// sizes: b t d type heads; addends: u, modulation and its stride; weights: address, stride and bias
+// of A W2 qkv proj fc1 fc2
+fpdm::Operands operands(const Addresses& sizes, const Addresses& addends,
+                        const Addresses& weights) {
+    auto weight = [&](size_t i) {
+        return fpdm::Weight{at(weights[3 * i]), weights[3 * i + 1], at(weights[3 * i + 2])};
+    };
+    const int type = int(sizes[3]);
+    return {{sizes[0], sizes[1], sizes[2], type, type},
+            sizes[4],
+            at(addends[0]),
+            at(addends[1]),
+            addends[2],
+            {weight(0), weight(1), weight(2), weight(3), weight(4), weight(5)}};
+}
+
+// buffers: x z[0] z[1] wide y o norms
+fpdm::Iteration iteration(const fpdm::Operands& o, const Addresses& buffers) {
+    return {o,
             at(buffers[0]),
             {at(buffers[1]), at(buffers[2])},
-            at(buffers[3]),
-            at(buffers[4]),
-            modulation_stride,
-            w[0],
-            w[1],
-            w[2],
-            w[3],
-            w[4],
-            w[5],
-            at(buffers[5]),
-            at(buffers[6]),
-            at(buffers[7]),
-            floats(buffers[8])};
+            {at(buffers[3]), at(buffers[4]), at(buffers[5])},
+            floats(buffers[6])};
 }
 
 bool interrupted() {
@@ -157,20 +157,60 @@ auto without_gil(F run) {
     return found;
 }
 
-void iterate(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
-             const Addresses& weights, i64 k) {
-    const auto it = iteration(sizes, buffers, modulation_stride, weights);
+void iterate(const Addresses& sizes, const Addresses& addends, const Addresses& weights,
+             const Addresses& buffers, i64 k) {
+    const auto it = iteration(operands(sizes, addends, weights), buffers);
     without_gil([&] { return fpdm::iterate(*active, it, k, interrupted); });
 }
 
 // watch: rows count cap place used result residual
-i64 solve(const Addresses& sizes, const Addresses& buffers, i64 modulation_stride,
-           const Addresses& weights, i64 most, const Addresses& watch, i64 next, float tol) {
-    const auto it = iteration(sizes, buffers, modulation_stride, weights);
+i64 solve(const Addresses& sizes, const Addresses& addends, const Addresses& weights,
+          const Addresses& buffers, i64 most, const Addresses& watch, i64 next, float tol) {
+    const auto it = iteration(operands(sizes, addends, weights), buffers);
     auto slots = [&](size_t i) { return static_cast<i64*>(at(watch[i])); };
     const fpdm::Watch w{slots(0),      slots(1),         slots(2), slots(3), slots(4),
                         at(watch[5]), floats(watch[6]), next,     tol};
     return without_gil([&] { return fpdm::solve(*active, it, w, most, interrupted); });
+}
+
+// kept: x xs residual compute, widths of the last two, then the offsets; part: first sample, count
+fpdm::Unrolled unrolled(const fpdm::Operands& o, i64 m, const Addresses& kept,
+                        const Addresses& part) {
+    fpdm::Unrolled u{o,  m, at(kept[0]), at(kept[1]), at(kept[2]), at(kept[3]), {kept[4], kept[5]},
+                     {}, part[0], part[1]};
+    for (size_t i = 0; i < size_t(fpdm::ACTIVATIONS); i++) u.offsets[i] = kept[6 + i];
+    return u;
+}
+
+// buffers: wide y o z[0] z[1] out norms
+void unroll(const Addresses& sizes, const Addresses& addends, const Addresses& weights, i64 m,
+            const Addresses& kept, const Addresses& part, const Addresses& buffers) {
+    const auto u = unrolled(operands(sizes, addends, weights), m, kept, part);
+    const fpdm::Forward f{{at(buffers[0]), at(buffers[1]), at(buffers[2])},
+                          {at(buffers[3]), at(buffers[4])},
+                          at(buffers[5]),
+                          floats(buffers[6])};
+    without_gil([&] { return fpdm::unroll(*active, u, f, interrupted); });
+}
+
+// sums: address, stride and bias of A W2 qkv proj fc1 fc2, modulation and its stride, u; buffers:
+// wide d0 d1 e g; again: as kept, of one iteration of the part, or empty
+void unroll_backward(const Addresses& sizes, const Addresses& addends, const Addresses& weights,
+                     i64 m, const Addresses& kept, const Addresses& part, const Addresses& sums,
+                     const Addresses& buffers, const Addresses& again, bool wants_dx) {
+    auto o = operands(sizes, addends, weights);
+    const auto u = unrolled(o, m, kept, part);
+    o.rows.batch = u.count;
+    auto sum = [&](size_t i) {
+        return fpdm::Gradient{floats(sums[3 * i]), sums[3 * i + 1], floats(sums[3 * i + 2])};
+    };
+    const fpdm::Backward b{
+        {{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5)}, floats(sums[18]), floats(sums[20]), sums[19]},
+        {at(buffers[0]), at(buffers[1]), at(buffers[2]), at(buffers[3])},
+        again.empty() ? fpdm::Unrolled{} : unrolled(o, 1, again, {0, u.count}),
+        at(buffers[4]),
+        wants_dx};
+    without_gil([&] { return fpdm::unroll_backward(*active, u, b, interrupted); });
 }
 
 void wgrad(int type, i64 rows, i64 outs, i64 ins, i64 dy, i64 x, i64 dweight, i64 stride,
@@ -213,6 +253,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pack", pack, nogil);
     m.def("iterate", iterate);
     m.def("solve", solve);
+    m.def("unroll", unroll);
+    m.def("unroll_backward", unroll_backward);
     m.def("wgrad", wgrad, nogil);
     m.def("attention", attention, nogil);
     m.def("attention_backward", attention_backward, nogil);

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -121,19 +122,30 @@ def saved_units(recompute: str, injected: bool) -> tuple[int, int]:
     return sum(WIDTHS[n] for n in residual), sum(WIDTHS[n] for n in compute)
 
 
+@cache
+def slot_offsets(recompute: str, injected: bool) -> tuple[int, ...]:
+    """Where an iteration's slot keeps each of ``Activations``, in units of U from the start of the
+    residual buffer (z, z2) or the compute one; -1: not kept."""
+    found = dict.fromkeys(WIDTHS, -1)
+    for names in saved_names(recompute, injected):
+        offset = 0
+        for name in names:
+            found[name] = offset
+            offset += WIDTHS[name]
+    return tuple(found.values())
+
+
 def slot_views(
     residual: Tensor, compute: Tensor, recompute: str, injected: bool, shape: torch.Size
 ) -> Activations:
     """One iteration's slots of the two stacked buffers, as (B,T,width) views."""
     b, t, d = shape
     acts = Activations()
-    for buffer, names in zip((residual, compute), saved_names(recompute, injected)):
-        offset = 0
-        for name in names:
-            size = b * t * d * WIDTHS[name]
-            view = buffer[offset : offset + size].view(b, t, d * WIDTHS[name])
+    for name, offset in zip(WIDTHS, slot_offsets(recompute, injected)):
+        if offset >= 0:
+            flat, width = residual if name in RESIDUAL else compute, d * WIDTHS[name]
+            view = flat[offset * b * t * d :][: b * t * width].view(b, t, width)
             setattr(acts, name, view)
-            offset += size
     return acts
 
 
@@ -206,7 +218,8 @@ def step_forward(
 
 
 def has_loop(ops: Any, residual: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether the operators iterate and solve in one call (fpdm.kernels.cpu_loop) for these."""
+    """Whether the operators iterate, solve and unroll in one call (fpdm.kernels.cpu_loop) for
+    these."""
     return hasattr(ops, "loops") and ops.loops(residual, compute)
 
 

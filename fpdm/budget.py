@@ -202,21 +202,6 @@ def plan(
     )
 
 
-def smoothing(config: ModelConfig, budget: int) -> list[tuple[int, int]]:
-    """The (S, k) between which a budget of blocks can be smoothed over timesteps, k rising.
-
-    More timesteps with fewer iterations, or the reverse (paper section 3.4, timestep smoothing):
-    all pairs with S (n_pre + k + n_post) <= budget in which neither S nor k can grow. At 280 blocks
-    and one pre and post block the paper's grid is among them. A DiT has one pair, k = 0. Empty
-    when nothing fits. S is not limited by a schedule's T, which ``plan`` checks.
-    """
-    fixed = fixed_blocks(config)
-    if config.kind == "dit":
-        return [(budget // fixed, 0)] if budget >= fixed else []
-    pairs = ((budget // (fixed + k), k) for k in range(1, budget - fixed + 1))
-    return [(steps, k) for steps, k in pairs if budget // steps == fixed + k]
-
-
 def _given(sampler: SamplerConfig) -> list[str]:
     """Names of the settings that decide the cost and were given."""
     names = [n for n in ("iters", "budget", "budget_macs") if getattr(sampler, n) is not None]

@@ -19,7 +19,6 @@ from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.files import CheckpointError, atomic_write, read_small
 from fpdm.model import FPDM
-from fpdm.weights import PreparedWeights
 
 NAME = "calibration.json"
 FORMAT = 1
@@ -33,7 +32,6 @@ def learn(
     labels: list[int],
     seeds: Sequence[int],
     digest: str,
-    weights: PreparedWeights | None = None,
 ) -> Calibration:
     """Residuals of images with ``labels`` and ``seeds`` under ``config``, with K = 4 times its
     average k iterations at every timestep. ``digest`` names the weights.
@@ -46,9 +44,9 @@ def learn(
     plain = replace(config, allocation="constant", schedule=(), tol=0.0, max_iters=None)
     if config.schedule:
         plain = replace(plain, iters=-(-sum(config.schedule) // len(config.schedule)))
-    average = Sampler(model, diffusion, plain, weights).plan.steps[0][1]
+    average = Sampler(model, diffusion, plain).plan.steps[0][1]
     deep = replace(plain, iters=DEPTH * average, budget=None, budget_macs=None)
-    sampler = Sampler(model, diffusion, deep, weights)
+    sampler = Sampler(model, diffusion, deep)
     stats = sampler.sample(labels, seeds).stats
     residual = stats.residual.double().mean(dim=2).tolist()
     if not all(value < float("inf") for row in residual for value in row):

@@ -35,7 +35,6 @@ from fpdm.files import (
     TEMPORARY,
     CheckpointError,
     FileRecord,
-    atomic_write,
     failpoint,
     fsync_directory,
     make_directory,
@@ -46,16 +45,7 @@ from fpdm.files import (
     write_safetensors,
 )
 
-__all__ = [
-    "FAILPOINTS",
-    "Checkpoint",
-    "CheckpointError",
-    "atomic_write",
-    "failpoint",
-    "load",
-    "load_newest",
-    "save",
-]
+__all__ = ["FAILPOINTS", "Checkpoint", "CheckpointError", "load", "load_newest", "save"]
 
 FORMAT = 1
 FAILPOINTS = ("open", "mid-write", "before-fsync", "before-rename", "before-dir-fsync", "prune")

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fpdm import noise
-from fpdm.config import UserError
 from fpdm.data import stream_indices
+from fpdm.settings import UserError
 
 WEIGHTS = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
 SHAPES = {
@@ -87,9 +87,9 @@ def about(path: str | Path = WEIGHTS) -> dict[str, Any]:
         return json.loads(file.metadata()["about"])
 
 
-def initial(seed: int = SEED) -> dict[str, Tensor]:
+def initial() -> dict[str, Tensor]:
     """float64: weights uniform with variance 1.5 / inputs, biases zero."""
-    keys = noise.as_keys([seed])
+    keys = noise.as_keys([SEED])
     out = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
         count = math.prod(shape)

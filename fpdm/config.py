@@ -1,20 +1,15 @@
-"""Every setting and every default of fpdm: frozen dataclasses; presets and recipes in fpdm.recipes.
+"""Every setting and every default of fpdm: frozen dataclasses; presets, recipes and the reading of
+files and command lines in fpdm.recipes.
 
 Nowhere else are there defaults. Dimensions: B batch, T tokens, D width, H heads, C channels,
-n iterations without gradient, m iterations with gradient, k iterations, S sampling steps.
-
-    Config       recipe, model, execution, fixed_point, diffusion, data, optim, train, sample
-    load_config  a recipe or a YAML file, ``--preset NAME``, ``--section.key value``
-
-This module needs neither torch nor, until a file or a command line is read, yaml or tyro.
+n iterations without gradient, m iterations with gradient, k iterations, S sampling steps. A
+``Config`` is a whole run. It needs neither torch nor, until YAML is wanted, yaml.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fpdm import settings
@@ -23,7 +18,7 @@ from fpdm.settings import ConfigError, Settings, UserError
 __all__ = [
     "Config", "ConfigError", "DataConfig", "DiffusionConfig", "ExecutionConfig", "FixedPointConfig",
     "ModelConfig", "OptimConfig", "SamplerConfig", "TrainConfig", "UserError", "diff", "from_dict",
-    "load_config", "to_dict", "to_yaml",
+    "to_dict", "to_yaml",
 ]  # fmt: skip
 
 Recompute = Literal["none", "elementwise", "full"]
@@ -421,79 +416,5 @@ def from_dict(data: Mapping[str, Any], base: Config | None = None) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """What ``config.yaml`` holds; ``load_config`` reads it back."""
+    """What ``config.yaml`` holds; ``recipes.load_config`` reads it back."""
     return settings.write_yaml(to_dict(config))
-
-
-def with_preset(config: Config, preset: str) -> Config:
-    """``config`` with the architecture of ``preset``; its input, channels and classes stay. A DiT
-    has no iterations, so their number leaves the sampler."""
-    from fpdm.recipes import MODEL_PRESETS
-
-    if preset not in MODEL_PRESETS:
-        near = settings.suggest(preset, MODEL_PRESETS)
-        raise ConfigError(
-            f"unknown preset {preset}{near or '; known: ' + ', '.join(MODEL_PRESETS)}"
-        )
-    m = config.model
-    kept = {k: getattr(m, k) for k in ("input_size", "in_channels", "num_classes")}
-    kept["pre_post_timestep_conditioning"] = m.pre_post_timestep_conditioning
-    model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
-    sample = config.sample
-    if model.kind == "dit":
-        sample = dataclasses.replace(sample, iters=None, reuse="none", tol=0.0)
-    return dataclasses.replace(config, model=model, sample=sample)
-
-
-def _read(recipe: str) -> Config:
-    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture."""
-    from fpdm.recipes import RECIPES
-
-    if recipe in RECIPES:
-        return RECIPES[recipe]
-    if not recipe.endswith((".yaml", ".yml")):
-        near = settings.suggest(recipe, RECIPES)
-        known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
-        raise ConfigError(f"unknown recipe {recipe or '(none)'}{near or known}")
-    path = Path(recipe)
-    if not path.is_file():
-        raise ConfigError(f"recipe: got {path}, expected a file")
-    from fpdm.cli import COST
-
-    data = settings.read_yaml(path)
-    base, preset = str(data.get("recipe") or ""), data.pop("preset", None)
-    if isinstance(sample := data.get("sample"), dict) and sample.keys() & set(COST):
-        data["sample"] = dict.fromkeys(COST) | sample
-    if base and base not in RECIPES:
-        raise ConfigError(f"{path}: unknown recipe {base}{settings.suggest(base, RECIPES)}")
-    config = RECIPES[base] if base else Config()
-    try:
-        if preset is not None:
-            config = with_preset(config, str(preset))
-        return from_dict(data | {"recipe": base}, config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def load_config(
-    recipe: str, argv: Sequence[str] = (), prog: str = "python -m fpdm.train"
-) -> Config:
-    """The Config of ``fpdm.train RECIPE [--preset NAME] [--section.key value]...``.
-
-    RECIPE is a name in ``fpdm.recipes.RECIPES`` or the path of a YAML file (whole or partial); the
-    preset is applied next, then the options in their order. Raises ConfigError: unknown recipe,
-    key or option (naming the nearest), bad value. ``--help`` prints the options with the recipe's
-    values and exits.
-    """
-    from fpdm.cli import parse_options, replace_cost, take_option
-
-    if recipe in ("-h", "--help"):
-        recipe, argv = "digits", ["--help"]
-    config = _read(recipe)
-    preset, rest = take_option("--preset", list(argv))
-    if preset is not None:
-        config = with_preset(config, preset)
-    presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
-    extra = {"RECIPE": "digits, imagenet256, unconditional256 or a YAML file, whose values follow"}
-    extra["--preset"] = f"NAME: architecture, before all other options: {presets}"
-    return parse_options(config, replace_cost(rest), f"{prog} {recipe}", extra, fixed=("recipe",))

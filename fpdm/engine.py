@@ -82,7 +82,8 @@ class Sampler:
     every sample alone (its two branches together) at the cost of the batch's efficiency.
     ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
     place of ``config.solver``; with any but the plain iteration a sample returns its best iterate.
-    ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``.
+    ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``. ``plan`` says what
+    will run and what it costs (budget.Plan).
 
     With CUDA graphs the sampler keeps one workspace and its graphs until ``release()``; otherwise
     nothing outlives a call. Raises ConfigError for settings that cannot be met.
@@ -131,7 +132,7 @@ class Sampler:
         self.most = most_iterations(ks, self.plan.limit) if self.plan.limit else ks
         self.table_steps = self._table_steps()
         self.launches = launches(ks, self.plan.branches, self.table_steps, KEPT[config.reuse])
-        self.graphs = self._graphs()
+        self.graphs = graphs.cache_for("sample.graphs", config.graphs, self.device)
         self._kept: Workspace | None = None
         self._taken = threading.Lock()
         self.mark()  # tables and casts may be on their way still
@@ -162,13 +163,6 @@ class Sampler:
             width = (6 * (1 + c.pre_depth + c.post_depth) + 2) * c.hidden_size
         row_bytes = self.batch * (2 if self.guided else 1) * width * self.dtype.itemsize
         return max(1, min(len(self.plan.steps), TABLE_BYTES // row_bytes))
-
-    def _graphs(self) -> graphs.GraphCache | None:
-        mode = self.config.graphs
-        backend = None if mode == "off" else graphs.backend_for(self.device)
-        if backend is None and mode == "on":
-            raise ConfigError(f"sample.graphs: got on, expected auto or off on {self.device}")
-        return None if backend is None else graphs.GraphCache(backend, always=mode == "on")
 
     def sizes(self, count: int) -> Sizes:
         """What a run of ``count`` samples needs."""

@@ -35,9 +35,6 @@ _GLYPHS = (
 )  # fmt: skip
 
 
-# grids
-
-
 def to_uint8(x: Tensor) -> np.ndarray:
     """(N,C,h,w) in [-1,1] -> (N,h,w,C) uint8: clamp(127.5 x + 128, 0, 255) truncated, NaN black."""
     pixels = (127.5 * x.detach().float() + 128).nan_to_num(0.0).clamp(0, 255).to(torch.uint8)
@@ -55,6 +52,23 @@ def encode_png(pixels: np.ndarray) -> bytes:
         for kind, data in chunks
     ]
     return PNG_MAGIC + b"".join(packed)
+
+
+def decode_png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The (h,w,C) pixels of a PNG that ``encode_png`` wrote; ValueError for anything else."""
+    h, w, c = shape
+    start = len(PNG_MAGIC) + 25  # behind the header chunk
+    try:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        body = data[start + 8 : start + 8 + size]
+        (crc,) = struct.unpack_from(">I", data, start + 8 + size)
+        rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(h, w * c + 1)
+    except (struct.error, zlib.error) as error:
+        raise ValueError(f"not a PNG of this program: {error}") from error
+    whole = len(data) == start + 12 + size + 12
+    if kind != b"IDAT" or crc != zlib.crc32(kind + body) or not whole or rows[:, 0].any():
+        raise ValueError("not a PNG of this program")
+    return rows[:, 1:].reshape(shape)
 
 
 def make_grid(
@@ -116,18 +130,6 @@ def save_grid(
     Raises ConfigError for a bad shape or number, UserError when the file cannot be written.
     """
     atomic_write(path, encode_png(make_grid(x, columns, scale, labels)))
-
-
-def decode(path: str | Path) -> np.ndarray:
-    """The pixels (H,W,C) of a PNG, C = 1 or 3, read by Pillow and not by the code that wrote it."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-# plots
 
 
 def _figure(width: float, height: float, wanted: str) -> Any:

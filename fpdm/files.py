@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fpdm.config import UserError
+from fpdm.settings import UserError
 
 TEMPORARY = ".tmp-"
 _CHUNK = 1 << 20  # bytes hashed, checked and written at a time

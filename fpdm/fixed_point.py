@@ -15,26 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpdm.block import (
-    SAVED,
-    Activations,
-    BlockGrads,
-    BlockWeights,
-    Scratch,
-    forward_workspace,
-    injection_backward,
-    iterate_forward,
-    next_iterate,
-    saved_units,
-    slot_views,
-    step_backward,
-    step_forward,
-)
+from fpdm import walk
+from fpdm.block import BlockGrads, BlockWeights, forward_workspace, iterate_forward, saved_units
 from fpdm.kernels import direct, ops
 from fpdm.kernels.direct import call
 
@@ -103,65 +90,6 @@ def _kept_x(m: int, recompute: str) -> int:
     return 0 if recompute == "elementwise" else m - 1
 
 
-class _Kept(NamedTuple):
-    """Operands and what is kept for the backward, for all samples or a part of them."""
-
-    x: Tensor
-    i: Tensor | None
-    u: Tensor | None
-    mod: Tensor
-    xs: Tensor
-    slots: list[Activations]
-
-    def rows(self, part: slice) -> _Kept:
-        """The samples of ``part``."""
-        i, u = (None if t is None else t[part] for t in (self.i, self.u))
-        slots = [acts[part] for acts in self.slots]
-        return _Kept(self.x[part], i, u, self.mod[part], self.xs[:, part], slots)
-
-
-class _Run(NamedTuple):
-    """How forward and backward run: the same for every part of the batch."""
-
-    ops: Any
-    w: BlockWeights
-    heads: int
-    recompute: str
-    grads: BlockGrads | None = None
-    input_grad: bool = False
-
-
-def _slots(
-    residual: Tensor, compute: Tensor, recompute: str, injected: bool, shape: torch.Size, m: int
-) -> list[Activations]:
-    return [slot_views(residual[j], compute[j], recompute, injected, shape) for j in range(m)]
-
-
-def _parts(batch: int, chunks: int) -> list[slice]:
-    size = max(1, -(-batch // chunks))
-    return [slice(start, start + size) for start in range(0, batch, size)]
-
-
-def _walk_forward(run: _Run, k: _Kept, out: Tensor, table: Tensor) -> None:
-    """The m iterations; what they keep is written into ``k``, the norms into ``table`` (m,2,b)."""
-    m, src = len(k.slots), k.x
-    work = forward_workspace(src, k.mod.dtype, run.recompute)
-    ping = [torch.empty_like(src) for _ in range(min(m - 1, 2))] if not len(k.xs) else []
-    norms = table.new_empty(table.shape[1:]) if len(table) else None
-    for j, slot in enumerate(k.slots):
-        dst = out if j == m - 1 else (k.xs[j] if len(k.xs) else ping[j % 2])
-        acts = slot.update(work)
-        if run.recompute != "none":
-            acts.z2 = dst
-        if run.recompute == "full":
-            acts.z = dst
-        names = SAVED[run.recompute]
-        step_forward(run.ops, src, k.u, k.mod, run.w, run.heads, acts, dst, norms, names)
-        if norms is not None:
-            table[j] = norms
-        src = dst
-
-
 @torch.library.custom_op(
     "fpdm::unroll",
     mutates_args=(),
@@ -204,13 +132,12 @@ def unroll(
     residual, compute = x.new_empty(m, nr * unit), mod.new_empty(m, nc * unit)
     table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
-    slots = _slots(residual, compute, recompute, injected, x.shape, m)
-    kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
-    run = _Run(operators, w, heads, recompute)
+    kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
+    run = walk.Run(operators, w, heads)
     with ops.no_autocast(x.device):
         # what keeps everything has no working set to divide
-        for part in _parts(b, 1 if recompute == "none" else chunks):
-            _walk_forward(run, kept.rows(part), out[part], table[:, :, part])
+        for part in walk.parts(b, 1 if recompute == "none" else chunks):
+            walk.forward(run, kept, part, out, table)
     return out, table, xs, residual, compute
 
 
@@ -308,17 +235,16 @@ def _backward(
     read again only to recompute in full, and may be None otherwise.
     """
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
-    slots = _slots(residual, compute, recompute, i is not None, x.shape, m)
-    kept = _Kept(x.contiguous(), i, u, mod, xs, slots)
+    kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
     operators, grads = ops.resolve(impl, x.device, mod.dtype), BlockGrads(*sums) if sums else None
-    run = _Run(operators, BlockWeights(*weights), heads, recompute, grads, input_grad)
+    run = walk.Run(operators, BlockWeights(*weights), heads, grads, input_grad)
     dx = x.new_empty(x.shape if input_grad else 0)
     di = x.new_empty(0) if i is None else torch.empty_like(i)
     with ops.no_autocast(x.device):
-        for part in _parts(len(x), chunks):
+        for part in walk.parts(len(x), chunks):
             # overwritten on the way, and g is the caller's
             mine = dx[part] if input_grad else x.new_empty(x[part].shape)
-            _walk_back(run, kept.rows(part), mine.copy_(g[part]), dmod[part], di[part])
+            walk.backward(run, kept, part, mine.copy_(g[part]), dmod[part], di[part])
     return dx, di, dmod.to(mod.dtype)
 
 
@@ -328,64 +254,6 @@ def _backward_shapes(g: Tensor, x: Tensor, i: Any, u: Any, mod: Tensor, *rest: A
         x.new_empty(0) if i is None else i.new_empty(i.shape),
         mod.new_empty(mod.shape),
     )
-
-
-def _walk_back(run: _Run, k: _Kept, g: Tensor, dmod: Tensor, di: Tensor) -> None:
-    """The m iterations from the last to the first: ``g`` becomes dx_0, ``di`` is written."""
-    scratch = Scratch.like(k.x, k.mod.dtype)
-    du = None
-    if k.i is not None:
-        b, t, d = k.x.shape
-        du = k.x.new_zeros(b, t, 2 * d, dtype=ops.accumulator(k.mod.dtype))
-    for j in range(len(k.slots) - 1, -1, -1):
-        acts = k.slots[j]
-        if run.recompute == "full":
-            acts = _forward_again(run, _iterate_before(run, k, j, scratch), k, scratch)
-        z = k.x if acts.z is None else acts.z
-        step_backward(run.ops, g, z, k.mod, run.w, run.heads, acts, run.grads, dmod, scratch)
-        if du is not None:
-            # rebuilt only now: until here its buffer held z'
-            x = _iterate_before(run, k, j, scratch)
-            wants_dx = j > 0 or run.input_grad
-            injection_backward(run.ops, g, x, run.w, acts, run.grads, scratch, du, wants_dx)
-    if k.i is not None and du is not None:
-        _injection_gradients(run, k.i, du, di)
-
-
-def _iterate_before(run: _Run, k: _Kept, j: int, scratch: Scratch) -> Tensor:
-    """x_j: given, kept, or rebuilt from what iteration j - 1 kept."""
-    if j == 0:
-        return k.x
-    if run.recompute != "elementwise":
-        return k.xs[j - 1]
-    before = k.slots[j - 1]
-    assert before.z is not None
-    return next_iterate(run.ops, before.z, before, k.mod, scratch.e)
-
-
-def _forward_again(run: _Run, x: Tensor, k: _Kept, s: Scratch) -> Activations:
-    """Recompute one iteration, keeping what the element-wise ledger would keep."""
-    nr, nc = saved_units("elementwise", k.u is not None)
-    kept = slot_views(
-        x.new_empty(nr * x.numel()),
-        k.mod.new_empty(nc * x.numel()),
-        "elementwise",
-        k.u is not None,
-        x.shape,
-    )
-    work = Activations(a=s.wide(2), y1=s.d0, z2=s.e, y2=s.d0, gh=s.wide(4))
-    acts, names = kept.update(work), SAVED["elementwise"]
-    step_forward(run.ops, x, k.u, k.mod, run.w, run.heads, acts, s.e, None, names)
-    return kept
-
-
-def _injection_gradients(run: _Run, i: Tensor, du: Tensor, di: Tensor) -> None:
-    """Through u = E i + b1: ``di``, and dE, db1 into the accumulators."""
-    wide, grads = du.to(i.dtype), run.grads
-    if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:
-        run.ops.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
-        grads.inj_b1.add_(du.sum((0, 1), dtype=grads.inj_b1.dtype))
-    run.ops.linear_dgrad(wide, run.w.inj_e, out=di)
 
 
 def _unroll_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

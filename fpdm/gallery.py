@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,8 +57,10 @@ class Store:
         """The stored image, or None when it is missing or damaged."""
         try:
             data = self.path(index).read_bytes()
-            image = np.load(io.BytesIO(data)) if self.latent else _decode_png(data, self.shape)
-        except (OSError, ValueError, EOFError, struct.error, zlib.error):
+            image = (
+                np.load(io.BytesIO(data)) if self.latent else figures.decode_png(data, self.shape)
+            )
+        except (OSError, ValueError, EOFError):
             return None
         return image if (image.shape, image.dtype) == (self.shape, self.dtype) else None
 
@@ -75,20 +75,6 @@ class Store:
         """The stored image as a sample (C,h,w); pixels land in the middle of their interval."""
         x = torch.from_numpy(self.need(index).astype(np.float32))
         return x if self.latent else (x.permute(2, 0, 1) - 127.5) / 127.5
-
-
-def _decode_png(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The (h,w,C) pixels of a PNG that figures.encode_png wrote; ValueError for anything else."""
-    h, w, c = shape
-    start = len(figures.PNG_MAGIC) + 25  # behind the header chunk
-    size, kind = struct.unpack_from(">I4s", data, start)
-    body = data[start + 8 : start + 8 + size]
-    (crc,) = struct.unpack_from(">I", data, start + 8 + size)
-    rows = np.frombuffer(zlib.decompress(body), np.uint8).reshape(h, w * c + 1)
-    whole = len(data) == start + 12 + size + 12
-    if kind != b"IDAT" or crc != zlib.crc32(kind + body) or not whole or rows[:, 0].any():
-        raise ValueError("not a PNG of this program")
-    return rows[:, 1:].reshape(shape)
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:

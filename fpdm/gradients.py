@@ -1,18 +1,25 @@
-"""Gradients of a fixed point beside S-JFB: by the implicit function theorem, and phantom gradients.
+"""Gradients of a fixed point: S-JFB's, by the implicit function theorem, and phantom gradients.
 
     implicit   x* = f(x*):  dL/dp = w^T df/dp,  w = g + J^T w,  g = dL/dx*,  J = df/dx at x*
     phantom    x <- (1 - b) x + b f(x), m times, differentiated as it stands
 
 Sources: Bai, Kolter & Koltun 2019 (implicit), Geng et al. 2021 (phantom, "On Training Implicit
 Models"). The implicit one is exact at a fixed point only, and solves one more fixed-point problem
-in the backward; the phantom one is a truncated, damped unrolling. Both run on the same operators as
-S-JFB, one application at a time, so they are for study rather than for speed.
+in the backward; the phantom one is a truncated, damped unrolling. ``iterated`` has all of them for
+any map f (``FPDM.fixed_point_map`` is one), from wherever a solver has led:
+
+    with torch.no_grad():
+        x = solvers.solve(f, x, solvers.Anderson(), 20).x
+    x = iterated(f, x, 0, 1, Gradient("implicit"))
+
+``solve`` runs them on the operators of the fixed-point block: implicit and phantom ones apply it
+once at a time, so they are for study rather than for speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -33,9 +40,48 @@ class Gradient:
     damping: float = 0.5
 
 
+S_JFB = Gradient()
+
+
+def iterated(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    n: int,
+    m: int,
+    gradient: Gradient = S_JFB,
+    detach_init: bool = True,
+    constant: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """x (B,...) after x <- f(x), n times without gradient and m times with.
+
+    f is any map that autograd differentiates in x and in what else it uses. ``implicit`` runs all
+    but the last time without gradient, when x is to be near a fixed point; its backward asks
+    ``constant`` for J, by default f itself. With gradients disabled all n + m run plainly. Raises
+    ValueError for m < 1 with implicit and phantom when gradients are on.
+    """
+    grad = torch.is_grad_enabled()
+    if grad and m < 1 and gradient.kind != "unroll":
+        raise ValueError(f"iters: got {m}, expected at least 1 with the {gradient.kind} gradient")
+    if grad and gradient.kind == "implicit":
+        n, m = n + m - 1, 1
+    with torch.no_grad():
+        for _ in range(n):
+            x = f(x)
+    if grad and gradient.kind == "implicit":
+        x = f(x.detach())
+        _solve_in_backward(x, constant or f, gradient.iters)
+        return x
+    x = x.detach() if detach_init else x
+    for _ in range(m):
+        fx = f(x)
+        x = torch.lerp(x, fx, gradient.damping) if grad and gradient.kind == "phantom" else fx
+    return x
+
+
 @dataclass(frozen=True)
 class _Map:
-    """One application of the block, differentiable in x and in everything else."""
+    """One application of the block, differentiable in x and in everything else; ``tables`` collects
+    its norms."""
 
     i: Tensor | None
     u: Tensor | None
@@ -44,20 +90,22 @@ class _Map:
     weights: Sequence[Tensor]
     settings: Settings
     norms: bool
+    tables: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor) -> Tensor:
         s = self.settings
         out, table, *_ = unroll(
             x, self.i, self.u, self.mod, list(self.params), list(self.weights), 1, s.heads, s.impl,
             s.recompute, s.chunks, self.norms, s.accumulate,
         )  # fmt: skip
-        return out, table
+        self.tables.append(table)
+        return out
 
     def constant(self) -> _Map:
         """The same map of x alone."""
         i = None if self.i is None else self.i.detach()
         params = [p.detach() for p in self.params]
-        return replace(self, i=i, mod=self.mod.detach(), params=params)
+        return replace(self, i=i, mod=self.mod.detach(), params=params, tables=[])
 
 
 def solve(
@@ -83,35 +131,26 @@ def solve(
         return fixed_point.solve(
             x, i, u, mod, params, weights, n, m, settings, detach_init, norms
         )  # fmt: skip
-    if m < 1:
-        raise ValueError(f"iters: got {m}, expected at least 1 with the {gradient.kind} gradient")
     flat = [w for w in weights if w is not None]
     constant = None if u is None else u.detach()
     f = _Map(i, constant, mod, params, flat, settings, norms)
-    free = n if gradient.kind == "phantom" else n + m - 1
-    tables = []
-    if free:
+    if gradient.kind == "implicit" and m > 1:
+        n, m = n + m - 1, 1
+    if n:
         x, table = iterate(
-            x.detach(), constant, mod.detach(), flat, free, settings.heads, settings.impl, norms
+            x.detach(), constant, mod.detach(), flat, n, settings.heads, settings.impl, norms
         )
-        tables.append(table)
-    x = x.detach() if detach_init or free else x
-    if gradient.kind == "implicit":
-        x, table = f(x.detach())
-        _solve_in_backward(x, f.constant(), gradient.iters)
-        tables.append(table)
-        return x, torch.cat(tables)
-    for _ in range(m):
-        fx, table = f(x)
-        x = torch.lerp(x, fx, gradient.damping)
-        tables.append(table)
-    return x, torch.cat(tables)
+        f.tables.append(table)
+    x = iterated(f, x, 0, m, gradient, detach_init, f.constant())
+    return x, torch.cat(f.tables)
 
 
-def _solve_in_backward(x: Tensor, f: _Map, iters: int) -> None:
+def _solve_in_backward(x: Tensor, f: Callable[[Tensor], Tensor], iters: int) -> None:
     """Replaces the gradient g that reaches x by the w of w = g + J^T w, J at x."""
+    if not x.requires_grad:
+        return
     point = x.detach().requires_grad_()
-    fx, _ = f(point)
+    fx = f(point)
 
     def implicit(g: Tensor) -> Tensor:
         def step(w: Tensor) -> Tensor:

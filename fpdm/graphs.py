@@ -25,14 +25,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from fpdm.config import ConfigError
 from fpdm.weights import WeightView
 
 GRAPHS = 64  # keys
@@ -250,30 +252,40 @@ class CudaBackend:
     """CUDA graphs that share one memory pool: launches leave nothing in it between replays, which
     follow one another on one stream. Loops are conditional WHILE nodes (CUDA 12.4, torch 2.14)."""
 
+    # one capture at a time, whichever thread's: another's wait for the device would spoil it, and
+    # the end of another's switches the collector on again
+    _one = threading.RLock()
+    # (device, pool that no graph uses any more) -> references that torch may have left to it
+    _owed: ClassVar[dict[tuple[int, Any], int]] = {}
+    # graphs whose loop failed, kept for good: one goes with a guard that changes the current stream
+    _unfinished: ClassVar[list[torch.cuda.CUDAGraph]] = []
+
     def __init__(self, device: torch.device):
         self.loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
         self.recording: Any = None
-        # graphs whose loop failed, kept: one goes with a guard that makes another stream current
-        self.unfinished: list[torch.cuda.CUDAGraph] = []
-        self.device = torch.device("cuda", device.index or 0)
+        here = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", here)
         self.stream = torch.cuda.Stream(self.device)
         self.pool: Any = None
-        self.alive = 0
+        # alive graphs; references to the pool that going graphs may leave behind
+        self.alive = self.left = 0
 
     def capture(self, work: Callable[[], None]) -> Captured:
         """``work`` captured; see ``Backend``. Waits for the device."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
-        # this thread's handle, which a capture could not make; on the caller's stream
-        torch.cuda.current_blas_handle()
-        # a capture cannot ask for what eager work left in the allocator's cache
-        torch.cuda.empty_cache()
-        with torch.cuda.stream(self.stream):
-            # cuBLAS takes its workspace for this stream from the pool: when a graph's reset frees
-            # it (torch from #175276 on), only another capture gets it, which is replayed in turn
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with self._recording(graph):
-                work()
+        with self._one:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize(self.device)
+            # this thread's handle, which a capture could not make; on the caller's stream
+            torch.cuda.current_blas_handle()
+            # a capture cannot ask for what eager work left in the allocator's cache
+            self.release()
+            with torch.cuda.stream(self.stream):
+                # cuBLAS takes its workspace for this stream from the pool: when a graph's reset
+                # frees it (torch from #175276 on), only another capture gets it, which is replayed
+                # in turn
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                with self._recording(graph):
+                    work()
         self.alive += 1
         return _CudaGraph(graph, self)
 
@@ -288,7 +300,7 @@ class CudaBackend:
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             except BaseException:
                 # the allocator was told before CUDA was
-                self._give_back()
+                self._unwind(graph)
                 raise
             self.recording = graph
             try:
@@ -305,35 +317,41 @@ class CudaBackend:
     def loop(self, more: Callable[[], torch.Tensor], body: Callable[[], None]) -> None:
         """A WHILE node whose graph is ``body`` and the flag's next value."""
         graph = self.recording
+        # the allocator is told of the body as of a capture, and of what follows as of another one
+        self.left += 2
         graph.begin_capture_to_while_node(more())
-        self.unfinished.append(graph)
+        self._unfinished.append(graph)
         try:
             body()
             graph.set_conditional_handle_for_current_node(more())
         finally:
             graph.end_capture_to_conditional_node()
-        self.unfinished.pop()
+        self._unfinished.remove(graph)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Return the memory of a capture that failed. One that CUDA invalidated cannot be ended:
-        nothing would return its allocations, so the allocator is told by hand."""
+        """Return the memory of a capture that failed."""
         # the body of a loop that failed may have left its own stream current
         with contextlib.suppress(RuntimeError), torch.cuda.stream(self.stream):
             graph.capture_end()
-        try:
-            graph.pool()
-        except RuntimeError:
-            self._give_back()
-        else:
-            graph.reset()
-            self.pool = self.pool if self.alive else None
+        self._unwind(graph)
 
-    def _give_back(self) -> None:
-        """What the end of a capture would have told the allocator."""
-        for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            with contextlib.suppress(Exception):
-                getattr(torch._C, give_back)(self.device.index, self.pool)
-        self.pool = self.pool if self.alive else None
+    def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A capture that CUDA invalidated, or did not begin, ends for the allocator too."""
+        # gives the pool back from pull request 190348 on, and only after a good capture before;
+        # with 190308 ends what follows too, which must not have been ended
+        graph.reset()
+        # by torch's own hand from 180395 on
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        self.left += 1
+        self._part()
+
+    def _part(self) -> None:
+        """Without graphs the pool goes: its name may not be used again."""
+        if not self.alive:
+            if self.left:
+                self._owed[self.device.index, self.pool] = self.left
+            self.pool, self.left = None, 0
 
     def mark(self) -> torch.cuda.Event:
         """An event on the current stream."""
@@ -346,15 +364,39 @@ class CudaBackend:
         return start.elapsed_time(end) / 1e3 if end.query() else None
 
     def release(self) -> None:
-        """Return the pool's memory to the device."""
-        torch.cuda.empty_cache()
+        """Return the memory of pools without graphs, and of eager work, to the device. What is idle
+        and stays is still referred to: one reference at a time, since which versions of torch leave
+        one is not told, and one too many would be another graph's."""
+        with self._one:
+            torch.cuda.empty_cache()
+            for (index, pool), count in list(self._owed.items()):
+                for _ in range(count):
+                    if not _idle(index, pool):
+                        break
+                    torch._C._cuda_releasePool(index, pool)
+                    torch.cuda.empty_cache()
+                if not _segments(index, pool):
+                    del self._owed[index, pool]
 
     def forget(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Destroy a graph; the pool goes with the last one: its name may not be used again."""
+        """Destroy a graph; the pool goes with the last one."""
         graph.reset()
         self.alive -= 1
-        if not self.alive:
-            self.pool = None
+        self._part()
+
+
+def _segments(index: int, pool: Any) -> list[dict[str, Any]]:
+    """What a pool of the allocator holds of a device."""
+    found: list[dict[str, Any]] = []
+    # cudaMallocAsync has none
+    with contextlib.suppress(RuntimeError):
+        found = torch.cuda.memory_snapshot()
+    return [s for s in found if (s["device"], tuple(s["segment_pool_id"])) == (index, pool)]
+
+
+def _idle(index: int, pool: Any) -> bool:
+    """Whether it holds memory that nobody uses."""
+    return any(not s["active_size"] for s in _segments(index, pool))
 
 
 class _CudaGraph:
@@ -373,3 +415,14 @@ class _CudaGraph:
 def backend_for(device: torch.device) -> Backend | None:
     """What captures on ``device``; None on a CPU."""
     return CudaBackend(device) if device.type == "cuda" else None
+
+
+def cache_for(
+    setting: str, mode: str, device: torch.device, limit: int = GRAPHS
+) -> GraphCache | None:
+    """What ``setting`` asks for by ``mode``: off, on or auto. Raises ConfigError for on where
+    nothing can be captured."""
+    backend = None if mode == "off" else backend_for(device)
+    if backend is None and mode == "on":
+        raise ConfigError(f"{setting}: got on, expected auto or off on {device}")
+    return None if backend is None else GraphCache(backend, mode == "on", limit)

@@ -162,11 +162,10 @@ def devices() -> dict[str, Any]:
 @_guarded
 def implementations(device: str) -> dict[str, str]:
     """Implementation -> ``available`` or the reason why not; ``auto``: the one that would run."""
-    from fpdm.kernels import ops
+    from fpdm.kernels.implementations import availability, choose
 
-    reasons = ops.availability(device)
-    told = {name: reason or "available" for name, reason in reasons.items()}
-    told["auto"] = ops.choose("auto", device)
+    told = {name: reason or "available" for name, reason in availability(device).items()}
+    told["auto"] = choose("auto", device)
     return told
 
 
@@ -220,12 +219,14 @@ def native(kernels: Path = KERNELS) -> dict[str, Any]:
 
 @_guarded
 def attention(device: str) -> str:
-    """The route of a (T, K) = (256, 72) bfloat16 attention on ``device``, and why."""
+    """The route of a (T, K) = (256, 72) attention in the half precision of ``device``, and why."""
     import torch
 
     from fpdm.kernels.attention_routes import route
 
-    name, why = route(256, 72, torch.bfloat16, torch.device(device), False)
+    newer = torch.cuda.get_device_capability(device) >= (8, 0)
+    dtype = torch.bfloat16 if newer else torch.float16
+    name, why = route(256, 72, dtype, torch.device(device))
     return f"{name}: {why}"
 
 

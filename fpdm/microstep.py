@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fpdm import graphs
 from fpdm.batches import Draws
-from fpdm.config import Config, ConfigError
+from fpdm.config import Config
 from fpdm.diffusion import Diffusion
 from fpdm.gradients import Gradient
-from fpdm.graphs import GraphCache, GraphKey
+from fpdm.graphs import GraphKey
 from fpdm.model import FPDM, DiT
 from fpdm.weights import PreparedWeights
 
@@ -63,14 +63,11 @@ class MicroStep:
         device: torch.device,
     ):
         self.model, self.diffusion, self.weights, self.config = model, diffusion, weights, config
-        fixed, mode = config.fixed_point, config.train.graphs
+        fixed = config.fixed_point
         self.gradient = Gradient(fixed.gradient, fixed.implicit_iters, fixed.phantom_damping)
-        found = None if mode == "off" else graphs.backend_for(device)
-        if found is None and mode == "on":
-            raise ConfigError(f"train.graphs: got on, expected auto or off on {device}")
         pairs = (fixed.n_max - fixed.n_min + 1) * (fixed.m_max - fixed.m_min + 1)
         # fewer than there are would be captured again and again
-        self.graphs = None if found is None else GraphCache(found, mode == "on", pairs)
+        self.graphs = graphs.cache_for("train.graphs", config.train.graphs, device, pairs)
         self.held: _Held | None = None
         # captures of buffers that are gone: the next ones begin with the largest m again
         self.before = 0

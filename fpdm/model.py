@@ -10,6 +10,7 @@ works. The module holds no state beside its parameters and draws no random numbe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fpdm import fixed_point, gradients
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.fixed_point import Settings, SolveStats
-from fpdm.gradients import Gradient
+from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
@@ -58,9 +59,9 @@ def sincos_2d(width: int, side: int) -> Tensor:
     return torch.cat([column, row], dim=2).reshape(1, side * side, width).float()
 
 
-def timestep_features(t: Tensor, width: int = FREQUENCIES) -> Tensor:
-    """[cos(t w_k), sin(t w_k)], w_k = 10000^(-k/(width/2)).   t (B,) -> (B, width) float32."""
-    half = width // 2
+def timestep_features(t: Tensor) -> Tensor:
+    """[cos(t w_k), sin(t w_k)], w_k = 10000^(-k/128).   t (B,) -> (B,256) float32."""
+    half = FREQUENCIES // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -218,7 +219,11 @@ class _Transformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
 
 
-S_JFB = Gradient()
+def _of_fixed_point(mod: Modulation | Tensor) -> Tensor:
+    """The vectors (B,6D) of the fixed-point block."""
+    vectors = mod.fp if isinstance(mod, Modulation) else mod
+    assert vectors is not None
+    return vectors
 
 
 class FPDM(_Transformer):
@@ -226,8 +231,11 @@ class FPDM(_Transformer):
 
     ``forward(x, t, y, iters=8, no_grad_iters=0, init=None)`` -> (B,2C,h,w): C prediction channels
     and C variance fractions. x (B,C,h,w); t (B,) original timestep indices; y (B,) labels,
-    ``num_classes`` is the null label. ``init`` (B,T,D) starts the iteration instead of h. Compute
-    dtype: that of ``weights`` if given, else autocast's if on, else the parameters'.
+    ``num_classes`` is the null label. S-JFB: ``no_grad_iters`` (n) iterations store nothing, then
+    ``iters`` (m) carry the gradient, from an iterate that is detached unless ``detach_init=False``.
+    ``init`` (B,T,D) starts the iteration instead of h. Compute dtype: that of ``weights`` if given,
+    else autocast's if on, else the parameters'. Raises ValueError for shapes and kinds that do not
+    fit, and for no iteration at all.
     """
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
@@ -315,10 +323,10 @@ class FPDM(_Transformer):
             return i, call(ops.linear, source, e, b1, e, b1, self.execution.impl)
 
     def _solve(
-        self, x: Tensor, h: Tensor, vectors: Tensor, n: int, m: int, w: WeightView,
-        detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
+        self, x: Tensor, injected: tuple[Tensor | None, Tensor], vectors: Tensor, n: int, m: int,
+        w: WeightView, detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
-        i, u = self._inject(h, w)
+        i, u = injected
         if i is None and torch.is_grad_enabled():
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
         names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
@@ -330,6 +338,20 @@ class FPDM(_Transformer):
         )  # fmt: skip
         return out, SolveStats.from_norms(norms) if stats else None
 
+    def fixed_point_map(
+        self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """f of x* = f(x*) for the injected h (B,T,D) of ``encode`` and one timestep's vectors:
+        x (B,T,D) -> f(x), differentiable by autograd in x, h, ``mod`` and the parameters.
+
+        What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
+        iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
+        accumulate, as a trainer's do, every backward through f adds to the parameters' gradients.
+        """
+        w, vectors = self.view(weights, h), _of_fixed_point(mod)
+        injected = self._inject(h, w)
+        return lambda x: self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+
     @torch.no_grad()
     def iterate(
         self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
@@ -337,9 +359,9 @@ class FPDM(_Transformer):
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
         """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
         stats)."""
-        vectors = mod.fp if isinstance(mod, Modulation) else mod
-        assert vectors is not None
-        return self._solve(x0, h, vectors, iters, 0, self.view(weights, h), True, stats)
+        w = self.view(weights, h)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod)
+        return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
 
     def solve(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
@@ -359,8 +381,9 @@ class FPDM(_Transformer):
         assert mod.fp is not None
         start = h if init is None else init.to(h.dtype)
         z, found = self._solve(
-            start, h, mod.fp, no_grad_iters, iters, w, detach_init, stats, gradient
-        )
+            start, self._inject(h, w), mod.fp, no_grad_iters, iters, w, detach_init, stats,
+            gradient,
+        )  # fmt: skip
         return Solution(self.decode(z, mod, weights=w), z, found)
 
     def forward(
@@ -369,16 +392,9 @@ class FPDM(_Transformer):
     ) -> Tensor:  # fmt: skip
         """(B,2C,h,w); see the class."""
         return self.solve(
-            x,
-            t,
-            y,
-            iters,
-            no_grad_iters,
-            init,
-            weights=weights,
-            detach_init=detach_init,
+            x, t, y, iters, no_grad_iters, init, weights=weights, detach_init=detach_init,
             stats=False,
-        ).output
+        ).output  # fmt: skip
 
 
 class DiT(_Transformer):

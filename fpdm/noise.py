@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 
 SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS, GRID = range(8)
 
@@ -88,7 +88,10 @@ def philox(even: Tensor, odd: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kernels(keys: Tensor) -> Any:
     """The same in one launch (fpdm.kernels.philox), where Triton is what runs on the device."""
-    if keys.device.type != "cuda" or ops.resolve("auto", keys.device).name not in ops.TRITON:
+    if (
+        keys.device.type != "cuda"
+        or implementations.resolve("auto", keys.device).name not in implementations.TRITON
+    ):
         return None
     return importlib.import_module("fpdm.kernels.philox")
 

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +29,6 @@ from fpdm.weights import FlatLayout, PreparedWeights
 _TAIL = 16
 # beyond this a scale can only turn finite gradients into infinities
 _SCALE_CEILING = 2.0**40
-
-
-class Refreshable(Protocol):
-    """What the optimiser needs of ``PreparedWeights``."""
-
-    def refresh(self) -> Any:
-        """Copies the parameters, as they are now, into the prepared tensors."""
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
@@ -64,7 +56,7 @@ class AdamWEMA:
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, prepared: Refreshable | None = None
+        self, model: nn.Module, config: OptimConfig, prepared: PreparedWeights | None = None
     ) -> None:
         self.model, self.config, self.prepared = model, config, prepared
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -171,19 +163,18 @@ class AdamWEMA:
             multiplier, c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.eps, 1 - lr * c.weight_decay,
             lr / (1 - c.beta1**t), math.sqrt(1 - c.beta2**t), 1 - decay,
         ]  # fmt: skip
-        adamw_, p = _one_pass_on(flat["w"].device), self.prepared
-        # a layout that was made before a parameter was frozen is another one
-        inside = (
-            isinstance(p, PreparedWeights)
+        adamw_, p, copy = _one_pass_on(flat["w"].device), self.prepared, None
+        if (
+            p is not None
             and p.flat is not None
             and p.belongs_to(self.model)
-            and p.layout.offsets == self.layout.offsets
-            and p.layout.shapes == self.layout.shapes
-        )
-        copy = p.flat[: self.layout.trained] if inside else None  # type: ignore[union-attr,index]
+            # one that was made before a parameter was frozen is another layout
+            and vars(p.layout) == vars(self.layout)
+        ):
+            copy = p.flat[: self.layout.trained]
         adamw_(flat["w"], self.gradients, flat["a"], flat["v"], flat["e"], copy, scalars)
-        if inside:
-            p.fold()  # type: ignore[union-attr]
+        if p is not None and copy is not None:
+            p.fold()
         else:
             self._refresh()
 

@@ -10,15 +10,7 @@ from pathlib import Path
 import torch
 
 from fpdm import calibration, checkpoint, interop
-from fpdm.config import (
-    ConfigError,
-    DiffusionConfig,
-    ExecutionConfig,
-    Impl,
-    ModelConfig,
-    SamplerConfig,
-    from_dict,
-)
+from fpdm.config import ConfigError, ExecutionConfig, Impl, SamplerConfig, from_dict
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.model import FPDM, DiT, build_model
@@ -34,8 +26,6 @@ class LoadedSource:
 
     model: FPDM | DiT
     diffusion: Diffusion
-    model_config: ModelConfig
-    diffusion_config: DiffusionConfig
     sampler_config: SamplerConfig
     name: str
     which: str
@@ -114,9 +104,7 @@ def _load_export(
         sampler = update(SamplerConfig(), found.extra["sample"], "sample.")
     diffusion = Diffusion(found.diffusion, device)
     name = path.resolve().name
-    return LoadedSource(
-        model, diffusion, found.model, found.diffusion, sampler, name, found.weights, path
-    )
+    return LoadedSource(model, diffusion, sampler, name, found.weights, path)
 
 
 def _load_run(
@@ -133,8 +121,8 @@ def _load_run(
     model = build_model(config.model, execution)
     interop.load_strict(model, state, str(found.path))
     return LoadedSource(
-        model.to(device), Diffusion(config.diffusion, device), config.model, config.diffusion,
-        config.sample, f"{path.resolve().name}-{found.step}", which, path,
+        model.to(device), Diffusion(config.diffusion, device), config.sample,
+        f"{path.resolve().name}-{found.step}", which, path,
     )  # fmt: skip
 
 

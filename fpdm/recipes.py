@@ -1,4 +1,4 @@
-"""Architecture presets and training recipes, by name.
+"""Architecture presets and training recipes by name, and the Config that a command line asks for.
 
 Presets are written for 32x32 latents of 4 channels and 1000 classes; ``--preset NAME``, and
 ``preset:`` in YAML, take input size, channels and classes from the recipe. Parameters as written,
@@ -7,11 +7,16 @@ without the fixed positions: fpdm-xl-2 86.5 M, dit-xl-2 674.8 M.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
+from fpdm import settings
+from fpdm.cli import COST, parse_options, replace_cost, take_option
 from fpdm.config import (
     Config,
+    ConfigError,
     DataConfig,
     DiffusionConfig,
     FixedPointConfig,
@@ -19,38 +24,35 @@ from fpdm.config import (
     OptimConfig,
     SamplerConfig,
     TrainConfig,
+    from_dict,
 )
 
 # name: (depth of the DiT, width D, heads H)
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
 
+def _dit(depth: int, **shape: int) -> ModelConfig:
+    return ModelConfig(kind="dit", depth=depth, pre_depth=0, post_depth=0, **shape)  # type: ignore[arg-type]
+
+
 def _presets() -> dict[str, ModelConfig]:
-    presets: dict[str, ModelConfig] = {}
-    for size, (_, width, heads) in SIZES.items():
-        for patch in (2, 4, 8):
-            presets[f"fpdm-{size}-{patch}"] = ModelConfig(
-                kind="fpdm", patch_size=patch, hidden_size=width, num_heads=heads
-            )
-    for size, (depth, width, heads) in SIZES.items():
-        for patch in (2, 4, 8):
-            presets[f"dit-{size}-{patch}"] = _dit(depth, patch, width, heads)
-    # Tab. 3, "DiT-XL, 3 layers": the paper says 86 M parameters, counted 77.2 M. Its other
-    # baseline, "DiT-B, 11 layers, 130 M", is dit-b-2: 12 layers are 130.3 M.
-    presets["dit-xl-2-3layer"] = _dit(3, 2, 1152, 16)
-    return presets
-
-
-def _dit(depth: int, patch: int, width: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        kind="dit", patch_size=patch, hidden_size=width, num_heads=heads, depth=depth,
-        pre_depth=0, post_depth=0,
-    )  # fmt: skip
+    shapes = {
+        f"{size}-{patch}": (depth, {"patch_size": patch, "hidden_size": d, "num_heads": h})
+        for size, (depth, d, h) in SIZES.items()
+        for patch in (2, 4, 8)
+    }
+    return {
+        **{f"fpdm-{n}": ModelConfig(**shape) for n, (_, shape) in shapes.items()},  # type: ignore[arg-type]
+        **{f"dit-{n}": _dit(depth, **shape) for n, (depth, shape) in shapes.items()},
+        # Tab. 3, "DiT-XL, 3 layers": the paper says 86 M parameters, counted 77.2 M. Its other
+        # baseline, "DiT-B, 11 layers, 130 M", is dit-b-2: 12 layers are 130.3 M.
+        "dit-xl-2-3layer": _dit(3, **shapes["xl-2"][1]),
+    }
 
 
 MODEL_PRESETS: Mapping[str, ModelConfig] = MappingProxyType(_presets())
 
-# five minutes on two CPU cores: the built-in 8x8 digits. Chosen by measurement (bench/NOTES.md):
+# two minutes on two CPU cores: the built-in 8x8 digits. Chosen by measurement (bench/NOTES.md):
 # half the batch and twice the steps, short loops, and betas that leave 8x8 images some signal at
 # most timesteps (the rescaling to zero terminal SNR makes any end of the schedule valid)
 _DIGITS = Config(
@@ -100,3 +102,70 @@ _UNCONDITIONAL = Config(
 RECIPES: Mapping[str, Config] = MappingProxyType(
     {config.recipe: config for config in (_DIGITS, _IMAGENET, _UNCONDITIONAL)}
 )
+
+
+def with_preset(config: Config, preset: str) -> Config:
+    """``config`` with the architecture of ``preset``; its input, channels and classes stay. A DiT
+    has no iterations, so their number leaves the sampler."""
+    if preset not in MODEL_PRESETS:
+        near = settings.suggest(preset, MODEL_PRESETS)
+        raise ConfigError(
+            f"unknown preset {preset}{near or '; known: ' + ', '.join(MODEL_PRESETS)}"
+        )
+    m = config.model
+    kept = {k: getattr(m, k) for k in ("input_size", "in_channels", "num_classes")}
+    kept["pre_post_timestep_conditioning"] = m.pre_post_timestep_conditioning
+    model = dataclasses.replace(MODEL_PRESETS[preset], **kept)
+    sample = config.sample
+    if model.kind == "dit":
+        sample = dataclasses.replace(sample, iters=None, reuse="none", tol=0.0)
+    return dataclasses.replace(config, model=model, sample=sample)
+
+
+def _read(recipe: str) -> Config:
+    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture."""
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    if not recipe.endswith((".yaml", ".yml")):
+        near = settings.suggest(recipe, RECIPES)
+        known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
+        raise ConfigError(f"unknown recipe {recipe or '(none)'}{near or known}")
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(f"recipe: got {path}, expected a file")
+    data = settings.read_yaml(path)
+    base, preset = str(data.get("recipe") or ""), data.pop("preset", None)
+    if isinstance(sample := data.get("sample"), dict) and sample.keys() & set(COST):
+        data["sample"] = dict.fromkeys(COST) | sample
+    if base and base not in RECIPES:
+        raise ConfigError(f"{path}: unknown recipe {base}{settings.suggest(base, RECIPES)}")
+    config = RECIPES[base] if base else Config()
+    try:
+        if preset is not None:
+            config = with_preset(config, str(preset))
+        return from_dict(data | {"recipe": base}, config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
+    """The Config of ``fpdm.train RECIPE [--preset NAME] [--section.key value]...``.
+
+    RECIPE is a name in ``RECIPES`` or the path of a YAML file (whole or partial); the
+    preset is applied next, then the options in their order. Raises ConfigError: unknown recipe,
+    key or option (naming the nearest), bad value. ``--help`` prints the options with the recipe's
+    values and exits.
+    """
+    if recipe in ("-h", "--help"):
+        recipe, argv = "digits", ["--help"]
+    config = _read(recipe)
+    preset, rest = take_option("--preset", list(argv))
+    if preset is not None:
+        config = with_preset(config, preset)
+    presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
+    extra = {
+        "RECIPE": f"{', '.join(RECIPES)} or a YAML file, whose values follow",
+        "--preset": f"NAME: architecture, before all other options: {presets}",
+    }
+    name = f"python -m fpdm.train {recipe}"
+    return parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))

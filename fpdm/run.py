@@ -31,7 +31,7 @@ from fpdm import budget, graphs, steps, stopping
 from fpdm.block import BlockWeights, has_loop, iterate_forward
 from fpdm.config import SamplerConfig
 from fpdm.fixed_point import SolveStats
-from fpdm.kernels import ops
+from fpdm.kernels import implementations, ops
 from fpdm.model import FPDM
 from fpdm.noise import SAMPLE_INIT, SAMPLE_STEP, as_keys, normals
 from fpdm.plan import Launch, bucket, groups
@@ -106,16 +106,16 @@ class Run:
                 w.watch.bank[branch * b : (branch + 1) * b] = total
         # from the host once, before the first launch
         self.step_noise = None if step_noise is None else step_noise.to(device, torch.float32)
-        self.impl = ops.choose(sampler.model.execution.impl, device, sampler.dtype)
+        self.impl = implementations.choose(sampler.model.execution.impl, device, sampler.dtype)
         self.heads = c.num_heads
         self.block: BlockWeights | None = None
         if isinstance(sampler.model, FPDM):
-            self.ops = ops.resolve(self.impl, device, sampler.dtype)
+            self.ops = implementations.resolve(self.impl, device, sampler.dtype)
             self.block = sampler.weights.block("block_fixed_point", injected=True)
             self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
         # one launch from tokens to the next timestep, where there is such a kernel
         self.fused: Any = None
-        if self.block is not None and self.impl in ops.TRITON:
+        if self.block is not None and self.impl in implementations.TRITON:
             self.fused = importlib.import_module("fpdm.kernels.update")
         self.addresses: tuple[int, ...] = ()
         self.settings: tuple[Any, ...] = ()

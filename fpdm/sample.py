@@ -22,22 +22,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm import calibration, figures, steps
+from fpdm import calibration, figures
 from fpdm.budget import Calibration
 from fpdm.cli import COST, Parser, run_main
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
-from fpdm.settings import plain
+from fpdm.settings import hints, plain
 
 REPORTED = 256  # images of which a report keeps every residual
 
@@ -70,7 +70,9 @@ class Made:
     traced: list[int]
 
 
-# what was asked for
+def choices(name: str) -> tuple[str, ...]:
+    """What ``SamplerConfig`` allows for a setting of words."""
+    return get_args(hints(SamplerConfig)[name])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,32 +87,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="output directory (default: samples/<source>-<settings>)")
     p.add_argument("--weights", choices=("ema", "raw"), help="of a run directory (default: ema)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--impl", help="auto, " + ", ".join(ops.IMPLEMENTATIONS))
+    p.add_argument("--impl", help="auto, " + ", ".join(implementations.IMPLEMENTATIONS))
     p.add_argument("--steps", type=int, help="timesteps S")
     cost = p.add_mutually_exclusive_group()
     cost.add_argument("--iters", type=int, help="fixed-point iterations per timestep")
     cost.add_argument("--budget", type=int, help="blocks per image")
     cost.add_argument("--budget-macs", type=float, help="multiply-adds per image")
     cost.add_argument("--schedule", help="iterations of every timestep in order: 8,8,4,...")
-    p.add_argument("--method", choices=steps.METHODS, help="of sampling (dpmpp_2m: DPM-Solver++)")
-    p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument(
-        "--spacing", choices=("trailing", "linspace", "leading"), help="of the timesteps in 0..T-1"
+        "--method", choices=choices("method"), help="of sampling (dpmpp_2m: DPM-Solver++)"
     )
+    p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
+    p.add_argument("--spacing", choices=choices("spacing"), help="of the timesteps in 0..T-1")
     p.add_argument(
-        "--allocation", choices=("constant", "increasing", "decreasing", "adaptive", "learned"),
+        # explicit is what --schedule asks for
+        "--allocation", choices=[a for a in choices("allocation") if a != "explicit"],
         help="of iterations to timesteps, from noise to image; learned: see --calibrate",
     )  # fmt: skip
     p.add_argument("--tol", type=float, help="residual that ends an image's iteration; 0: none")
-    p.add_argument(
-        "--solver", choices=("picard", "anderson", "broyden"), help="picard: x = f(x) as it stands"
-    )
+    p.add_argument("--solver", choices=choices("solver"), help="picard: x = f(x) as it stands")
     p.add_argument("--damping", type=float, help="of the solver's step; 1: none")
     p.add_argument("--window", type=int, help="differences that anderson and broyden remember")
     p.add_argument("--max-iters", type=int, help="of --allocation adaptive, per timestep")
     p.add_argument("--calibrate", type=int, metavar="IMAGES", help="learn an allocation and stop")
     p.add_argument(
-        "--reuse", choices=("none", "full", "blend", "extrapolate"),
+        "--reuse", choices=choices("reuse"),
         help="of the last timestep's solution, where the next iteration starts",
     )  # fmt: skip
     p.add_argument("--gamma", type=float, dest="reuse_gamma", help="of --reuse blend")
@@ -127,16 +128,16 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
     seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument("--batch", type=int, help="images at once")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the compute")
+    p.add_argument("--dtype", choices=choices("dtype"), help="of the compute")
     p.add_argument(
-        "--graphs", choices=("auto", "on", "off"), help="CUDA graphs; auto: where measured faster"
+        "--graphs", choices=choices("graphs"), help="CUDA graphs; auto: where measured faster"
     )
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
     p.add_argument(
-        "--compare", choices=("none", "full", "blend", "extrapolate"),
+        "--compare", choices=choices("reuse"),
         help="a report, and numbers, with the same images under this reuse beside them",
     )  # fmt: skip
     return p
@@ -211,12 +212,12 @@ def make_request(
     args: argparse.Namespace, source: LoadedSource, config: SamplerConfig, ks: list[int]
 ) -> Request:
     """Everything that is to be made, and by this process; ``ks``: the plan's iterations."""
-    labels, seeds, columns = choose_images(args, source.model_config.num_classes)
+    labels, seeds, columns = choose_images(args, source.model.config.num_classes)
     shard, shards = parse_shard(args.shard)
     settings = {
         "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
-        "model": plain(source.model_config),
-        "diffusion": plain(source.diffusion_config),
+        "model": plain(source.model.config),
+        "diffusion": plain(source.diffusion.config),
         "sample": {k: v for k, v in plain(config).items() if k not in ("batch", "graphs")},
         "iterations": ks,
         "labels": args.labels,
@@ -225,9 +226,6 @@ def make_request(
     }
     ids = list(range(shard, len(labels), shards))
     return Request(labels, seeds, ids, columns, settings)
-
-
-# making and writing
 
 
 def generate(sampler: Sampler, request: Request, store: Store) -> Made:
@@ -282,12 +280,9 @@ def report(
         print(f"wrote      {path}")
 
 
-# telling
-
-
 def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
     """What is going to run and what it costs."""
-    plan, c, m = sampler.plan, sampler.config, source.model_config
+    plan, c, m = sampler.plan, sampler.config, source.model.config
     ks = [k for _, k in plan.steps]
     solver = f"k {min(ks)}" if min(ks) == max(ks) else f"k {min(ks)} to {max(ks)}"
     if m.kind == "fpdm":
@@ -344,8 +339,8 @@ def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     """Learn an allocation from ``images`` of all classes, save it beside the model, print it."""
     if not isinstance(source.model, FPDM):
-        raise ConfigError(f"calibrate: got a {source.model_config.kind}, expected an fpdm")
-    labels = [i % source.model_config.num_classes for i in range(images)]
+        raise ConfigError(f"calibrate: got a {source.model.config.kind}, expected an fpdm")
+    labels = [i % source.model.config.num_classes for i in range(images)]
     # seeds that no image of a usual run has
     seeds = range(1 << 63, (1 << 63) + images)
     found = calibration.learn(
@@ -372,7 +367,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(args.device)
     source = load_source(args.source, args.weights, args.impl, device)
     dtype = getattr(torch, sampler_config(source.sampler_config, args).dtype)
-    impl = ops.choose(source.model.execution.impl, device, dtype)
+    impl = implementations.choose(source.model.execution.impl, device, dtype)
     source.model.execution = replace(source.model.execution, impl=impl)
     config = sampler_config(source.sampler_config, args)
     if args.calibrate is not None:
@@ -388,10 +383,10 @@ def main(argv: Sequence[str]) -> None:
     out = Path(args.out or f"samples/{source.name}-{tag}")
     claim(out, request.settings)
     print("\n".join(describe(sampler, source, impl)), flush=True)
-    ops.reset_counters()
-    store = Store(out, source.model_config)
+    implementations.reset_counters()
+    store = Store(out, source.model.config)
     made = generate(sampler, request, store)
-    told = ops.ran(impl)
+    told = implementations.ran(impl)
     there = len(request.ids) - made.images
     each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
     print(f"images     {made.images} made, {there} were there{each}")

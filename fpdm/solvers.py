@@ -269,9 +269,10 @@ def spectral_radius(
 ) -> Tensor:
     """Largest |eigenvalue| of df/dx at x per sample, (B,), by power iteration on J^T.
 
-    ``f`` must be differentiable by autograd. The estimate is the geometric mean of the growth over
-    the last half of the iterations, so that a pair of complex eigenvalues does not make it swing.
-    Below 1 the plain iteration converges near x; the iterations it needs grow as 1 / -log of it.
+    ``f`` must be differentiable by autograd, as ``FPDM.fixed_point_map`` is. The estimate is the
+    geometric mean of the growth over the last half of the iterations, so that a pair of complex
+    eigenvalues does not make it swing. Below 1 the plain iteration converges near x; the iterations
+    it needs grow as 1 / -log of it.
     """
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(x.shape, generator=generator).to(x)

@@ -226,7 +226,8 @@ def guide(
 ) -> Tensor:
     """Classifier-free guidance, (B,2C,h,w): g = uncond + scale (cond - uncond) on prediction
     channels, then (1 - phi) g + phi g std(cond) / std(g), phi = ``rescale``, std per sample over
-    the guided channels and positions (Lin et al. 2024, section 3.4).
+    the guided channels and positions (Lin et al. 2024, section 3.4); a single number has no std and
+    is not rescaled.
 
     All C of them, or the first ``channels`` (3 is the published habit at C = 4); the other channels
     and the variance are cond's. Guiding v, eps or x_0 is the same, each being affine in the others;
@@ -237,7 +238,7 @@ def guide(
     if not 1 <= guided <= c:
         raise ConfigError(f"sample.guidance_channels: got {guided}, expected 1..{c}")
     mixed = torch.lerp(uncond[:, :guided], cond[:, :guided], scale)
-    if rescale:
+    if rescale and mixed.shape[1:].numel() > 1:
         wanted, found = (t.std((1, 2, 3), keepdim=True) for t in (cond[:, :guided], mixed))
         ratio = wanted / found.clamp_min(torch.finfo(found.dtype).tiny)
         mixed = torch.lerp(mixed, mixed * ratio, rescale)

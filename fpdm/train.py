@@ -29,17 +29,19 @@ from fpdm import __version__, checkpoint, figures, interop
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
 from fpdm.checks import check_data, check_machine, check_same
 from fpdm.cli import run_main
-from fpdm.config import Config, ConfigError, UserError, load_config, to_dict, to_yaml
+from fpdm.config import Config, ConfigError, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
 from fpdm.distributed import PeerError, Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.files import atomic_write
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
+from fpdm.recipes import load_config
 from fpdm.runlog import Progress, RunDirectory
+from fpdm.settings import flat
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,8 +108,6 @@ class Trainer:
             if main_thread:
                 self.stop.restore()
 
-    # setting up
-
     def _agree(self, failure: Exception | None, *flags: int) -> list[int]:
         """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
         the others naming it."""
@@ -132,7 +132,9 @@ class Trainer:
         check_machine(config, self.ranks.world, device)
         self.data = open_dataset(config.data)
         check_data(config, self.data)
-        self.impl = ops.choose(config.execution.impl, device, DTYPES[config.train.precision])
+        self.impl = implementations.choose(
+            config.execution.impl, device, DTYPES[config.train.precision]
+        )
         # named from here on: no part of the run may take another
         model = build_model(config.model, replace(config.execution, impl=self.impl))
         model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -190,26 +192,22 @@ class Trainer:
         """Everybody continues from rank 0's state: only rank 0 reads checkpoints."""
         if self.ranks.world == 1:
             return
-        s, parts = self.scaler, (self.window, self.counters)
-        numbers = [self.step, s.scale, s.good, s.floor_hits]
-        numbers += [value for part in parts for value in vars(part).values()]
-        packed = torch.tensor(numbers, dtype=torch.float64)
-        groups = self.optimizer.state()
+        state, groups = self._state(), self.optimizer.state()
+        mine = flat(state)
+        packed = torch.tensor(list(mine.values()), dtype=torch.float64)
         self.ranks.broadcast_([packed, *(t for g in groups.values() for t in g.values())])
         self.optimizer.load_state(groups)
-        step, scale, good, floor_hits, *rest = packed.tolist()
-        self.step, s.scale, s.good, s.floor_hits = int(step), scale, int(good), int(floor_hits)
-        values = iter(rest)
-        for part in parts:
-            for key, old in list(vars(part).items()):
-                setattr(part, key, type(old)(next(values)))
+        for (name, old), value in zip(mine.items(), packed.tolist()):
+            part, _, key = name.rpartition(".")
+            (state[part] if part else state)[key] = type(old)(value)
+        self._restore(state)
 
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
         if shown:
             print(self._described(), flush=True)
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
-        ops.reset_counters()
+        implementations.reset_counters()
         if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
             self._grid()
 
@@ -223,8 +221,6 @@ class Trainer:
             f"samples ({self.config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} "
             f"on {ranks}{self.ranks.device}"
         )
-
-    # one step
 
     def _loop(self) -> bool:
         """True at the end of the run, False after a signal."""
@@ -333,8 +329,6 @@ class Trainer:
             f"{self.directory.nonfinite}; the newest checkpoint is from before"
         )
 
-    # after a step
-
     def _row_due(self, step: int) -> bool:
         return step % self.config.train.log_every == 0 or step == self.config.train.steps
 
@@ -427,7 +421,7 @@ class Trainer:
     def _announce(self) -> None:
         """Says which implementation ran every operator; raises ImplError if one is another than
         announced. A run that was at its end already has run none."""
-        told = ops.ran(self.impl)
+        told = implementations.ran(self.impl)
         if told and not self._announced:
             self.progress.say(f"operators on {self.ranks.device}: {told}")
             self._announced = True

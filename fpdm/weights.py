@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fpdm.block import BlockWeights
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 
 BLOCK_KEYS = (
     "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
@@ -164,7 +164,7 @@ class PreparedWeights(WeightView):
         self._packed_for: tuple[str, ...] = ()
         if self.folded:
             impl: str = model.execution.impl  # type: ignore[union-attr,assignment]
-            operators = ops.resolve(impl, device, dtype)
+            operators = implementations.resolve(impl, device, dtype)
             self._pack = getattr(operators, "pack", None)
             self._packed_for = impl, operators.name
         self.refresh()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fpdm import run
 from fpdm.config import ExecutionConfig, ModelConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.model import FPDM, DiT
 
 DATA = Path(__file__).parent / "data"
@@ -85,6 +87,14 @@ def _golden(name: str) -> dict[str, Tensor]:
     return load_file(DATA / name)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, Tensor]:
     return _golden("published_tiny.safetensors")
@@ -125,11 +135,19 @@ def random_model(config: ModelConfig, seed: int = 0, **execution: str) -> FPDM |
     return model
 
 
+def read_png(path: Path) -> np.ndarray:
+    """The pixels (H,W,C) of a PNG, C = 1 or 3, read by Pillow and not by the code that wrote it."""
+    image = pytest.importorskip("PIL.Image")
+    with image.open(path) as opened:
+        pixels = np.asarray(opened)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def watch_iterations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every iteration of the sampler's loop from now on, whoever they are for; a solve that
     is one call tells their sum."""
     rows: list[int] = []
-    cpu, iterate_forward = ops.resolve("cpu", "cpu"), run.iterate_forward
+    cpu, iterate_forward = implementations.resolve("cpu", "cpu"), run.iterate_forward
     solve = cpu.solve
 
     def iterated(ops: Any, x: Tensor, *args: Any) -> Tensor:

@@ -33,6 +33,7 @@ from contract import violation
 from operator_specs import SCRATCH, SPECS, STREAM, VECTORS, Spec, Values, attended, shapes
 from torch import Tensor
 
+from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
 
 TOKENS = (1, 7, 17, 64, 255, 256, 1024)
@@ -83,10 +84,10 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        shape = f"{name(self.dtype)} B{self.b} T{self.t} D{self.d}"
+        shape = f"{dtype_name(self.dtype)} B{self.b} T{self.t} D{self.d}"
         words = [shape, f"H{self.heads}" if "attention" in self.op else "", self.form]
         words += [f"F{self.f}"] if "F" in " ".join(self.operands().values()) else []
-        words += [f"stream {name(self.stream)}"] if self.stream != self.dtype else []
+        words += [f"stream {dtype_name(self.stream)}"] if self.stream != self.dtype else []
         words += [self.layout] if self.layout != "dense" else []
         words += [f"{self.alias[0]} is {self.alias[1]}"] if self.alias else []
         words += ["fresh"] if self.fresh else []
@@ -129,10 +130,6 @@ class Case:
             return self.stream
         wide = operand == "norms" or (operand == "out" and "to float32" in self.form)
         return torch.float32 if wide or operand in self.operands("sums") else self.dtype
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def supported(impl: str, case: Case) -> bool:
@@ -426,7 +423,7 @@ def _run(ops: Any, case: Case) -> list[str]:
         )
     for n, x in found.items():
         if x.dtype != case.dtype_of(n):
-            lines.append(f"{n}: got {name(x.dtype)}, expected {name(case.dtype_of(n))}")
+            lines.append(f"{n}: got {dtype_name(x.dtype)}, expected {dtype_name(case.dtype_of(n))}")
         growth = _growth(case, values | oracle, n)
         rows = range(2) if n == "norms" else (...,)
         for i in rows:

@@ -7,8 +7,10 @@ the operands' own dtypes, in float32, and in float64 as the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,3 +211,23 @@ SPECS: dict[str, Spec] = {
         forms=("", "without p", "p not kept"), aliases=(("z_out", "z"),), norm="z_out",
     ),
 }  # fmt: skip
+
+
+def infinite_key(ops: Any, dtypes: Sequence[torch.dtype], device: str = "cpu") -> list[str]:
+    """Gradients that are NaN other than where plain PyTorch's are, of a key to which no query
+    attends, since its products are all -inf. Blocks are not full: what stands for a missing query
+    is zeros, and their product with it is NaN."""
+    found = []
+    for dtype, t in itertools.product(dtypes, (7, 33, 65)):
+        g = torch.Generator().manual_seed(t)
+        qkv, dy = torch.randn(1, t, 3, 16, generator=g), torch.randn(1, t, 16, generator=g)
+        qkv[:, :, 0].abs_().add_(0.1)
+        qkv[0, 2, 1, 3] = float("-inf")
+        flat = qkv.view(1, t, 48).to(dtype)
+        y = attended(flat.float(), 1).to(dtype)
+        there = (x.to(device) for x in (dy.to(dtype), flat, y))
+        mine = ops.attention_backward(*there, 1).cpu().view(qkv.shape)
+        (want,) = gradients(lambda x: attended(x, 1), dy, flat.float())
+        wrong = mine.isnan() != want.view(qkv.shape).isnan()
+        found += [f"{dtype} T={t} d{name}" for name, w in zip("qkv", wrong.unbind(2)) if w.any()]
+    return found

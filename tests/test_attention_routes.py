@@ -17,8 +17,9 @@ import torch
 from contract import violation
 from torch import Tensor
 
+from fpdm import info
 from fpdm.kernels import attention_routes as routes
-from fpdm.kernels.ops import ImplError
+from fpdm.kernels.implementations import ImplError
 from fpdm.settings import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -29,7 +30,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No request, and nothing remembered from another test."""
-    caches = (routes._forward, routes._names, routes.entries)
+    caches = (routes._route, routes.names, routes.entries)
     monkeypatch.setattr(routes, "_REQUESTED", "auto")
     for cached in caches:
         cached.cache_clear()
@@ -137,13 +138,6 @@ def test_a_bad_entry_is_refused(table: Callable[..., None], bad: dict[str, Any],
         routes.entries()
 
 
-@pytest.mark.parametrize("name", routes.ROUTES)
-def test_the_backward_is_ours(monkeypatch: pytest.MonkeyPatch, hopper: None, name: str) -> None:
-    """Whatever is asked for: no route of others can make a gradient non-deterministic."""
-    monkeypatch.setattr(routes, "_REQUESTED", name)
-    assert routes.route(256, 72, HALF, GPU, backward=True)[0] == "triton"
-
-
 @pytest.mark.parametrize("name", [n for n in routes.ROUTES if n != "flash-attn"])
 def test_a_request_is_met(monkeypatch: pytest.MonkeyPatch, hopper: None, name: str) -> None:
     monkeypatch.setattr(routes, "_REQUESTED", name)
@@ -172,8 +166,16 @@ def test_a_request_that_cannot_be_met_says_why(
 
 def test_an_old_device(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert routes.unmet("sdpa-flash", 72, torch.float16, GPU) == "it needs sm_80, not sm_70"
-    assert routes.unmet("sdpa-efficient", 72, torch.float16, GPU) is None
+    for name in routes.ROUTES:
+        assert routes.unmet(name, 72, torch.float16, GPU) == "it needs sm_80, not sm_70"
+    # whatever csrc/cuda or the reference computes there is told, not a kernel that cannot run
+    monkeypatch.setattr(routes.implementations, "choose", lambda impl, device, dtype: "cuda")
+    told = ("cuda", "routes need sm_80, not sm_70")
+    assert routes.route(256, 72, torch.float16, GPU) == told
+    assert info.attention("cuda:0") == "cuda: routes need sm_80, not sm_70"
+    monkeypatch.setattr(routes, "_REQUESTED", "sdpa-efficient")
+    with pytest.raises(ImplError, match="got sdpa-efficient, which cannot run: it needs sm_80"):
+        routes.route(256, 72, torch.float16, GPU)
 
 
 def test_an_unknown_request(monkeypatch: pytest.MonkeyPatch) -> None:

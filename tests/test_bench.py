@@ -31,7 +31,7 @@ from bench import (
     timing,
 )
 from fpdm.config import ConfigError, ModelConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 
 CPU = torch.device("cpu")
 # ten samples: two of them again are 1.2 times the loop
@@ -78,7 +78,7 @@ def sets(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     monkeypatch.setattr(timing, "gc", idle)
     monkeypatch.setattr(machine, "ceilings", lambda device: {"gemm float32": 1e11, "copy": 1e10})
     monkeypatch.setattr(suites, "cpu_rows", lambda: list(operators.operators(TINY)))
-    monkeypatch.setattr(operators.ops, "resolve", lambda impl, *_: found[impl])
+    monkeypatch.setattr(operators.implementations, "resolve", lambda impl, *_: found[impl])
     return found
 
 
@@ -121,10 +121,10 @@ def test_a_slow_loop_is_told_of_a_real_operator(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=time.process_time))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ours = ops.resolve("auto", CPU, torch.float32)
+    ours = implementations.resolve("auto", CPU, torch.float32)
     slow = SimpleNamespace(**{**vars(ours), "attention": slowed(ours.attention)})
     v = operators.tensors(SETTING)
-    sets = {"fpdm": ours, "plain PyTorch": ops.resolve("reference", CPU), "again": ours,
+    sets = {"fpdm": ours, "plain PyTorch": implementations.resolve("reference", CPU), "again": ours,
             "planted": slow}  # fmt: skip
     arms = {name: operators.calls(o, v, 4)["attention"].fn for name, o in sets.items()}
     try:
@@ -247,7 +247,7 @@ def test_each_process_is_a_fresh_one(tmp_path: Path) -> None:
     assert len(arm["ratios"]) == 2
     assert arm["ratio"] == sum(arm["ratios"]) / 2
     assert found["rounds"] == 10
-    assert found["impl"] == ops.choose("auto", "cpu", torch.float32)
+    assert found["impl"] == implementations.choose("auto", "cpu", torch.float32)
 
 
 def test_against_what_is_not_there() -> None:

@@ -28,7 +28,7 @@ from fpdm.block import (
 )
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import reference
-from fpdm.kernels.ops import OPERATORS
+from fpdm.kernels.implementations import OPERATORS
 from fpdm.model import FPDM
 from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
@@ -151,6 +151,16 @@ def test_backward_is_twice_the_forward() -> None:
     assert fc2.tiles == (4 * d // 128) * (d // 128)
     full = cost.iteration_backward(XL, 2, recompute="full")
     assert cost.flops(full) == cost.flops(backward) + gemm + attention
+
+
+def test_what_is_computed_again_takes_time() -> None:
+    """Eight products of 2 T D MACs a token where five count: 9.6 us a sample at the rate of a
+    V100's tensor cores, as bench/NOTES.md counts them in the machine code."""
+    part = next(p for p in cost.iteration_backward(XL, 1) if p.name == "attention backward")
+    one = 2 * XL.tokens**2 * XL.hidden_size
+    assert (part.flops, part.flops + part.again) == (5 * one, 8 * one)
+    device = replace(cost.DEVICES["V100"], flops=125e12, gap=0.0, bandwidth=1e15)
+    assert cost.seconds([part], device) == pytest.approx(9.6e-6, rel=0.02)
 
 
 def test_predictions_order_as_they_must() -> None:

@@ -20,7 +20,6 @@ from fpdm.budget import (
     greedy,
     macs_per_sample,
     plan,
-    smoothing,
     step_macs,
 )
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
@@ -84,35 +83,10 @@ def test_blocks() -> None:
 
 
 def test_paper_grid() -> None:
-    pairs = smoothing(XL, 280)
-    assert {(s, k) for k, s in PAPER.items()} <= set(pairs)
     for k, s in PAPER.items():
         assert ks(make(steps=s, budget=280)) == [k] * s
     # not in the grid: 280 / 6 blocks leaves four stranded
-    assert (46, 4) in pairs
     assert make(steps=46, budget=280).stranded == 4
-    assert (92, 1) not in pairs
-
-
-@pytest.mark.parametrize("config", [XL, SMALL, BARE])
-def test_smoothing_is_the_whole_front(config: ModelConfig) -> None:
-    """Against all pairs that fit and are not dominated."""
-    fixed = config.pre_depth + config.post_depth
-    for total in (1, 5, 6, 7, 60, 97):
-        fits = [
-            (s, k)
-            for s in range(1, total + 1)
-            for k in range(1, total + 1)
-            if s * (fixed + k) <= total
-        ]
-        best = [
-            (s, k)
-            for s, k in fits
-            if not any((a >= s and b > k) or (a > s and b >= k) for a, b in fits)
-        ]
-        assert smoothing(config, total) == sorted(best, key=lambda pair: pair[1])
-    assert smoothing(DIT, 280) == [(10, 0)]
-    assert smoothing(DIT, 27) == []
 
 
 def shape_faults(k: list[int], s: SamplerConfig, curves: Any) -> dict[str, bool]:

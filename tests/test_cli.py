@@ -13,7 +13,8 @@ import fpdm
 from fpdm import __main__ as main
 from fpdm import data, sample
 from fpdm.cli import run_main, take_option
-from fpdm.config import ConfigError, SamplerConfig, load_config
+from fpdm.config import ConfigError, SamplerConfig
+from fpdm.recipes import load_config
 
 
 def ends(
@@ -99,7 +100,7 @@ def run_python(code: str, *argv: str, **kwargs: Any) -> subprocess.CompletedProc
 
 def test_a_real_process_exits_2_with_one_line() -> None:
     code = (
-        "import sys; from fpdm.cli import run_main; from fpdm.config import load_config\n"
+        "import sys; from fpdm.cli import run_main; from fpdm.recipes import load_config\n"
         "run_main('fpdm.train', lambda argv: print(load_config(argv[0], argv[1:]).recipe))"
     )
     done = run_python(code, "digits", "--train.batch", "many")

@@ -55,9 +55,9 @@ def test_odd_gemms_compile() -> None:
         g, s, a = torch.empty(b, 6 * d, dtype=dtype).chunk(6, -1)[:3]
         up, down = torch.empty(o, 2 * d, dtype=dtype)[:, d:], torch.empty(d, o, dtype=dtype)
         p, norms = torch.empty_like(z, dtype=dtype), torch.empty(2, b)
-        gemm.fused_adaln_linear(z, s, a, up, x[0, 0], p)
-        gemm.fused_linear_add_gelu(p, up, x, torch.empty_like(x))
-        gemm.fused_linear_gate_residual(x, down, s[0], z, g, p, None, z, norms)
+        gemm.adaln_linear(z, s, a, up, x[0, 0], p, fused=True)
+        gemm.linear_add_gelu(p, up, x, torch.empty_like(x), fused=True)
+        gemm.linear_gate_residual(x, down, s[0], z, g, p, None, z, norms, fused=True)
 
     found = gate.compiled(90, [odd])
     kernels = {"adaln_linear", "linear_add_gelu", "linear_gate_residual", "statistics"}

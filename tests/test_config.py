@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fpdm import config as c
 from fpdm import settings
-from fpdm.config import Config, ConfigError, diff, from_dict, load_config, to_dict, to_yaml
-from fpdm.recipes import MODEL_PRESETS, RECIPES
+from fpdm.config import Config, ConfigError, diff, from_dict, to_dict, to_yaml
+from fpdm.recipes import MODEL_PRESETS, RECIPES, load_config
 
 SECTIONS = {f.name: getattr(Config(), f.name) for f in dataclasses.fields(Config)[1:]}
 

@@ -4,6 +4,7 @@ and loaded: test_native_build.py."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import test_cpu_loop
+import test_cpu_unroll
 import torch
 from operator_cases import (
     CAP,
@@ -29,7 +32,7 @@ from operator_cases import (
     run_case,
     values_of,
 )
-from operator_specs import SPECS, Values
+from operator_specs import SPECS, Values, infinite_key
 from torch import Tensor
 
 from fpdm.kernels import cpu
@@ -103,6 +106,13 @@ def test_cases(case: Case) -> None:
 def test_instruction_sets() -> None:
     """Each keeps the contract, so they agree within it."""
     assert [line for case in FEW for line in run_case(cpu, case)] == []
+
+
+@pytest.mark.usefixtures("on_variant")
+def test_an_infinite_key() -> None:
+    """Its dq is infinite where autograd's is NaN: the least probability is 2^-126, not 0."""
+    found = infinite_key(cpu, DTYPES["cpu"])
+    assert [line for line in found if not line.endswith("dq")] == []
 
 
 def test_products_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,8 +316,12 @@ FAULTS = {
         "OWN_PACKING = 96;": "OWN_PACKING = 96 << 20;",
         "packers.barrier();\n            multiply<T>": "multiply<T>",
     },
+    # a part of the batch keeps its activations where the first one does
+    "unroll.cpp": {"units * batch + WIDTHS[i] * start": "units * batch"},
+    # half of a GELU that is recomputed
+    "block.cpp": {"v.gelu(r.type, count(r, 2)": "v.gelu(r.type, count(r, 1)"},
     # a slot keeps the modulation of whoever was there before
-    "loop.cpp": {"bytes(it.modulation) + from": "bytes(it.modulation) + to"},
+    "loop.cpp": {"bytes(o.modulation) + from": "bytes(o.modulation) + to"},
     # 2^r to 1e-6
     "vec.h": {"6.931472029e-1f": "6.931480000e-1f"},
 }
@@ -350,3 +364,12 @@ def test_faults_in_the_kernels_are_caught(tmp_path: Path, monkeypatch: pytest.Mo
         test_cpu_loop.test_iterate(size, True, torch.float32)
         with pytest.raises(AssertionError):
             test_cpu_loop.test_solve(size, True, torch.float32)
+    how: dict[str, Any] = {"m": 1, "recompute": "elementwise"}
+    for size in test_cpu_unroll.SIZES[:2]:
+        compare = functools.partial(
+            test_cpu_unroll.compare, monkeypatch, size, torch.float32, **how
+        )
+        compare(injected=False)
+        for fault in ({"injected": True}, {"injected": False, "chunks": 2}):
+            with pytest.raises(AssertionError):
+                compare(**fault)

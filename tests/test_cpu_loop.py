@@ -24,7 +24,7 @@ from fpdm.config import DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.fixed_point import SolveStats
-from fpdm.kernels import cpu, cpu_loop, ops
+from fpdm.kernels import cpu, cpu_loop, implementations
 from fpdm.kernels.launch import LaunchError
 from fpdm.model import FPDM
 from fpdm.weights import PreparedWeights
@@ -33,7 +33,7 @@ from fpdm.workspace import Watch
 pytestmark = pytest.mark.skipif(
     cpu.native is None, reason=f"csrc/cpu: {cpu.unavailable(torch.device('cpu'), None)}"
 )
-OPS = ops.resolve("cpu", "cpu") if cpu.native is not None else SimpleNamespace()
+OPS = implementations.resolve("cpu", "cpu") if cpu.native is not None else SimpleNamespace()
 # head sizes 12, 5 (odd width), 72; short and long sums
 SIZES = [(3, 7, 48, 4), (2, 17, 35, 7), (1, 64, 144, 2), (5, 16, 128, 4)]
 
@@ -119,9 +119,9 @@ def test_one_call_for_k() -> None:
     """Not one for each operator."""
     x, u, mod, w = operands(2, 7, 48, torch.float32)
     acts = forward_workspace(x, x.dtype, "full")
-    ops.reset_counters()
+    implementations.reset_counters()
     iterate_forward(OPS, x, buffers(x), u, mod, w, 4, acts, 9)
-    assert ops.counters() == {"iterate": {"cpu": 1}}
+    assert implementations.counters() == {"iterate": {"cpu": 1}}
 
 
 def watch_of(x: Tensor, caps: list[int]) -> Watch:
@@ -184,7 +184,7 @@ def test_a_solve_without_a_table() -> None:
 # packed weights
 
 
-@pytest.mark.parametrize("op", sorted(o for o in ops.FUSED) + ["linear"])
+@pytest.mark.parametrize("op", sorted(o for o in implementations.FUSED) + ["linear"])
 def test_packed_weights(op: str) -> None:
     """Every generated case of a forward product that has a bias, which tells O."""
     fn, seen = getattr(cpu, op), 0
@@ -284,16 +284,16 @@ def test_a_sample_of_packed_weights(
     if stopped:
         residual = Sampler(model, diffusion, config).sample(*request).stats.residual
         config = replace(config, tol=float(residual.median()))
-    ops.reset_counters()
+    implementations.reset_counters()
     found = Sampler(model, diffusion, config).sample(*request)
     if cpu_loop.loops(compute, compute):
         # of a timestep a solve, a pre and a post block
         called = {"solve": 3, "iterate": 6} if stopped else {"iterate": 9}
-        calls = ops.counters()
+        calls = implementations.counters()
         assert {op: sum(calls.get(op, {}).values()) for op in called} == called
         assert "attention" not in calls
     with monkeypatch.context() as patch:
-        operators = ops.resolve("cpu", "cpu")  # made anew by whoever forgets the first
+        operators = implementations.resolve("cpu", "cpu")  # made anew by whoever forgets the first
         patch.setattr(operators, "loops", lambda *dtypes: False)
         patch.setattr(operators, "pack", lambda weight, out: None)
         plain = Sampler(model, diffusion, config)

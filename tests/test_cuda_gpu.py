@@ -17,6 +17,7 @@ import pytest
 import torch
 from on_device import OnDevice
 from operator_cases import CAP, fixed, generate, run_case
+from operator_specs import infinite_key
 from test_cuda_shim import DTYPES, HALF, sweep
 
 from fpdm.kernels import cuda, cuda_compile, reference
@@ -56,6 +57,11 @@ CASES = [*generate(320, DTYPES, CAP), *fixed(DTYPES), *sweep()]
 def test_operator_cases(ours: OnDevice, op: str) -> None:
     found = [line for case in CASES if case.op == op for line in run_case(ours, case)]
     assert found == []
+
+
+def test_an_infinite_key(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_backend", driver)
+    assert infinite_key(cuda, DTYPES, "cuda") == []
 
 
 def test_repeats_are_bitwise_equal(ours: OnDevice) -> None:

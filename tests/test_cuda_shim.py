@@ -14,6 +14,7 @@ import pytest
 import shim
 import torch
 from operator_cases import CAP, Case, execute, fixed, generate, run_case, values_of
+from operator_specs import infinite_key
 from torch import Tensor
 
 from fpdm.kernels import cuda, cuda_compile, cuda_kernels
@@ -131,6 +132,10 @@ def test_large_blocks_are_bitwise_small_ones(
             small, _ = execute(ours, case, values)
         assert all("2, 64" in name for name in backend.launches)
         assert torch.equal(small["out"], large["out"])
+
+
+def test_an_infinite_key(ours: Any) -> None:
+    assert infinite_key(ours, DTYPES) == []
 
 
 def test_refuses_what_no_kernel_takes(ours: Any) -> None:

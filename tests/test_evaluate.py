@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_metrics import normal, whole
 from torch.nn import functional as F
 
-from fpdm import classifier, evaluate, interop
+from fpdm import classifier, evaluate, interop, quality
 from fpdm.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, UserError
 from fpdm.data import open_dataset
 
@@ -36,10 +36,10 @@ def test_classifier_is_small_good_and_of_the_committed_half():
 
 
 def test_committed_baseline_is_what_the_digits_give():
-    committed = evaluate.baseline()
+    committed = quality.baseline()
     digest = hashlib.sha256(classifier.WEIGHTS.read_bytes()).hexdigest()
     assert committed["classifier_sha256"] == digest
-    fresh = evaluate.measure_baseline(classifier.shipped())
+    fresh = quality.measure_baseline(classifier.shipped())
     assert fresh["seeds"] == committed["seeds"] == list(range(20))
     assert fresh["data"] == committed["data"]
     assert fresh["per_half"] == committed["per_half"] == 898
@@ -105,7 +105,7 @@ def test_damaged_weights_are_one_clear_line(tmp_path):
 
 
 def verdicts(x, y, sets=1) -> dict[str, bool | None]:
-    found = evaluate.evaluate_samples(x, y, sets)
+    found = quality.evaluate_samples(x, y, sets)
     return {result.name: result.passed for result in found.results}
 
 
@@ -120,7 +120,7 @@ def failed(x, y, sets=1) -> set[str]:
 
 def test_unseen_digits_pass_everything():
     x, y = whole("reference")
-    found = evaluate.evaluate_samples(x, y)
+    found = quality.evaluate_samples(x, y)
     assert found.passed
     assert all(found.results[i].passed for i in range(3))
     assert abs(found.results[1].value) < 1e-6
@@ -151,7 +151,7 @@ def test_samples_that_are_not_finite_fail_everything():
     x, y = whole("reference")
     x = x.clone()
     x[3, 0, 1, 1] = math.nan
-    found = evaluate.evaluate_samples(x, y)
+    found = quality.evaluate_samples(x, y)
     assert [r.passed for r in found.results] == [False] * 3
     assert "1 of 898" in found.title
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["results"][0]["value"] is None
@@ -159,10 +159,10 @@ def test_samples_that_are_not_finite_fail_everything():
 
 def test_one_bad_set_of_four_shows():
     x, y = whole("reference")
-    good = evaluate.evaluate_samples(x.repeat(4, 1, 1, 1), y.repeat(4), sets=4)
+    good = quality.evaluate_samples(x.repeat(4, 1, 1, 1), y.repeat(4), sets=4)
     spoiled = x.repeat(4, 1, 1, 1)
     spoiled[3 * 898 :] = 0.5 * (spoiled[3 * 898 :] + 1) - 1
-    found = evaluate.evaluate_samples(spoiled, y.repeat(4), sets=4)
+    found = quality.evaluate_samples(spoiled, y.repeat(4), sets=4)
     values = [part["frechet"] for part in found.details["sets"]]
     assert max(values[:3]) < 1e-6 < values[3]
     assert found.results[1].value == pytest.approx(values[3] / 4, rel=1e-6)
@@ -172,7 +172,7 @@ def test_one_bad_set_of_four_shows():
 
 def test_other_set_sizes_get_no_frechet_verdict():
     x, y = whole("reference")
-    found = evaluate.evaluate_samples(x[:100], y[:100])
+    found = quality.evaluate_samples(x[:100], y[:100])
     assert found.results[1].passed is None
     assert "no verdict: sets of 100" in found.results[1].note
 
@@ -181,8 +181,8 @@ def test_values_outside_the_range_are_shown_clamped():
     x, y = whole("reference")
     outside = x + (x >= 1).float() - 2 * (x <= -1).float()
     assert verdicts(outside, y) == verdicts(x, y)
-    loud = evaluate.evaluate_samples(outside, y).results[2].value
-    assert loud == evaluate.evaluate_samples(x, y).results[2].value
+    loud = quality.evaluate_samples(outside, y).results[2].value
+    assert loud == quality.evaluate_samples(x, y).results[2].value
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_values_outside_the_range_are_shown_clamped():
 )
 def test_what_does_not_fit_is_refused(shape, labels, sets, words):
     with pytest.raises(ConfigError, match=words):
-        evaluate.evaluate_samples(torch.zeros(shape), labels, sets)
+        quality.evaluate_samples(torch.zeros(shape), labels, sets)
 
 
 def test_table_says_value_target_and_verdict():
     x, y = whole("reference")
-    lines = evaluate.evaluate_samples(x, (y + 1) % 10).table().splitlines()
+    lines = quality.evaluate_samples(x, (y + 1) % 10).table().splitlines()
     assert lines[0].startswith("digits: 1 x 898 samples; classifier 0.9")
     assert ">= 0.95" in lines[1]
     assert "FAIL" in lines[1]
@@ -228,14 +228,14 @@ class Fake:
 
 def test_other_images_get_distances_and_are_told_what_is_missing():
     train, held_out = normal(1500, 3, 4, 4).float(), normal(40, 3, 4, 4, seed=1).float()
-    alone = evaluate.evaluate_pixels(held_out, Fake(train))
+    alone = quality.evaluate_pixels(held_out, Fake(train))
     assert [r.passed for r in alone.results] == [None]
     assert "classifier for the digits only" in alone.table()
     assert "--held_out" in alone.table()
     assert not alone.passed
-    new = evaluate.evaluate_pixels(normal(40, 3, 4, 4, seed=2), Fake(train), Fake(held_out))
+    new = quality.evaluate_pixels(normal(40, 3, 4, 4, seed=2), Fake(train), Fake(held_out))
     assert new.passed
-    copied = evaluate.evaluate_pixels(train[-40:], Fake(train), Fake(held_out))
+    copied = quality.evaluate_pixels(train[-40:], Fake(train), Fake(held_out))
     assert copied.results[0].value == 0
     assert not copied.passed
 

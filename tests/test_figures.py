@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import read_png
 
 from fpdm import figures
 from fpdm.config import ConfigError, UserError
@@ -19,7 +20,7 @@ pytest.importorskip("PIL")
 def test_gray_grid_is_read_back_pixel_by_pixel(tmp_path):
     x = torch.linspace(-1, 1, 5 * 64).reshape(5, 1, 8, 8)
     figures.save_grid(x, tmp_path / "g.png", columns=2, scale=1)
-    grid = figures.decode(tmp_path / "g.png")
+    grid = read_png(tmp_path / "g.png")
     assert grid.shape == (1 + 3 * 9, 1 + 2 * 9, 1)
     pixels = (127.5 * x + 128).clamp(0, 255).byte().numpy()
     for i in range(5):
@@ -37,21 +38,21 @@ def test_colour_and_latents_show_three_channels(tmp_path):
     x = torch.rand(3, 4, 6, 5) * 2 - 1
     for channels in (3, 4):
         figures.save_grid(x[:, :channels], tmp_path / f"{channels}.png", columns=3, scale=1)
-    rgb, latent = figures.decode(tmp_path / "3.png"), figures.decode(tmp_path / "4.png")
+    rgb, latent = read_png(tmp_path / "3.png"), read_png(tmp_path / "4.png")
     assert rgb.shape == (8, 19, 3)
     assert np.array_equal(rgb, latent)
     assert np.array_equal(rgb[1:7, 7:12], figures.to_uint8(x[1:2, :3])[0])
     figures.save_grid(x[:, :2], tmp_path / "2.png", columns=3, scale=1)
-    assert figures.decode(tmp_path / "2.png").shape == (8, 19, 1)
+    assert read_png(tmp_path / "2.png").shape == (8, 19, 1)
 
 
 def test_enlarging_repeats_pixels(tmp_path):
     x = torch.rand(1, 1, 8, 8) * 2 - 1
     figures.save_grid(x, tmp_path / "g.png", columns=1, scale=6)
-    grid = figures.decode(tmp_path / "g.png")[2:-2, 2:-2, 0]
+    grid = read_png(tmp_path / "g.png")[2:-2, 2:-2, 0]
     assert np.array_equal(grid, figures.to_uint8(x)[0, :, :, 0].repeat(6, 0).repeat(6, 1))
     figures.save_grid(x, tmp_path / "auto.png", columns=1)
-    assert np.array_equal(figures.decode(tmp_path / "auto.png")[2:-2, 2:-2, 0], grid)
+    assert np.array_equal(read_png(tmp_path / "auto.png")[2:-2, 2:-2, 0], grid)
     assert figures.make_grid(torch.zeros(1, 1, 64, 64), 1).shape == (66, 66, 1)
 
 
@@ -145,7 +146,7 @@ def test_history_is_plotted(tmp_path, rows, capfd):
     pytest.importorskip("matplotlib")
     write_rows(tmp_path / "metrics.jsonl", rows)
     assert figures.plot_history(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    pixels = figures.decode(tmp_path / "curves.png")
+    pixels = read_png(tmp_path / "curves.png")
     assert min(pixels.shape[:2]) > 500
     assert pixels.std() > 1
     assert capfd.readouterr().err == ""
@@ -157,7 +158,7 @@ def test_one_row_is_a_dot_that_can_be_seen(tmp_path):
     for loss in (0.5, None):
         write_rows(tmp_path / "m.jsonl", [{"step": 30, "loss": loss, "residual": 0.1}])
         assert figures.plot_history(tmp_path / "m.jsonl", tmp_path / "c.png")
-        pixels = figures.decode(tmp_path / "c.png").astype(int)
+        pixels = read_png(tmp_path / "c.png").astype(int)
         third = pixels[: len(pixels) // 3, : pixels.shape[1] * 3 // 4]  # left of the legend
         pictures.append((abs(third[..., 0] - third[..., 2]) > 100).sum())
     assert pictures[0] > 5
@@ -176,7 +177,7 @@ def test_residuals_are_plotted(tmp_path):
     residual = torch.rand(5, 4, 3)
     residual[2:, 3] = math.nan
     assert figures.plot_residuals(residual, [999, 700, 400, 200, 9], tmp_path / "r.png")
-    assert figures.decode(tmp_path / "r.png").std() > 1
+    assert read_png(tmp_path / "r.png").std() > 1
     assert figures.plot_residuals(residual.mean(dim=2), range(5), tmp_path / "s.png")
     with pytest.raises(ConfigError, match="3 timesteps"):
         figures.plot_residuals(residual, [1, 2, 3], tmp_path / "t.png")

@@ -159,7 +159,7 @@ def test_gradcheck(recompute: str) -> None:
 
 def test_gradcheck_bites(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dropped term in an operator's backward is caught."""
-    from fpdm.kernels import ops, reference
+    from fpdm.kernels import implementations, reference
 
     real = reference.adaln_backward
 
@@ -167,13 +167,13 @@ def test_gradcheck_bites(monkeypatch: pytest.MonkeyPatch) -> None:
         real(dy, z, scale * 1.01, dz, ds, da)
 
     monkeypatch.setattr(reference, "adaln_backward", wrong)
-    ops._operator_set.cache_clear()
+    implementations._operator_set.cache_clear()
     try:
         with pytest.raises(GradcheckError):
             test_gradcheck("none")
     finally:
         monkeypatch.undo()
-        ops._operator_set.cache_clear()
+        implementations._operator_set.cache_clear()
 
 
 def test_gradcheck_of_the_layer() -> None:

@@ -45,8 +45,8 @@ def kernels() -> Any:
     from fpdm.kernels import gate_residual, gemm, mlp
 
     return SimpleNamespace(
-        adaln_linear=gemm.fused_adaln_linear, add_gelu=gemm.fused_linear_add_gelu,
-        gate=gemm.fused_linear_gate_residual, module=gemm, mlp=mlp,
+        adaln_linear=gemm.adaln_linear, add_gelu=gemm.linear_add_gelu,
+        gate=gemm.linear_gate_residual, module=gemm, mlp=mlp,
         gate_residual=gate_residual.gate_residual,
     )  # fmt: skip
 
@@ -81,16 +81,16 @@ def results(c: SimpleNamespace, tile: Tile) -> dict[str, Tensor]:
     k, (b, t, d), o = kernels(), c.z.shape, c.up.shape[0]
     dtype, found = c.up.dtype, {}
     found["y"], found["qkv"] = empty(b, t, d, dtype=dtype), empty(b, t, o, dtype=dtype)
-    k.adaln_linear(c.z, c.shift, c.scale, c.up, c.wide_bias, found["y"], found["qkv"], tile)
+    k.adaln_linear(c.z, c.shift, c.scale, c.up, c.wide_bias, found["y"], found["qkv"], fused=tile)
     for name, addend in (("bias", c.wide_bias), ("tensor", c.u)):
         pre, out = empty(b, t, o, dtype=dtype), empty(b, t, o, dtype=dtype)
-        k.add_gelu(c.y, c.up, addend, pre, out, tile)
+        k.add_gelu(c.y, c.up, addend, pre, out, fused=tile)
         found |= {f"pre {name}": pre, f"gelu {name}": out}
     found["p"], found["norms"] = empty(b, t, d, dtype=dtype), empty(2, b, dtype=torch.float32)
     found["z'"] = c.z.clone()
     k.gate(
         c.x, c.down, c.bias, c.z if b == 0 else found["z'"], c.gate, found["p"], found["z'"],
-        c.prev, found["norms"], tile,
+        c.prev, found["norms"], fused=tile,
     )  # fmt: skip
     return found
 
@@ -142,14 +142,14 @@ def test_what_the_backward_rebuilds_is_what_the_forward_had(
     c = case(ODD, dtype, residual)
     kept = results(c, tile)
     assert torch.equal(kept["z'"], k.gate_residual(c.z, kept["p"], c.gate))
-    free = k.gate(c.x, c.down, c.bias, c.z, c.gate, tile=tile)
+    free = k.gate(c.x, c.down, c.bias, c.z, c.gate, fused=tile)
     assert torch.equal(kept["z'"], free)
     for name, addend in (("bias", c.wide_bias), ("tensor", c.u)):
         assert torch.equal(kept[f"gelu {name}"], k.mlp.gelu(kept[f"pre {name}"]))
-        assert torch.equal(kept[f"gelu {name}"], k.add_gelu(c.y, c.up, addend, tile=tile))
+        assert torch.equal(kept[f"gelu {name}"], k.add_gelu(c.y, c.up, addend, fused=tile))
     assert torch.equal(
         kept["qkv"],
-        k.adaln_linear(c.z, c.shift, c.scale, c.up, c.wide_bias, tile=tile),
+        k.adaln_linear(c.z, c.shift, c.scale, c.up, c.wide_bias, fused=tile),
     )
     if dtype == torch.float16:
         # control: an unrounded product would show
@@ -165,7 +165,7 @@ def test_columns_beyond_a_constant_row_are_zero() -> None:
     c.z.fill_(60000.0)
     for tile in TILES:
         assert kernels().adaln_linear(
-            c.z, c.shift, c.scale, c.up, c.wide_bias, tile=tile
+            c.z, c.shift, c.scale, c.up, c.wide_bias, fused=tile
         ).isfinite().all()  # fmt: skip
 
 

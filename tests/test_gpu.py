@@ -52,8 +52,14 @@ def test_contract(batch: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> N
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize(("graphs", "tol"), [("off", 0.0), ("on", 0.0), ("off", 0.1), ("on", 0.1)])
-def test_sampler_never_waits(graphs: Any, tol: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("graphs", "tol", "solver"),
+    [("off", 0.0, "picard"), ("on", 0.0, "picard"), ("off", 0.1, "picard"), ("on", 0.1, "picard"),
+     ("off", 0.1, "anderson"), ("on", 0.1, "broyden")],
+)  # fmt: skip
+def test_sampler_never_waits(
+    graphs: Any, tol: float, solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SamplerConfig(
         method="ddpm",
         steps=3,
@@ -64,6 +70,7 @@ def test_sampler_never_waits(graphs: Any, tol: float, monkeypatch: pytest.Monkey
         dtype="bfloat16",
         graphs=graphs,
         tol=tol,
+        solver=solver,
     )
     s = Sampler(random_model(TINY).cuda(), Diffusion(DiffusionConfig(), "cuda"), config)
     noise = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(4))

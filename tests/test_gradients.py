@@ -11,8 +11,9 @@ from conftest import TINY, random_model
 from runs import small
 from torch import Tensor
 
+from fpdm import solvers
 from fpdm.config import FixedPointConfig
-from fpdm.gradients import Gradient
+from fpdm.gradients import Gradient, iterated
 from fpdm.model import FPDM
 from fpdm.train import Trainer
 
@@ -103,6 +104,62 @@ def test_without_gradients_it_is_the_plain_solve(contraction: FPDM) -> None:
 def test_no_iteration_with_gradient_is_refused(contraction: FPDM) -> None:
     with pytest.raises(ValueError, match="iters: got 0, expected at least 1 with the implicit"):
         run(contraction, 0, 3, gradient=Gradient("implicit"))
+
+
+KINDS = (Gradient(), Gradient("implicit", 40), Gradient("phantom", damping=0.7))
+
+
+@pytest.mark.parametrize("gradient", KINDS, ids=lambda g: g.kind)
+def test_any_map_has_them(gradient: Gradient) -> None:
+    """x = tanh(W x + b), |W| = 1/2, against (1 - J)^-1; one plain iteration is not enough."""
+    g = torch.Generator().manual_seed(0)
+    w, b = (torch.randn(*size, generator=g, dtype=torch.float64) for size in ((6, 6), (6,)))
+    w = (w / (2 * torch.linalg.matrix_norm(w, 2))).requires_grad_()
+    start, seen = torch.zeros(3, 6, dtype=torch.float64), torch.randn(3, 6, generator=g).double()
+
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(x @ w.T + b)
+
+    def grad(n: int, m: int, how: Gradient) -> Tensor:
+        return torch.autograd.grad((iterated(f, start, n, m, how) * seen).sum(), w)[0]
+
+    with torch.no_grad():
+        x = iterated(f, start, 60, 0, gradient)
+        slope = 1 - f(x) ** 2
+        back = torch.eye(6) - w.T * slope.unsqueeze(1)
+        wanted = (torch.linalg.solve(back, seen.unsqueeze(2)).squeeze(2) * slope).T @ x
+    torch.testing.assert_close(grad(60, 60, gradient), wanted, rtol=1e-9, atol=1e-12)
+    assert (grad(60, 1, Gradient()) - wanted).norm() > 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("gradient", KINDS, ids=lambda g: g.kind)
+def test_the_models_map_is_what_its_solve_iterates(contraction: FPDM, gradient: Gradient) -> None:
+    x, t, y = torch.randn(2, 4, 8, 8).double(), torch.tensor([7, 800]), torch.tensor([1, 10])
+    mod = contraction.modulation(t, y)
+    h = contraction.encode(x, mod)
+    ours = iterated(contraction.fixed_point_map(h, mod), h, 3, 2, gradient)
+    theirs = contraction.solve(x, t, y, 2, 3, gradient=gradient).solution
+    assert torch.equal(ours, theirs)
+    weight = contraction.blocks_pre[0].mlp.fc1.weight
+    a, b = (torch.autograd.grad(z.square().sum(), weight)[0] for z in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+def test_the_spectral_radius_of_a_model(contraction: FPDM) -> None:
+    """Against the eigenvalues of its Jacobian by differences, a column of it to a sample."""
+    x, t, y = torch.randn(1, 4, 8, 8).double(), torch.tensor([7]), torch.tensor([1])
+    with torch.no_grad():
+        mod = contraction.modulation(t, y)
+        h, vectors = contraction.encode(x, mod), contraction.modulation_fp(t, y)
+        z, _ = contraction.iterate(h, h, mod, 20)
+        one, n = contraction.fixed_point_map(h, mod), z.numel()
+        many = contraction.fixed_point_map(h.expand(n, -1, -1), vectors.expand(n, -1))
+        moved = many(z + 1e-6 * torch.eye(n).view(n, *z.shape[1:]))
+        jacobian = (moved - one(z)).view(n, n).T / 1e-6
+    radius = solvers.spectral_radius(one, z, 100)
+    torch.testing.assert_close(
+        radius[0], torch.linalg.eigvals(jacobian).abs().max(), rtol=0.02, atol=0
+    )
 
 
 def test_the_trainer_takes_them(tmp_path: Path) -> None:

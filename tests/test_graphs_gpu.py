@@ -201,6 +201,30 @@ def test_capture_while_a_thread_pins_memory(model: Any) -> None:
     assert s.graphs.captures > 0
 
 
+def test_two_threads_capture(model: Any) -> None:
+    """A sampler each, whose captures would spoil each other."""
+    want = make(model, replace(BUSY, graphs="off")).sample(LABELS, SEEDS).x
+    found: list[bool] = []
+    # libraries are loaded in the first call of a thread
+    warm = threading.Barrier(2, timeout=60)
+
+    def run_one() -> None:
+        s = make(model)
+        found.append(torch.equal(s.sample(LABELS, SEEDS).x, want))
+        warm.wait()
+        found.extend(torch.equal(s.sample(LABELS, SEEDS).x, want) for _ in range(3))
+        found.append(s.graphs is not None and s.graphs.captures > 0)
+
+    threads = [threading.Thread(target=run_one) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 10
+
+
 @pytest.mark.alone
 def test_memory_pressure(model: Any) -> None:
     """Nearly full: a right answer or one clear error; and the next request works."""

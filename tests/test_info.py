@@ -9,17 +9,17 @@ import pytest
 
 from fpdm import info
 from fpdm.config import ConfigError
-from fpdm.kernels import cuda_compile, ops
+from fpdm.kernels import cuda_compile, implementations
 
 
 def test_the_report_tells_every_implementation_and_why_not() -> None:
     report = info.collect()
     told = report["implementations"]["cpu"]
-    assert set(told) == {*ops.IMPLEMENTATIONS, "auto"}
-    for name, reason in ops.availability("cpu").items():
+    assert set(told) == {*implementations.IMPLEMENTATIONS, "auto"}
+    for name, reason in implementations.availability("cpu").items():
         assert told[name] == (reason or "available")
     assert told["reference"] == "available"
-    assert told["auto"] == ops.choose("auto", "cpu")
+    assert told["auto"] == implementations.choose("auto", "cpu")
 
 
 def test_both_forms_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_it_never_raises(
 
     # with cubins nobody looks for NVRTC, which would be one more failure
     monkeypatch.setattr(cuda_compile, "manifest", lambda: {"adaln.sm_70.bin": "0"})
-    monkeypatch.setattr(ops, "availability", broken)
+    monkeypatch.setattr(implementations, "availability", broken)
     monkeypatch.setattr("torch.cuda.is_available", broken)
     monkeypatch.setattr("torch.get_num_threads", broken)
     monkeypatch.setattr("importlib.util.find_spec", broken)

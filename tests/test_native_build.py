@@ -69,9 +69,9 @@ def test_says_why_it_is_missing() -> None:
         import sys
         sys.modules["fpdm.kernels._cpu"] = None
         import torch
-        from fpdm.kernels import ops
-        print(ops.unavailable("cpu", "cpu", torch.float32))
-        print(ops.choose("auto", "cpu", torch.float32))
+        from fpdm.kernels import implementations
+        print(implementations.unavailable("cpu", "cpu", torch.float32))
+        print(implementations.choose("auto", "cpu", torch.float32))
     """
     reason, choice = python(code).stdout.splitlines()
     assert "cannot be loaded" in reason
@@ -147,7 +147,9 @@ SANITIZED = """if True:
     import fpdm.kernels
     sys.modules["fpdm.kernels._cpu"] = fpdm.kernels._cpu = native
     import operator_cases as oc
+    import pytest
     import test_cpu_loop as loop
+    import test_cpu_unroll as unrolled
     from fpdm.kernels import cpu
     assert cpu.native is native
     torch.set_num_threads(2)
@@ -160,6 +162,9 @@ SANITIZED = """if True:
         for kind in kinds:
             loop.test_iterate(size, True, kind)
             loop.test_solve(size, True, kind)
+    for mode in unrolled.MODES:
+        for kind in kinds:
+            unrolled.compare(pytest.MonkeyPatch(), unrolled.SIZES[1], kind, 3, mode, 2)
 """
 
 

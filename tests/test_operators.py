@@ -14,7 +14,7 @@ from operator_specs import SPECS, attended
 from torch import Tensor
 
 from fpdm.kernels import reference
-from fpdm.kernels.ops import OPERATORS
+from fpdm.kernels.implementations import OPERATORS
 
 ALL = DTYPES["reference"]
 CASES = [*generate(480, ALL), *fixed(ALL)]
@@ -213,7 +213,7 @@ def broken(op: str, fault: Callable[..., Any]) -> SimpleNamespace:
     return SimpleNamespace(**{op: lambda **given: fault(real, given)})
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=oc.name)
+@pytest.mark.parametrize("dtype", ALL, ids=oc.dtype_name)
 @pytest.mark.parametrize(
     ("fault", "op"), [(fault, op) for fault, (ops, _) in PLANTED.items() for op in ops]
 )

@@ -9,32 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import violation
+from operator_specs import attended, gated, normed, smooth
 from torch import Tensor
 
-from fpdm.kernels import ops, reference
-
-
-def plain_adaln(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.layer_norm(z, z.shape[-1:], eps=1e-6)
-    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def plain_attention(qkv: Tensor, heads: int) -> Tensor:
-    b, t, width = qkv.shape
-    q, k, v = qkv.view(b, t, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    p = torch.softmax((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5, dim=-1)
-    return (p @ v).transpose(1, 2).reshape(b, t, width // 3)
+from fpdm.kernels import implementations, ops, reference
 
 
 def plain_gate_adaln(
     z: Tensor, y: Tensor, g: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out = z + g.unsqueeze(1) * y
-    return out, plain_adaln(out, shift, scale)
+    out = gated(z, y, g)
+    return out, normed(out, shift, scale)
 
 
 def plain_add_gelu(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
-    return F.gelu(x @ w.t() + u, approximate="tanh")
+    return smooth(x @ w.t() + u)
 
 
 def chosen(op: Any) -> Callable[..., Any]:
@@ -45,11 +34,11 @@ def chosen(op: Any) -> Callable[..., Any]:
 # operator, plain PyTorch, operand shapes from (B, T, D, H); shift, scale, gate come from one (B,
 # 6D)
 CASES: dict[str, tuple[Any, Callable[..., Any], Callable[..., list[Any]]]] = {
-    "adaln": (chosen(ops.adaln), plain_adaln, lambda b, t, d, h: [(b, t, d), "mod", "mod"]),
-    "attention": (chosen(ops.attention), plain_attention, lambda b, t, d, h: [(b, t, 3 * d), h]),
+    "adaln": (chosen(ops.adaln), normed, lambda b, t, d, h: [(b, t, d), "mod", "mod"]),
+    "attention": (chosen(ops.attention), attended, lambda b, t, d, h: [(b, t, 3 * d), h]),
     "gate_residual": (
         chosen(ops.gate_residual),
-        lambda z, y, g: z + g.unsqueeze(1) * y,
+        gated,
         lambda b, t, d, h: [(b, t, d), (b, t, d), "mod"],
     ),
     "gate_residual_adaln": (
@@ -142,9 +131,9 @@ def test_contract_bites(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
         return y if out is None else out.copy_(y)
 
     monkeypatch.setattr(reference, "gelu", half)
-    monkeypatch.setattr(ops, "_REQUESTED", "reference")
-    ops._operator_set.cache_clear()
-    ops._chosen.cache_clear()
+    monkeypatch.setattr(implementations, "_REQUESTED", "reference")
+    implementations._operator_set.cache_clear()
+    implementations._chosen.cache_clear()
     try:
         assert contract_failures("linear_bias_gelu", SHAPES[0], dtype)
         if dtype == torch.float32:
@@ -152,8 +141,8 @@ def test_contract_bites(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> 
             assert contract_failures("adaln", SHAPES[0], dtype)
     finally:
         monkeypatch.undo()
-        ops._operator_set.cache_clear()
-        ops._chosen.cache_clear()
+        implementations._operator_set.cache_clear()
+        implementations._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -242,20 +231,20 @@ def test_residual_norms() -> None:
 
 
 def test_choice_of_implementation() -> None:
-    native = ops.unavailable("cpu", "cpu") is None
-    assert ops.choose("auto", "cpu") == ("cpu" if native else "reference")
-    assert ops.choose("auto", "cpu", torch.float64) == "reference"
-    with pytest.raises(ops.ImplError, match="got triton, which cannot run on cpu"):
-        ops.choose("triton", "cpu")
-    with pytest.raises(ops.ImplError, match="expected auto or one of"):
-        ops.choose("tritn", "cpu")
-    with pytest.raises(ops.ImplError, match="floating-point"):
-        ops.resolve("auto", "cpu", torch.int32)
+    native = implementations.unavailable("cpu", "cpu") is None
+    assert implementations.choose("auto", "cpu") == ("cpu" if native else "reference")
+    assert implementations.choose("auto", "cpu", torch.float64) == "reference"
+    with pytest.raises(implementations.ImplError, match="got triton, which cannot run on cpu"):
+        implementations.choose("triton", "cpu")
+    with pytest.raises(implementations.ImplError, match="expected auto or one of"):
+        implementations.choose("tritn", "cpu")
+    with pytest.raises(implementations.ImplError, match="floating-point"):
+        implementations.resolve("auto", "cpu", torch.int32)
 
 
 def test_counters() -> None:
-    ops.reset_counters()
+    implementations.reset_counters()
     ops.adaln(torch.randn(1, 2, 4), torch.randn(1, 4), torch.randn(1, 4), "auto")
-    assert ops.counters() == {"adaln": {ops.choose("auto", "cpu"): 1}}
-    ops.reset_counters()
-    assert ops.counters() == {}
+    assert implementations.counters() == {"adaln": {implementations.choose("auto", "cpu"): 1}}
+    implementations.reset_counters()
+    assert implementations.counters() == {}

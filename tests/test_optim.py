@@ -22,12 +22,7 @@ HALF = torch.float16 if INSIDE else torch.bfloat16
 FULL = OptimConfig(lr=1e-2, weight_decay=0.1, ema_decay=0.9, beta2=0.99)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @outside

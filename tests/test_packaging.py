@@ -36,11 +36,11 @@ def test_the_library_imports_nothing_optional() -> None:
 
 
 def test_settings_need_no_torch_and_the_probe_bites() -> None:
-    loaded = imported("import fpdm.config, fpdm.recipes; fpdm.config.load_config('digits')")
+    loaded = imported("import fpdm.recipes; fpdm.recipes.load_config('digits')")
     assert not loaded & {"torch", "numpy", *HEAVY}
     # control: the probe sees what a command line needs
     argv = "['--train.batch', '8']"
-    loaded = imported(f"import fpdm.config; fpdm.config.load_config('digits', {argv})")
+    loaded = imported(f"import fpdm.recipes; fpdm.recipes.load_config('digits', {argv})")
     assert "tyro" in loaded
     assert "torch" not in loaded
 

@@ -14,7 +14,8 @@ import pytest
 
 from bench import __main__ as bench
 from fpdm import data, evaluate, figures, sample, sweep
-from fpdm.config import ConfigError, load_config
+from fpdm.config import ConfigError
+from fpdm.recipes import load_config
 from fpdm.schedulers import Denoiser
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from fpdm.config import (
     to_dict,
 )
 from fpdm.engine import Sampler
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.pretrained import load_source
 from fpdm.sample import choose_images, main, parse_integers, parser
 
@@ -106,7 +106,7 @@ def test_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "ms per image",
         " 2 ",
         "adaln",
-        ops.choose("auto", "cpu", torch.float32),
+        implementations.choose("auto", "cpu", torch.float32),
         "first > last",
     ):
         assert words in told
@@ -391,11 +391,11 @@ def test_cost_on_the_command_line() -> None:
 
 def test_operators_that_were_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: dict[str, Any] = {"adaln": {"reference": 2}, "attention": {"reference": 3}}
-    monkeypatch.setattr(ops, "counters", lambda: counted)
-    assert ops.ran("reference") == "reference: adaln 2, attention 3"
+    monkeypatch.setattr(implementations, "counters", lambda: counted)
+    assert implementations.ran("reference") == "reference: adaln 2, attention 3"
     counted["adaln"]["triton"] = 1
-    with pytest.raises(ops.ImplError, match="expected all on reference, as announced"):
-        ops.ran("reference")
+    with pytest.raises(implementations.ImplError, match="expected all on reference, as announced"):
+        implementations.ran("reference")
 
 
 def test_settings_hold_the_weights(source: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ class Trained:
         t, x = torch.tensor(TIMESTEPS)[which], self.x[which, digits]
         mod = self.model.modulation(t, self.y[digits], weights=self.weights)
         h = self.model.encode(x, mod, weights=self.weights)
-        return lambda z: self.model.iterate(z, h, mod, 1, weights=self.weights)[0], h
+        return self.model.fixed_point_map(h, mod, weights=self.weights), h
 
     def path(self, maker: Callable[[], solvers.Solver], rows: list[tuple[int, int]]) -> Tensor:
         """Smallest residual so far (EVALUATIONS, rows)."""

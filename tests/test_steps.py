@@ -323,6 +323,10 @@ def test_guidance_rescale() -> None:
     # a prediction without deviation stays finite
     flat = torch.zeros(1, 2, 4, 4)
     assert guide(flat, flat, 5.0, None, 1.0).isfinite().all()
+    # a single number has none at all: it is guided as without rescaling
+    cond, null = cond[:, :, :1, :1], null[:, :, :1, :1]
+    assert torch.equal(guide(cond, null, 5.0, 1, 0.7), guide(cond, null, 5.0, 1))
+    assert guide(cond, null, 5.0, 2, 0.7).isfinite().all()
 
 
 def test_guidance_interval() -> None:

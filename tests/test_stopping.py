@@ -17,7 +17,7 @@ from fpdm import run, solvers, steps, stopping
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler, Samples
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.plan import bucket, groups, most_iterations, reserves
 from fpdm.pretrained import load_source
 from fpdm.run import initial_iterate
@@ -99,7 +99,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.resolve("cpu", "cpu"), "loops", lambda *dtypes: False)
+    monkeypatch.setattr(implementations.resolve("cpu", "cpu"), "loops", lambda *dtypes: False)
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_png
 
 from fpdm import evaluate, figures, sweep
 from fpdm.config import ConfigError, ModelConfig, SamplerConfig
@@ -119,10 +120,10 @@ def test_report_picture(tmp_path: Path) -> None:
     )
     runs = {"reuse none": (residual, iterations), "reuse full": (residual / 9, iterations)}
     assert figures.plot_report(runs, [999, 700, 400, 100], tmp_path / "r.png", tol=0.1)
-    wide = figures.decode(tmp_path / "r.png").shape[1]
+    wide = read_png(tmp_path / "r.png").shape[1]
     del runs["reuse full"]
     assert figures.plot_report(runs, [999, 700, 400, 100], tmp_path / "r.png")
-    assert figures.decode(tmp_path / "r.png").shape[1] < wide
+    assert read_png(tmp_path / "r.png").shape[1] < wide
     with pytest.raises(ConfigError, match="for 3 timesteps"):
         figures.plot_report(runs, [9, 7, 4], tmp_path / "no.png")
     runs = {"reuse none": (residual[:, :0], iterations)}

@@ -26,7 +26,7 @@ from fpdm.checks import check_data
 from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError, load_config
 from fpdm.data import open_dataset
 from fpdm.interop import from_pretrained
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.train import Trainer
 
 DIT = ModelConfig(
@@ -35,12 +35,7 @@ DIT = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(config) -> list[dict]:
@@ -416,7 +411,7 @@ def test_a_wrong_implementation_is_not_hidden(tmp_path):
             super()._open_log()
             self.impl = "triton"
 
-    with pytest.raises(ops.ImplError, match="expected all on triton, as announced"):
+    with pytest.raises(implementations.ImplError, match="expected all on triton, as announced"):
         Announced(small(tmp_path, steps=2)).run()
 
 

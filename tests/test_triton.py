@@ -23,14 +23,15 @@ from operator_cases import (
     odd_attention,
     run_case,
 )
+from operator_specs import infinite_key
 from torch import Tensor
 
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 
 pytest.importorskip("triton")
 HALF = DTYPES["triton"]
 CASES = [*generate(320, HALF), *fixed(HALF), *odd_attention(HALF)]
-FUSED = [*(c for c in CASES if c.op in ops.FUSED), *infinite_products(HALF)]
+FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *infinite_products(HALF)]
 
 
 @outside
@@ -50,7 +51,12 @@ def test_interpreter_many() -> None:
 
 
 def operators(impl: str = "triton") -> Any:
-    return ops.resolve(impl, "cpu", torch.float32)
+    return implementations.resolve(impl, "cpu", torch.float32)
+
+
+@inside
+def test_attention_of_an_infinite_key() -> None:
+    assert infinite_key(operators(), HALF) == []
 
 
 @inside
@@ -180,5 +186,7 @@ def plain_adamw(
 
 @inside
 def test_bfloat16_is_refused_here() -> None:
-    with pytest.raises(ops.ImplError, match="dtype: got bfloat16, expected float32, float16"):
-        ops.resolve("triton", "cpu", torch.bfloat16)
+    with pytest.raises(
+        implementations.ImplError, match="dtype: got bfloat16, expected float32, float16"
+    ):
+        implementations.resolve("triton", "cpu", torch.bfloat16)

@@ -9,11 +9,11 @@ import torch
 from contract import violation
 from on_device import OnDevice
 from operator_cases import CAP, Case, fixed, generate, infinite_products, odd_attention, run_case
-from operator_specs import attended
+from operator_specs import attended, infinite_key
 from torch import Tensor
 
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig
-from fpdm.kernels import ops
+from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.optim import AdamWEMA
 from fpdm.weights import PreparedWeights
@@ -22,18 +22,23 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = DTYPES[1:]
 CASES = [*generate(480, DTYPES, CAP), *fixed(DTYPES), *fixed(DTYPES[::-1]), *odd_attention(DTYPES)]
-FUSED = [*(c for c in CASES if c.op in ops.FUSED), *infinite_products(DTYPES)]
+FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *infinite_products(DTYPES)]
 # the library's GEMM: tensor cores truncate their float32 sums, see test_weight_gradients
 CASES = [c for c in CASES if c.op != "linear_wgrad" or c.dtype == torch.float32]
 
 
 def operators(impl: str) -> OnDevice:
-    return OnDevice(ops.resolve(impl, "cuda", torch.float32))
+    return OnDevice(implementations.resolve(impl, "cuda", torch.float32))
 
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def test_attention_of_an_infinite_key() -> None:
+    operators = implementations.resolve("triton", "cuda", torch.float32)
+    assert infinite_key(operators, DTYPES, "cuda") == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -55,7 +60,7 @@ def test_weight_gradients_add_in_float32(dtype: torch.dtype, rows: int) -> None:
     dy, x = (torch.randn(1, rows, n, device="cuda", dtype=dtype) for n in (40, 48))
     start, bias = torch.randn(40, 48, device="cuda"), torch.randn(40, device="cuda")
     dw, db = start.clone(), bias.clone()
-    ops.resolve("triton", "cuda", dtype).linear_wgrad(dy, x, dw, db)
+    implementations.resolve("triton", "cuda", dtype).linear_wgrad(dy, x, dw, db)
     wide_dy, wide_x = dy[0].double(), x[0].double()
     size = start.abs().double() + wide_dy.abs().t() @ wide_x.abs()
     eps = torch.finfo(torch.float32).eps
@@ -179,6 +184,6 @@ def test_counters_name_triton() -> None:
     """auto is Triton here, and nothing else ran but the library's GEMMs."""
     model: Any = FPDM(ModelConfig(input_size=8, hidden_size=96, num_heads=2)).cuda()
     x, t = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([1, 2]).cuda()
-    ops.reset_counters()
+    implementations.reset_counters()
     model(x, t, t, 2, 1, weights=PreparedWeights(model, torch.bfloat16)).float().sum().backward()
-    assert ops.ran("triton")
+    assert implementations.ran("triton")

@@ -12,7 +12,7 @@ import torch
 from interpreter import inside, outside, run_inside
 
 from fpdm.config import FixedPointConfig
-from fpdm.kernels import ops, reference
+from fpdm.kernels import implementations, reference
 from fpdm.recipes import RECIPES
 from fpdm.train import Trainer
 
@@ -63,9 +63,9 @@ def worst(found: list[float], wanted: list[float]) -> float:
 @pytest.mark.parametrize("impl", ["triton", "triton-fused"])
 def test_training_follows_the_reference(impl: str, tmp_path: Path) -> None:
     wanted = losses(tmp_path, "reference")
-    ops.reset_counters()
+    implementations.reset_counters()
     assert worst(losses(tmp_path, impl), wanted) < 1e-4
-    ran = ops.counters()
+    ran = implementations.counters()
     used = {name for by_impl in ran.values() for name in by_impl}
     assert used == {impl, "library"}
     assert {op for op, by_impl in ran.items() if "library" in by_impl} == {
@@ -92,8 +92,8 @@ def test_a_product_short_of_a_token_would_be_seen(
         real(dy, *operands)
 
     monkeypatch.setattr(reference, "linear_wgrad", short)
-    ops._operator_set.cache_clear()
+    implementations._operator_set.cache_clear()
     try:
         assert worst(losses(tmp_path / "short", "reference"), wanted) > 1e-4
     finally:
-        ops._operator_set.cache_clear()
+        implementations._operator_set.cache_clear()

@@ -124,6 +124,8 @@ CASES: list[Case] = [
     {"b": 0},
     # as of a model that was just initialised: no spread to rescale by
     {"rescale": 0.5, "size": 0.0},
+    # one number to a sample
+    {"rescale": 0.5, "h": 1, "patch": 1, "c": 1, "channels": 1},
 ]
 
 

@@ -210,6 +210,12 @@ struct Backward {
         }
     }
 
+    // A query that is not there, the other half of the last one's word, has no part in any sum: its
+    // products with an infinite key were NaN.
+    void clear(i64 rows, i64 query) {
+        for (i64 r = 0; r < rows; r++) p_rows[r * COLS + query] = ds_rows[r * COLS + query] = T{};
+    }
+
     const Word<T>* rows_of(const float* f, const T* r) const {
         return reinterpret_cast<const Word<T>*>(PER_WORD<T> == 1 ? static_cast<const void*>(f) : r);
     }
@@ -227,6 +233,7 @@ struct Backward {
             scores<T>(k, t, w, query, n > LANES, s);
             scores<T>(v, t, w, dy_lanes, n > LANES, ds);
             softmax_backward(t, lanes, h.scale());
+            if (PER_WORD<T> == 2 && n % 2) clear(t, n);
             pack_panels<T>({dyi, d, n, w}, dy_panels);
             pack_panels<T>({qi, stride, n, w}, query_panels);
             bool begins = first == 0, ends = first + COLS >= t;

@@ -183,6 +183,19 @@ FPDM_DEVICE void weigh_columns(float (&c)[Tiles][8], const float* log_sums, floa
     }
 }
 
+// c becomes 0 for the queries from `left` on: of an infinite key or value their zeros make NaN
+template <i32 Tiles>
+FPDM_DEVICE void drop_columns(float (&c)[Tiles][8], i32 left) {
+    if (8 * Tiles <= left) return;
+    FPDM_UNROLL
+    for (i32 n = 0; n < Tiles; ++n) {
+        FPDM_UNROLL
+        for (i32 i = 0; i < 8; ++i) {
+            if (8 * n + column_of(i) >= left) c[n][i] = 0.0f;
+        }
+    }
+}
+
 template <i32 K, i32 Warps, i32 Queries>
 FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>::blocks_per_sm)
     attention_dkv_kernel(const AttentionBackwardParams p) {
@@ -209,14 +222,14 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
     for (i32 mask = WARP / 2; mask > 0; mask /= 2) size = max(size, shuffle_xor(size, mask));
     const float factor = inverse_power(size);
 
-    // a tile of queries, dy and their statistics; a query beyond T gets probability 0
+    // a tile of queries, dy and their statistics; zeros beyond T
     const auto load = [&](i32 start, i32 valid, i32 filled) {
         load_tile<K, Traits::threads>(queries, head + start * pitch, pitch, valid, filled);
         load_tile<K, Traits::threads>(grads, dy + start * D, D, valid, filled);
         FPDM_NO_UNROLL
         for (i32 t = thread_x(); t < filled; t += Traits::threads) {
             const bool inside = t < valid;
-            st_shared(log_sums + t, inside ? ld_global(statistics + start + t) : -minus_infinity());
+            st_shared(log_sums + t, inside ? ld_global(statistics + start + t) : 0.0f);
             st_shared(deltas + t, inside ? ld_global(statistics + p.T + start + t) : 0.0f);
         }
     };
@@ -237,6 +250,7 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
             float c[Traits::tiles_dv][8] = {};
             dot_rows<K>(k, queries + query * Tile::stride, c);
             weigh_columns(c, log_sums + query, p.scale2, PROBABILITY_SHIFT);
+            drop_columns(c, valid - query);
             Pack8 weights[2 * Traits::tiles_dv];
             FPDM_UNROLL
             for (i32 n = 0; n < Traits::tiles_dv; ++n) {
@@ -271,7 +285,6 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
             dot_rows<K>(k, queries + query * Tile::stride, c);
             dot_rows<K>(v, grads + query * Tile::stride, dp);
             weigh_columns(c, log_sums + query, p.scale2, 0.0f);
-            Pack8 ds[2 * Traits::tiles_dk];
             FPDM_UNROLL
             for (i32 n = 0; n < Traits::tiles_dk; ++n) {
                 FPDM_UNROLL
@@ -279,6 +292,11 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
                     const float delta = ld_shared(deltas + query + 8 * n + column_of(i));
                     c[n][i] *= (dp[n][i] - delta) * factor;
                 }
+            }
+            drop_columns(c, valid - query);
+            Pack8 ds[2 * Traits::tiles_dk];
+            FPDM_UNROLL
+            for (i32 n = 0; n < Traits::tiles_dk; ++n) {
                 to_operand(c[n], ds[2 * n], ds[2 * n + 1]);
             }
             add_rows<K>(ds, queries + query * Tile::stride, out);

@@ -349,6 +349,8 @@ FPDM_KERNEL void FPDM_BOUNDS(SIDE* SIDE, 1)
             for (i32 r = 0; r < S::per; ++r) {
                 c[r][k] = weight * precise_exp2((c[r][k] - peak) * p.scale2);
                 dp[r][k] = c[r][k] * (dp[r][k] - delta);
+                // an infinite key or value makes NaN of a query of zeros
+                if (!inside) c[r][k] = dp[r][k] = 0.0f;
             }
         }
         accumulate<K, S>(c, products, grads, dv);

@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fpdm.kernels import attention_routes
-from fpdm.kernels.launch import FLOATS, LaunchError, cdiv, check, next_power_of_2
+from fpdm.kernels.launch import FLOATS, LaunchError, cdiv, check
+from fpdm.kernels.rows import power
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -274,7 +275,7 @@ def _row_numbers(p_rows, o_q, m_q, M: tl.constexpr, EVEN: tl.constexpr):
 def parts(head_size: int) -> dict[str, int]:
     """MAIN and TAIL columns of a head: powers of two, at least 16; no tail where one part does."""
     main = max(16, 1 << (head_size.bit_length() - 1))
-    tail = _power(head_size - main) if head_size > main else 0
+    tail = power(head_size - main) if head_size > main else 0
     if tail == main:
         main, tail = 2 * main, 0
     return {"K": head_size, "MAIN": main, "TAIL": tail}
@@ -290,7 +291,7 @@ def tiles(
     CUDA cores, whose operands pass through registers: smaller tiles.
     """
     half, hopper, narrow = dtype != torch.float32, capability == (9, 0), head_size <= 80
-    size = min(64 if half else 32, _power(tokens))
+    size = min(64 if half else 32, power(tokens))
     one = {"M": size, "N": size, "STAGES": 2 if half else 1}
     columns = dict(one)
     if not hopper:
@@ -304,10 +305,6 @@ def tiles(
         name: (w, tile | {"EVEN": tokens % max(tile["M"], tile["N"]) == 0})
         for name, w, tile in zip(names, warps, (one, one, columns))
     }
-
-
-def _power(tokens: int) -> int:
-    return max(16, next_power_of_2(tokens))
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

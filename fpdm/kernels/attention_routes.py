@@ -36,7 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fpdm.kernels.ops import ImplError
+from fpdm.kernels import implementations
+from fpdm.kernels.gemm_table import names
+from fpdm.kernels.implementations import ImplError
+from fpdm.kernels.launch import dtype_name
 
 TABLE = Path(__file__).with_name("attention_table.json")
 OURS = "triton"
@@ -51,6 +54,8 @@ _REQUESTED = os.environ.get("FPDM_ATTENTION") or "auto"
 
 def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """None when a route can run, else the reason why not."""
+    if _older(device):
+        return f"it needs sm_80, not {names(device)[-1]}"
     if name in (OURS, "sdpa"):
         return None
     if device.type != "cuda":
@@ -58,9 +63,7 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
     if name == "sdpa-efficient":
         return None
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {_text(dtype)}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs sm_80, not {_names(device)[-1]}"
+        return f"it takes float16 and bfloat16, not {dtype_name(dtype)}"
     if head_size % 8:
         return f"it needs a head size in multiples of 8, not {head_size}"
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
@@ -68,17 +71,14 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
     return None
 
 
-def route(
-    tokens: int, head_size: int, dtype: torch.dtype, device: torch.device, backward: bool = False
-) -> tuple[str, str]:
-    """(name, why). Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
-    if backward:
-        return OURS, "other backwards start from a log-sum-exp that is not stored"
-    return _forward(_REQUESTED, tokens, head_size, dtype, device)
+def route(tokens: int, head_size: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """(name, why). Before sm_80 no set with routes runs: the name is that of the implementation
+    which does. Raises ImplError when FPDM_ATTENTION names no route, or one that cannot run."""
+    return _route(_REQUESTED, tokens, head_size, dtype, device)
 
 
 @functools.cache
-def _forward(
+def _route(
     asked: str, tokens: int, head_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str]:
     if asked != "auto":
@@ -89,13 +89,16 @@ def _forward(
         if reason is not None:
             raise ImplError(f"FPDM_ATTENTION: got {asked}, which cannot run: {reason}")
         return asked, "FPDM_ATTENTION asks for it"
-    where = f"T={tokens}, K={head_size}, {_text(dtype)}"
-    for known_as in _names(device):
+    if _older(device):
+        why = f"routes need sm_80, not {names(device)[-1]}"
+        return implementations.choose("auto", device, dtype), why
+    where = f"T={tokens}, K={head_size}, {dtype_name(dtype)}"
+    for known_as in names(device):
         for entry in entries():
             key = entry["t"], entry["k"], entry["dtype"], entry["device"]
-            if key == (tokens, head_size, _text(dtype), known_as):
+            if key == (tokens, head_size, dtype_name(dtype), known_as):
                 return _fastest(entry, head_size, dtype, device)
-    return OURS, f"not measured for {where} on {_names(device)[0]}"
+    return OURS, f"not measured for {where} on {names(device)[0]}"
 
 
 def _fastest(
@@ -141,13 +144,5 @@ def run(name: str, qkv: Tensor, heads: int, out: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
-def _names(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return (device.type,)
-    major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _older(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)

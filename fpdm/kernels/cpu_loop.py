@@ -1,12 +1,14 @@
-"""The fixed-point iteration on the processor as one call: csrc/cpu/loop.cpp.
+"""The fixed-point iteration on the processor as one call: csrc/cpu/loop.cpp and unroll.cpp.
 
-    iterate   x_{j+1} = f(x_j), k times; equation and intermediates: fpdm.block
-    solve     as often as every sample needs; who is done: fpdm.stopping
+    iterate           x_{j+1} = f(x_j), k times; equation and intermediates: fpdm.block
+    solve             as often as every sample needs; who is done: fpdm.stopping
+    unroll            m iterations that keep what their backward reads: fpdm.walk
+    unroll_backward   that backward
 
-Both are the same kernels in the same order as ``step_forward`` on ``fpdm.kernels.cpu``, so results
-are the same bits. What is saved is the host's part between two kernels, some 15 microseconds each,
-which a small model notices: its kernels take 10 to 50. A signal is seen within a tenth of a second
-or one iteration, whichever is longer.
+All are the same kernels in the same order as ``step_forward`` and ``step_backward`` on
+``fpdm.kernels.cpu``, so results are the same bits. What is saved is the host's part between two
+kernels, some 15 to 25 microseconds each, which a small model notices: its kernels take 10 to 50. A
+signal is seen within a tenth of a second or one iteration, whichever is longer.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from fpdm.kernels import cpu
 from fpdm.kernels.launch import LaunchError, Operand, check, head_width, row_stride
 
 if TYPE_CHECKING:
-    from fpdm.block import Activations, BlockWeights
+    from fpdm.block import Activations, BlockGrads, BlockWeights, Scratch
+    from fpdm.walk import Kept
 
 INTEGERS = (torch.int64,)
 
@@ -37,46 +40,61 @@ def _present(op: str, named: dict[str, Tensor | None]) -> None:
             raise LaunchError(f"{op}: {name}: got none, expected a tensor")
 
 
-def _operands(
-    op: str, x: Tensor, buffers: tuple[Tensor, Tensor], u: Tensor | None, mod: Tensor,
-    w: BlockWeights, acts: Activations, norms: Tensor | None, count: int,
-) -> tuple[list[Operand], list[Operand], list[int], list[int]]:  # fmt: skip
-    """Inputs, outputs, addresses of the buffers, and of the weights with their distances."""
-    b, t, d = x.shape
-    _present(op, {"wide": acts.h, "y": acts.y1, "o": acts.o})
-    dtype = (x.dtype,)
-    inputs: list[Operand] = [("x", x, x.shape, dtype)]
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _sizes(op: str, x: Tensor, heads: int) -> list[int]:
+    head_width(op, x.shape[-1], heads)
+    return [*x.shape, cpu.CODES[x.dtype], heads]
+
+
+def _addends(u: Tensor | None, mod: Tensor) -> list[int]:
+    return [_at(u), mod.data_ptr(), row_stride(mod)]
+
+
+def _weights(
+    op: str, w: BlockWeights, d: int, injected: bool, dtype: torch.dtype
+) -> tuple[list[Operand], list[int]]:
+    """Operands, and addresses with distances: A W2 qkv proj fc1 fc2."""
     named = {
         "a": (w.inj_a, None, 2 * d, d), "w2": (w.inj_w2, w.inj_b2, d, 2 * d),
         "qkv": (w.qkv, w.qkv_bias, 3 * d, d), "proj": (w.proj, w.proj_bias, d, d),
         "fc1": (w.fc1, w.fc1_bias, 4 * d, d), "fc2": (w.fc2, w.fc2_bias, d, 4 * d),
     }  # fmt: skip
-    weights: list[int] = []
+    operands: list[Operand] = []
+    addresses: list[int] = []
     for name, (weight, bias, o, i) in named.items():
-        if u is None and name in ("a", "w2"):
-            weights += [0, 0, 0]
+        if not injected and name in ("a", "w2"):
+            addresses += [0, 0, 0]
             continue
         _present(op, {name: weight} | ({} if name == "a" else {f"{name} bias": bias}))
         assert weight is not None
         stride, operand = cpu.weight_operand(weight, o, i, name)
-        inputs += [(*operand[:3], dtype), (f"{name} bias", bias, (o,), dtype)]
-        weights += [weight.data_ptr(), stride, 0 if bias is None else bias.data_ptr()]
+        operands += [(*operand[:3], (dtype,)), (f"{name} bias", bias, (o,), (dtype,))]
+        addresses += [weight.data_ptr(), stride, _at(bias)]
+    return operands, addresses
+
+
+def _iteration(
+    op: str, x: Tensor, z: tuple[Tensor, Tensor], u: Tensor | None, w: BlockWeights,
+    acts: Activations, norms: Tensor | None, count: int,
+) -> tuple[list[Operand], list[Operand], list[int], list[int]]:  # fmt: skip
+    """Inputs, outputs, the weights' addresses with distances, and those of the buffers."""
+    b, t, d = x.shape
+    _present(op, {"wide": acts.h, "y": acts.y1, "o": acts.o})
+    dtype = (x.dtype,)
+    weights, addresses = _weights(op, w, d, u is not None, x.dtype)
     outputs: list[Operand] = [
-        ("even", buffers[0], x.shape, dtype),
-        ("odd", buffers[1], x.shape, dtype),
+        ("even", z[0], x.shape, dtype),
+        ("odd", z[1], x.shape, dtype),
         ("wide", acts.h, (b, t, 4 * d), dtype),
         ("y", acts.y1, x.shape, dtype),
         ("o", acts.o, x.shape, dtype),
         ("norms", norms, (count, 2, b), (torch.float32,)),
     ]
-    given = (x, *buffers, u, mod, acts.h, acts.y1, acts.o, norms)
-    return inputs, outputs, [0 if v is None else v.data_ptr() for v in given], weights
-
-
-def _sizes(op: str, x: Tensor, heads: int) -> list[int]:
-    code = cpu.CODES[x.dtype]
-    head_width(op, x.shape[-1], heads)
-    return [*x.shape, code, code, heads]
+    buffers = [_at(v) for v in (x, *z, acts.h, acts.y1, acts.o, norms)]
+    return [("x", x, x.shape, dtype), *weights], outputs, addresses, buffers
 
 
 def iterate(
@@ -96,12 +114,10 @@ def iterate(
     ``acts`` h, y1 and o are written. ``norms`` (k,2,B) receives |f(x_j) - x_j| and |f(x_j)|.
     """
     b, t, d = x.shape
-    inputs, outputs, addresses, weights = _operands(
-        "iterate", x, buffers, u, mod, w, acts, norms, k
-    )
+    inputs, outputs, *addresses = _iteration("iterate", x, buffers, u, w, acts, norms, k)
     inputs += [("u", u, (b, t, 2 * d), (x.dtype,)), ("mod", mod, (b, 6 * d), (x.dtype,))]
     check("iterate", cpu.DEVICE, inputs, outputs, {("odd", "x")})
-    cpu.native.iterate(_sizes("iterate", x, heads), addresses, row_stride(mod), weights, k)
+    cpu.native.iterate(_sizes("iterate", x, heads), _addends(u, mod), *addresses, k)
     return buffers[(k + 1) % 2]
 
 
@@ -126,9 +142,7 @@ def solve(
     is overwritten by every iteration, ``residual`` (K,R) receives |f(x_j) - x_j| / |f(x_j)|.
     """
     b, t, d = x.shape
-    inputs, outputs, addresses, weights = _operands(
-        "solve", x, buffers, u, mod, w, acts, norms[None], 1
-    )
+    inputs, outputs, *addresses = _iteration("solve", x, buffers, u, w, acts, norms[None], 1)
     # an iteration writes a row of the table
     table = None if residual is None else residual[:most]
     r = len(watch.result)
@@ -144,6 +158,119 @@ def solve(
     check("solve", cpu.DEVICE, inputs, outputs, {("odd", "x")})
     told = (*slots.values(), watch.used, watch.result, residual)
     return cpu.native.solve(
-        _sizes("solve", x, heads), addresses, row_stride(mod), weights, most,
-        [0 if v is None else v.data_ptr() for v in told], r, tol,
+        _sizes("solve", x, heads), _addends(u, mod), *addresses, most, [_at(v) for v in told], r,
+        tol,
+    )  # fmt: skip
+
+
+def _kept(k: Kept) -> tuple[list[Operand], list[int]]:
+    """Iterates and slots as operands; their addresses after x_0's, and where what is in a slot."""
+    b, t, d = k.x.shape
+    dtype, units = (k.x.dtype,), b * t * d
+    operands: list[Operand] = [
+        ("xs", k.xs, (len(k.xs), b, t, d), dtype),
+        ("residual", k.residual.view(-1), (k.m * k.layout[0] * units,), dtype),
+        ("compute", k.compute.view(-1), (k.m * k.layout[1] * units,), dtype),
+    ]
+    return operands, [*(_at(v) for v in (k.x, k.xs, k.residual, k.compute)), *k.layout]
+
+
+def unroll(
+    k: Kept,
+    part: slice,
+    w: BlockWeights,
+    heads: int,
+    work: Activations,
+    between: list[Tensor],
+    out: Tensor,
+    table: Tensor,
+) -> None:
+    """The m iterations of a part of the batch (fpdm.walk): slots and iterates of ``k``, ``out``
+    (B,T,D) and ``table`` (m or 0,2,B) are written in its rows. Everything is of one dtype, but for
+    the norms; ``work`` and ``between`` are the part's."""
+    b, t, d = k.x.shape
+    rows, dtype = (part.stop - part.start, t, d), (k.x.dtype,)
+    weights, addresses = _weights("unroll", w, d, k.injected, k.x.dtype)
+    slots, kept = _kept(k)
+    inputs: list[Operand] = [("x", k.x, k.x.shape, dtype), *weights]
+    inputs += [("u", k.u, (b, t, 2 * d), dtype), ("mod", k.mod, (b, 6 * d), dtype)]
+    z = [between[j] if j < len(between) else None for j in range(2)]
+    outputs: list[Operand] = [
+        *slots,
+        ("wide", work.gh, (*rows[:2], 4 * d), dtype),
+        ("y", work.y1, rows, dtype),
+        ("o", work.o, rows, dtype),
+        ("even", z[0], rows, dtype),
+        ("odd", z[1], rows, dtype),
+        ("out", out, k.x.shape, dtype),
+        ("norms", table, (len(table), 2, b), (torch.float32,)),
+    ]
+    check("unroll", cpu.DEVICE, inputs, outputs)
+    cpu.native.unroll(
+        _sizes("unroll", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
+        [part.start, rows[0]], [_at(v) for v in (work.gh, work.y1, work.o, *z, out, table)],
+    )  # fmt: skip
+
+
+def _sums(grads: BlockGrads | None, d: int) -> tuple[list[Operand], list[int]]:
+    """Accumulators, and addresses with distances in the order of the weights; 0: frozen."""
+    if grads is None:
+        return [], [0] * 18
+    half = None if grads.inj_w1 is None else grads.inj_w1[:, :d]
+    named = {
+        "a": (half, None, 2 * d, d), "w2": (grads.inj_w2, grads.inj_b2, d, 2 * d),
+        "qkv": (grads.qkv, grads.qkv_bias, 3 * d, d),
+        "proj": (grads.proj, grads.proj_bias, d, d),
+        "fc1": (grads.fc1, grads.fc1_bias, 4 * d, d), "fc2": (grads.fc2, grads.fc2_bias, d, 4 * d),
+    }  # fmt: skip
+    operands: list[Operand] = []
+    addresses: list[int] = []
+    for name, (weight, bias, o, i) in named.items():
+        operands += [(f"d{name}", weight, (o, i), cpu.FLOAT)]
+        operands += [(f"d{name} bias", bias, (o,), cpu.FLOAT)]
+        addresses += [_at(weight), 0 if weight is None else weight.stride(0), _at(bias)]
+    return operands, addresses
+
+
+def unroll_backward(
+    k: Kept,
+    part: slice,
+    w: BlockWeights,
+    heads: int,
+    grads: BlockGrads | None,
+    input_grad: bool,
+    g: Tensor,
+    dmod: Tensor,
+    du: Tensor | None,
+    s: Scratch,
+    again: Kept | None,
+) -> None:
+    """The m iterations of a part of the batch from the last to the first (fpdm.walk): ``g`` (b,T,D)
+    becomes the gradient with respect to x_0, if ``input_grad``; those of the weights, of the
+    modulation ``dmod`` (b,6D) and of the addend ``du`` (b,T,2D) are added, in float32. ``again``
+    keeps what is recomputed in full."""
+    b, t, d = k.x.shape
+    rows, dtype = (part.stop - part.start, t, d), (k.x.dtype,)
+    weights, addresses = _weights("unroll_backward", w, d, k.injected, k.x.dtype)
+    slots, kept = _kept(k)
+    sums, added = _sums(grads, d)
+    inputs: list[Operand] = [("x", k.x, k.x.shape, dtype), *weights, *slots]
+    inputs += [("u", k.u, (b, t, 2 * d), dtype), ("mod", k.mod, (b, 6 * d), dtype)]
+    outputs: list[Operand] = [
+        *sums,
+        ("dmod", dmod, (rows[0], 6 * d), cpu.FLOAT),
+        ("du", du, (*rows[:2], 2 * d), cpu.FLOAT),
+        ("wide", s.f, (4 * g.numel(),), dtype),
+        *((name, v, rows, dtype) for name, v in (("d0", s.d0), ("d1", s.d1), ("e", s.e))),
+        ("g", g, rows, dtype),
+    ]
+    anew: list[int] = []
+    if again is not None:
+        slots, anew = _kept(again)
+        outputs += [(f"again {o[0]}", *o[1:]) for o in slots]
+    check("unroll_backward", cpu.DEVICE, inputs, outputs)
+    cpu.native.unroll_backward(
+        _sizes("unroll_backward", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
+        [part.start, rows[0]], [*added, dmod.data_ptr(), row_stride(dmod), _at(du)],
+        [_at(v) for v in (s.f, s.d0, s.d1, s.e, g)], anew, input_grad,
     )  # fmt: skip

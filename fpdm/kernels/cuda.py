@@ -21,7 +21,15 @@ from fpdm.kernels import cuda_driver
 from fpdm.kernels import cuda_kernels as ck
 from fpdm.kernels.cuda_driver import Argument, Backend, Driver
 from fpdm.kernels.cuda_kernels import Kernel
-from fpdm.kernels.launch import LaunchError, Operand, aligned, check, row_stride
+from fpdm.kernels.launch import (
+    LaunchError,
+    Operand,
+    aligned,
+    cdiv,
+    check,
+    dtype_name,
+    row_stride,
+)
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad
 
 NAME = "cuda"
@@ -42,7 +50,7 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """None when these kernels can run on ``device`` in ``dtype``, else every reason."""
     reasons = cuda_driver.missing(device)
     if dtype is not None and dtype not in DTYPES:
-        got = str(dtype).removeprefix("torch.")
+        got = dtype_name(dtype)
         reasons.append(f"got {got}, expected a compute dtype of float16 or float32")
     return "; ".join(reasons) or None
 
@@ -51,10 +59,6 @@ def prepare(device: torch.device) -> None:
     """Loads every kernel, as must be done before a CUDA graph is captured."""
     if isinstance(_backend, Driver):
         _backend.prepare(device)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _elements(r: Tensor, c: Tensor) -> tuple[str, str]:
@@ -66,14 +70,14 @@ def _vectors(width: int, *operands: Tensor | None) -> bool:
     return width % COLUMNS == 0 and aligned(operands, 16)
 
 
-def _stream(x: Tensor, c: torch.dtype) -> tuple[torch.dtype, ...]:
+def _stream(c: torch.dtype) -> tuple[torch.dtype, ...]:
     """dtypes that an operand of the residual stream may have beside compute dtype ``c``."""
     return (torch.float32,) if c == torch.float32 else (c, torch.float32)
 
 
 def _row_block(op: str, device: torch.device, width: int) -> tuple[str, int]:
     """Block that owns whole rows: its constant in columns.cuh, and how many threads it needs."""
-    needed = _ceil(width, COLUMNS * 32) * 32
+    needed = cdiv(width, COLUMNS * 32) * 32
     for name in ck.BLOCKS:
         most = _backend.entry(ck.adaln_backward(ck.FLOAT, ck.FLOAT, name, True), device).threads
         if needed <= most:
@@ -83,14 +87,14 @@ def _row_block(op: str, device: torch.device, width: int) -> tuple[str, int]:
 
 def _column_block(kernel: Kernel, device: torch.device, width: int) -> tuple[int, int]:
     """(threads, blocks along a row) where rows may be cut anywhere."""
-    threads = min(_backend.entry(kernel, device).threads, _ceil(width, COLUMNS * 32) * 32)
-    return threads, _ceil(width, COLUMNS * threads)
+    threads = min(_backend.entry(kernel, device).threads, cdiv(width, COLUMNS * 32) * 32)
+    return threads, cdiv(width, COLUMNS * threads)
 
 
 def _linear_launch(kernel: Kernel, threads: int, arguments: list[Argument], like: Tensor) -> None:
     """One thread per piece of work."""
     most = _backend.entry(kernel, like.device).threads
-    _backend.launch(kernel, (_ceil(threads, most), 1), most, arguments, like.device)
+    _backend.launch(kernel, (cdiv(threads, most), 1), most, arguments, like.device)
 
 
 def _add_columns(partial: Tensor, *sums: Tensor) -> None:
@@ -114,7 +118,7 @@ def _adaln(
     z_out: Tensor | None = None,
 ) -> None:
     b, t, d = z.shape
-    dtype, stream = (scale.dtype,), _stream(z, scale.dtype)
+    dtype, stream = (scale.dtype,), _stream(scale.dtype)
     check(
         op,
         z.device,
@@ -138,7 +142,7 @@ def _adaln(
         0 if gate is None else row_stride(gate), row_stride(shift), row_stride(scale),
         t, d, FORWARD_RUN, 1.0 / d,
     ]  # fmt: skip
-    _backend.launch(kernel, (b * _ceil(t, FORWARD_RUN), 1), threads, arguments, z.device)
+    _backend.launch(kernel, (b * cdiv(t, FORWARD_RUN), 1), threads, arguments, z.device)
 
 
 def adaln(z: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -175,7 +179,7 @@ def adaln_backward(
         (
             ("scale", scale, (b, d), DTYPES),
             ("dy", dy, (b, t, d), dtype),
-            ("z", z, (b, t, d), _stream(z, scale.dtype)),
+            ("z", z, (b, t, d), _stream(scale.dtype)),
         ),
         (
             ("dz", dz, (b, t, d), (z.dtype,)),
@@ -185,7 +189,7 @@ def adaln_backward(
     )
     if not z.numel():
         return
-    runs = _ceil(t, RUN)
+    runs = cdiv(t, RUN)
     partial = z.new_empty(b, runs, 2, d, dtype=torch.float32)
     block, threads = _row_block(op, z.device, d)
     fits = _vectors(d, dy, z, scale, dz, partial)
@@ -212,7 +216,7 @@ def gate_residual(
         z.device,
         (
             ("gate", gate, (b, d), DTYPES),
-            ("z", z, (b, t, d), _stream(z, gate.dtype)),
+            ("z", z, (b, t, d), _stream(gate.dtype)),
             ("y", y, (b, t, d), (gate.dtype,)),
             ("prev", prev, (b, t, d), (z.dtype,)),
         ),
@@ -225,7 +229,7 @@ def gate_residual(
     kernel = ck.gate_residual(*_elements(z, gate), fits, norms is not None)
     run = FORWARD_RUN if norms is None else RUN
     threads, columns = _column_block(kernel, z.device, d)
-    blocks = b * _ceil(t, run)
+    blocks = b * cdiv(t, run)
     partial = None if norms is None else z.new_empty(blocks, columns, 2, dtype=torch.float32)
     arguments: list[Argument] = [z, y, gate, prev, out, partial, row_stride(gate), t, d, run]
     _backend.launch(kernel, (blocks, columns), threads, arguments, z.device)
@@ -247,7 +251,7 @@ def gate_residual_backward(
         y.device,
         (
             ("gate", gate, (b, d), DTYPES),
-            ("dout", dout, (b, t, d), _stream(dout, gate.dtype)),
+            ("dout", dout, (b, t, d), _stream(gate.dtype)),
             ("y", y, (b, t, d), (gate.dtype,)),
         ),
         (("out", out, (b, t, d), (y.dtype,)), ("dgate", dgate, (b, d), (torch.float32,))),
@@ -255,7 +259,7 @@ def gate_residual_backward(
     )
     if not y.numel():
         return out
-    runs = _ceil(t, RUN)
+    runs = cdiv(t, RUN)
     partial = y.new_empty(b, runs, 1, d, dtype=torch.float32)
     kernel = ck.gate_residual_backward(
         *_elements(dout, gate), _vectors(d, dout, y, gate, out, partial)
@@ -275,7 +279,7 @@ def _gelu(
     )
     arguments: list[Argument] = [x, other, pre, out, x.numel(), 0]
     if x.numel():
-        _linear_launch(kernel, _ceil(x.numel(), COLUMNS), arguments, x)
+        _linear_launch(kernel, cdiv(x.numel(), COLUMNS), arguments, x)
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -353,14 +357,14 @@ def _attention(form: str, qkv: Tensor, head: int, heads: int, extra: tuple[Argum
     else:
         kernel = ck.attention(form, head, ck.SMALL)
         # larger blocks read keys and values less often, where they fit and still fill the device
-        if head in ck.LARGE_HEADS and b * heads * _ceil(t, 32 * ck.LARGE[0]) >= MULTIPROCESSORS:
+        if head in ck.LARGE_HEADS and b * heads * cdiv(t, 32 * ck.LARGE[0]) >= MULTIPROCESSORS:
             large = ck.attention(form, head, ck.LARGE)
             fits = _backend.entry(large, qkv.device).smem <= _backend.shared_limit(qkv.device)
             kernel = large if fits else kernel
     entry = _backend.entry(kernel, qkv.device)
     scale = 1 / math.sqrt(head)
     scales = (LOG2_E * scale,) if form == "attention" else (LOG2_E * scale, scale)
-    grid = (b * heads * _ceil(t, entry.rows), 1)
+    grid = (b * heads * cdiv(t, entry.rows), 1)
     _backend.launch(kernel, grid, entry.threads, (*extra, t, heads, *scales), qkv.device)
 
 

@@ -56,7 +56,8 @@ def _gate_residual_forward(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _norms(p_part, p_norms, s_norms, parts, BLOCK: tl.constexpr):
+def finish_norms(p_part, p_norms, s_norms, parts, BLOCK: tl.constexpr):
+    """Roots of the sums of ``parts`` squares, a program for each sample and norm."""
     i_b, i_norm = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     p_in = p_part + (i_norm * tl.num_programs(0) + i_b) * parts
     b_sum = tl.zeros((BLOCK,), tl.float32)
@@ -159,7 +160,7 @@ def gate_residual(
             **tile, NORMS=wants_norms, num_warps=rows.WARPS,
         )  # fmt: skip
         if norms is not None and wants_norms:
-            _norms[b, 2](part, norms, row_stride(norms), blocks * pieces, BLOCK=1024)
+            finish_norms[b, 2](part, norms, row_stride(norms), blocks * pieces, BLOCK=1024)
     return out
 
 

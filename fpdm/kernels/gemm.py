@@ -18,8 +18,8 @@ Bytes of activations beside x, W and the result, in U = B T D, N U the width of 
 
 and what is kept is written on top (y 1, pre N, p 1), where the library has written it already.
 
-``fused``: None asks the committed table (fpdm.kernels.gemm_table), True runs these kernels, False
-the library and glue.
+``fused``: None asks the committed table (fpdm.kernels.gemm_table), True runs these kernels, a tile
+that one of them, False the library and glue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fpdm.kernels import gemm_kernels, mlp, rows
 from fpdm.kernels.adaln import adaln
-from fpdm.kernels.gate_residual import _norms, gate_residual, gate_residual_adaln
+from fpdm.kernels.gate_residual import finish_norms, gate_residual, gate_residual_adaln
 from fpdm.kernels.gemm_table import Tile, choice, tiles
 from fpdm.kernels.launch import FLOATS, aligned, cdiv, check, row_stride
 from fpdm.kernels.reference import LN_EPS, linear
@@ -81,10 +81,13 @@ def _plan(
     return grid, *operands, constants
 
 
-def _route(
-    op: str, x: Tensor, weight: Tensor, keep: bool, fused: bool | None
-) -> tuple[str, Tile | None]:
+Fused = bool | Tile | None
+
+
+def _route(op: str, x: Tensor, weight: Tensor, keep: bool, fused: Fused) -> tuple[str, Tile | None]:
     """The route and the tile (None: the first candidate)."""
+    if isinstance(fused, Tile):
+        return "fused", fused
     if fused is not None:
         return ("fused" if fused else "library"), None
     m, (n, k) = x.numel() // max(x.shape[-1], 1), weight.shape
@@ -101,29 +104,17 @@ def adaln_linear(
     y: Tensor | None = None,
     out: Tensor | None = None,
     keep: bool = True,
-    fused: bool | None = None,
+    fused: Fused = None,
 ) -> Tensor:
     """LN(z) (1 + scale) + shift, times W^T, plus b: see ``reference.adaln_linear``.
 
-    z (B,T,D), weight (O,D) -> (B,T,O). Raises LaunchError.
+    z (B,T,D), weight (O,D) -> (B,T,O). Fused: one GEMM, after a kernel for the statistics. Raises
+    LaunchError.
     """
     route, tile = _route("adaln_linear", z, weight, keep and y is not None, fused)
     if route == "library":
         return linear(adaln(z, shift, scale, out=y), weight, bias, out=out)
-    return fused_adaln_linear(z, shift, scale, weight, bias, y if keep else None, out, tile)
-
-
-def fused_adaln_linear(
-    z: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    y: Tensor | None = None,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
-    """``adaln_linear`` in one GEMM, after a kernel for the statistics; y None: not kept."""
+    y = y if keep else None
     (b, t, d), n, dtype = z.shape, weight.shape[0], (weight.dtype,)
     out = z.new_empty(b, t, n, dtype=weight.dtype) if out is None else out
     inputs = (
@@ -159,7 +150,7 @@ def linear_add_gelu(
     addend: Tensor,
     pre: Tensor | None = None,
     out: Tensor | None = None,
-    fused: bool | None = None,
+    fused: Fused = None,
 ) -> Tensor:
     """gelu(x W^T + u), u a bias (O,) or a tensor (B,T,O): see ``reference.linear_add_gelu``.
 
@@ -176,29 +167,6 @@ def linear_add_gelu(
         return mlp.linear_add_gelu(x, weight, addend, pre=pre, out=out)
     if route == "cublaslt":
         return cublaslt_bias_gelu(x, weight, addend, out)
-    return fused_linear_add_gelu(x, weight, addend, kept, out, tile)
-
-
-def cublaslt_bias_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    """gelu(x W^T + b) by cuBLASLt's epilogue: tanh GELU on CUDA only, of the float32 sum."""
-    flat, wt = x.reshape(-1, x.shape[-1]), weight.t()
-    if out is None:
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    torch.ops.aten._addmm_activation.out(
-        bias, flat, wt, use_gelu=True, out=out.view(-1, weight.shape[0])
-    )
-    return out
-
-
-def fused_linear_add_gelu(
-    x: Tensor,
-    weight: Tensor,
-    addend: Tensor,
-    pre: Tensor | None = None,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
-    """``linear_add_gelu`` in one GEMM; pre None: not kept."""
     (b, t, k), n, dtype = x.shape, weight.shape[0], (weight.dtype,)
     out = x.new_empty(b, t, n) if out is None else out
     bias = addend.dim() == 1
@@ -211,14 +179,24 @@ def fused_linear_add_gelu(
         "linear_add_gelu",
         x.device,
         inputs,
-        (("pre", pre, (b, t, n), dtype), ("out", out, (b, t, n), dtype)),
+        (("pre", kept, (b, t, n), dtype), ("out", out, (b, t, n), dtype)),
     )
     if x.numel():
-        op = "linear_bias_gelu" if bias else "linear_add_gelu"
         grid, p_x, p_w, constants = _plan(op, x.view(-1, k), weight, tile)
         gemm_kernels.linear_add_gelu[grid](
-            p_x, p_w, addend, pre, out, row_stride(weight), b * t, BIAS=bias, **constants
+            p_x, p_w, addend, kept, out, row_stride(weight), b * t, BIAS=bias, **constants
         )
+    return out
+
+
+def cublaslt_bias_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+    """gelu(x W^T + b) by cuBLASLt's epilogue: tanh GELU on CUDA only, of the float32 sum."""
+    flat, wt = x.reshape(-1, x.shape[-1]), weight.t()
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    torch.ops.aten._addmm_activation.out(
+        bias, flat, wt, use_gelu=True, out=out.view(-1, weight.shape[0])
+    )
     return out
 
 
@@ -233,7 +211,7 @@ def linear_gate_residual(
     prev: Tensor | None = None,
     norms: Tensor | None = None,
     keep: bool = True,
-    fused: bool | None = None,
+    fused: Fused = None,
 ) -> Tensor:
     """z + g (x W^T + b): see ``reference.linear_gate_residual``. Raises LaunchError."""
     route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
@@ -241,49 +219,6 @@ def linear_gate_residual(
         p = linear(x, weight, bias, out=p)
         return gate_residual(z, p, gate, out=out, prev=prev, norms=norms)
     p = p if keep else None
-    return fused_linear_gate_residual(x, weight, bias, z, gate, p, out, prev, norms, tile)
-
-
-def linear_gate_residual_adaln(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    z: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    p: Tensor | None = None,
-    z_out: Tensor | None = None,
-    out: Tensor | None = None,
-    keep: bool = True,
-    fused: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """z' = z + g (x W^T + b);  adaln(z'): see ``reference.linear_gate_residual_adaln``.
-
-    Fused: the GEMM with its epilogue, then the adaLN kernel. Raises LaunchError.
-    """
-    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
-    if route == "library":
-        p = linear(x, weight, bias, out=p)
-        return gate_residual_adaln(z, p, gate, shift, scale, z_out=z_out, out=out)
-    p = p if keep else None
-    z_new = fused_linear_gate_residual(x, weight, bias, z, gate, p, z_out, None, None, tile)
-    return z_new, adaln(z_new, shift, scale, out=out)
-
-
-def fused_linear_gate_residual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    z: Tensor,
-    gate: Tensor,
-    p: Tensor | None = None,
-    out: Tensor | None = None,
-    prev: Tensor | None = None,
-    norms: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
-    """``linear_gate_residual`` in one GEMM; p None: not kept."""
     (b, t, k), d, dtype = x.shape, weight.shape[0], (weight.dtype,)
     residual = (z.dtype,)
     out = torch.empty_like(z) if out is None else out
@@ -312,5 +247,31 @@ def fused_linear_gate_residual(
             b * t, T=t, **constants,
         )  # fmt: skip
         if norms is not None:
-            _norms[(b, 2)](sums, norms, row_stride(norms), parts, BLOCK=1024)
+            finish_norms[(b, 2)](sums, norms, row_stride(norms), parts, BLOCK=1024)
     return out
+
+
+def linear_gate_residual_adaln(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    z: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    p: Tensor | None = None,
+    z_out: Tensor | None = None,
+    out: Tensor | None = None,
+    keep: bool = True,
+    fused: Fused = None,
+) -> tuple[Tensor, Tensor]:
+    """z' = z + g (x W^T + b);  adaln(z'): see ``reference.linear_gate_residual_adaln``.
+
+    Fused: the GEMM with its epilogue, then the adaLN kernel. Raises LaunchError.
+    """
+    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
+    if route == "library":
+        p = linear(x, weight, bias, out=p)
+        return gate_residual_adaln(z, p, gate, shift, scale, z_out=z_out, out=out)
+    z_new = linear_gate_residual(x, weight, bias, z, gate, p, z_out, keep=keep, fused=tile or True)
+    return z_new, adaln(z_new, shift, scale, out=out)

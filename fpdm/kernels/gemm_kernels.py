@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fpdm.kernels import rows
-from fpdm.kernels.mlp import _sigmoid
+from fpdm.kernels.mlp import sigmoid
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def linear_add_gelu(
         b_pre = b_acc.to(p_out.dtype.element_ty)
         if p_pre is not None:
             tl.store(p_pre + i_base + o, b_pre, mask=m)
-        b_s, _ = _sigmoid(b_pre.to(tl.float32))
+        b_s, _ = sigmoid(b_pre.to(tl.float32))
         tl.store(p_out + i_base + o, (b_pre.to(tl.float32) * b_s).to(b_pre.dtype), mask=m)
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fpdm.kernels.launch import cdiv, dtype_name
 from fpdm.settings import UserError
 
 TABLE = Path(__file__).with_name("gemm_table.json")
@@ -106,17 +107,17 @@ def tiles(op: str, m: int, n: int, dtype: torch.dtype, arch: int) -> tuple[Tile,
 
 def _waves(tile: Tile, m: int, n: int, processors: int) -> float:
     """A guess at the time: rounds over all processors, times products and loads per block."""
-    blocks = -(-m // tile.m) * -(-n // tile.n)
+    blocks = cdiv(m, tile.m) * cdiv(n, tile.n)
     work = tile.m * tile.n + 32 * (tile.m + tile.n)
-    return -(-blocks // processors) * work
+    return cdiv(blocks, processors) * work
 
 
 def choice(
     op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device | str, keep: bool
 ) -> Choice:
     """What the committed table says for x (m,k) W^T (k,n) on ``device``, and why."""
-    name = str(dtype).removeprefix("torch.")
-    return _choice(op, m, n, k, name, keep, *names(torch.device(device)))
+    devices = names(torch.device(device))
+    return _choice(op, m, n, k, dtype_name(dtype), keep, *devices)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ of a weight), with unit stride inside a row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
@@ -201,8 +202,14 @@ def _allow(op: str, out: Span, other: Span, may_alias: Collection[tuple[str, str
         _refuse(op, out[5], f"memory partly shared with {other[5]}", "the same view or none of it")
 
 
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtypes(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return " or ".join(map(dtype_name, dtypes))
 
 
 def _refuse(op: str, name: str, got: str, expected: str) -> NoReturn:

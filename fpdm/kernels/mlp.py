@@ -31,7 +31,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _sigmoid(b_x):
+def sigmoid(b_x):
     """(s, s(1-s)) at 2 sqrt(2/pi) (x + 0.044715 x^3)."""
     # exp(-2|a|) as a power of two: 2 sqrt(2/pi) log2(e) = 2.3022082
     b_a = b_x * tl.fma(0.10294324 * b_x, b_x, 2.3022082)
@@ -45,7 +45,7 @@ def _gelu_forward(p_x, p_out, n, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
-    b_s, _ = _sigmoid(b_x)
+    b_s, _ = sigmoid(b_x)
     tl.store(p_out + o, (b_x * b_s).to(p_out.dtype.element_ty), mask=m)
 
 
@@ -57,7 +57,7 @@ def _add_gelu_forward(p_x, p_u, p_pre, p_out, n, BLOCK: tl.constexpr, KEEP: tl.c
     b_pre = (b_x + tl.load(p_u + o, mask=m, other=0.0).to(tl.float32)).to(p_out.dtype.element_ty)
     if KEEP:
         tl.store(p_pre + o, b_pre, mask=m)
-    b_s, _ = _sigmoid(b_pre.to(tl.float32))
+    b_s, _ = sigmoid(b_pre.to(tl.float32))
     tl.store(p_out + o, (b_pre.to(tl.float32) * b_s).to(p_out.dtype.element_ty), mask=m)
 
 
@@ -68,7 +68,7 @@ def _gelu_backward(p_dy, p_x, p_dx, p_total, n, BLOCK: tl.constexpr):
     m = o < n
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
-    b_s, b_slope = _sigmoid(b_x)
+    b_s, b_slope = sigmoid(b_x)
     # 2 a' = 1.5957691 + 0.21406445 x^2
     # from the left: the slope is 0 before the square overflows
     b_slope = b_slope * b_x * tl.fma(0.21406445 * b_x, b_x, 1.5957691)

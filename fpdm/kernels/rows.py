@@ -33,12 +33,13 @@ CHUNK = 32
 def tile(width: int) -> dict[str, int]:
     """ROWS and COLS for rows of ``width``: at most 16 pieces, 512 values in all up to D = 8192; at
     most 16 rows, which divide every chunk of tokens that a program sums."""
-    cols = min(max(128, next_power_of_2(cdiv(width, 16))), _power(width))
+    cols = min(max(128, next_power_of_2(cdiv(width, 16))), power(width))
     return {"D": width, "ROWS": min(max(512 // cols, 1), 16), "COLS": cols}
 
 
-def _power(width: int) -> int:
-    return max(next_power_of_2(width), 16)
+def power(n: int) -> int:
+    """The least power of two that is at least n, and that a block may have: 16."""
+    return max(next_power_of_2(n), 16)
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def _accumulate(
 
 def chunks(tokens: int, chunk: int = CHUNK) -> int:
     """Programs per sample in a kernel that sums ``chunk`` tokens each."""
-    return -(-tokens // chunk)
+    return cdiv(tokens, chunk)
 
 
 def workspace(like: Tensor, sums: int, chunk: int = CHUNK) -> Tensor:
@@ -187,7 +188,7 @@ def accumulate(part: Tensor, *outs: Tensor) -> None:
 
 @functools.cache
 def _accumulate_tile(width: int) -> dict[str, int]:
-    return {"D": width, "COLS": min(128, _power(width))}
+    return {"D": width, "COLS": min(128, power(width))}
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -226,8 +227,8 @@ def add_column_sums(x: Tensor, out: Tensor) -> None:
     n, d = x.shape
     if not x.numel():
         return
-    cols, chunk = min(128, _power(d)), 128
-    part = x.new_empty(-(-n // chunk), d, dtype=torch.float32)
+    cols, chunk = min(128, power(d)), 128
+    part = x.new_empty(cdiv(n, chunk), d, dtype=torch.float32)
     _column_sums[(len(part) * cdiv(d, cols),)](
         x, part, n, D=d, ROWS=32, COLS=cols, CHUNK=chunk, num_warps=WARPS
     )

@@ -22,7 +22,7 @@ from fpdm.kernels.gemm import (
     linear_gate_residual,
     linear_gate_residual_adaln,
 )
-from fpdm.kernels.launch import FLOATS, check
+from fpdm.kernels.launch import FLOATS, check, dtype_name
 from fpdm.kernels.mlp import gelu, gelu_backward
 from fpdm.kernels.reference import linear, linear_dgrad
 
@@ -55,8 +55,8 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     # the interpreter's bfloat16 dot is wrong
     known = tuple(d for d in FLOATS if not (INTERPRETED and d == torch.bfloat16))
     if dtype is not None and dtype not in known:
-        names = ", ".join(str(d).removeprefix("torch.") for d in known)
-        reasons.append(f"dtype: got {str(dtype).removeprefix('torch.')}, expected {names}")
+        names = ", ".join(map(dtype_name, known))
+        reasons.append(f"dtype: got {dtype_name(dtype)}, expected {names}")
     return "; ".join(reasons) or None
 
 

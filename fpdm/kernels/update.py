@@ -167,7 +167,8 @@ def update_(
             0.0 if guidance is None else guidance.scale,
             0.0 if guidance is None else guidance.rescale,
             C=c, H=h, P=patch, GUIDED=0 if guidance is None else guidance.channels,
-            RESCALED=guidance is not None and guidance.rescale != 0.0,
+            RESCALED=guidance is not None and guidance.rescale != 0.0
+            and guidance.channels * h * h > 1,
             NOISE=drawn if noise is None else "given", MULTISTEP=x0 is not None, BLOCK=BLOCK,
             num_warps=4,
         )  # fmt: skip
