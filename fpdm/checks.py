@@ -29,15 +29,16 @@ def check_machine(config: Config, world: int, device: torch.device) -> None:
 
 def check_data(config: Config, data: Dataset) -> None:
     """Model and data agree on shape and classes. Raises ConfigError."""
-    m = config.model
-    if tuple(data.shape) != (m.in_channels, m.input_size, m.input_size):
+    c, h, w = data.shape
+    if h != w:
+        raise ConfigError(f"data: got {h} x {w}, expected as high as wide")
+    there = {"in_channels": c, "input_size": h, "num_classes": data.num_classes}
+    wrong = [name for name, value in there.items() if getattr(config.model, name) != value]
+    if wrong:
+        got = ", ".join(str(getattr(config.model, name)) for name in wrong)
         raise ConfigError(
-            f"model.in_channels, input_size: got {m.in_channels}, {m.input_size}, expected the "
-            f"data's shape {tuple(data.shape)}"
-        )
-    if data.num_classes != m.num_classes:
-        raise ConfigError(
-            f"model.num_classes: got {m.num_classes}, expected the data's {data.num_classes}"
+            f"model.{', '.join(wrong)}: got {got}, expected the data's: "
+            + " ".join(f"--model.{name} {there[name]}" for name in wrong)
         )
     if len(data) < 1:
         raise ConfigError("data: got no samples, expected at least 1")

@@ -6,6 +6,7 @@ file; 130 interrupted. A traceback means a bug. Warnings of fpdm are ``prog: war
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -109,6 +110,67 @@ def unknown_option(token: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown option {name}{near}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes become one ConfigError, like every other mistake of a user; ``--a_b`` is ``--a-b``,
+    as it is for ``parse_options``."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The values; ConfigError for an option or a position that is none."""
+        given, tokens = sys.argv[1:] if args is None else args, []
+        known = dict(self._option_string_actions)
+        commands: Any = self._subparsers._group_actions if self._subparsers else ()
+        for name, command in ((n, c) for action in commands for n, c in action.choices.items()):
+            known |= command._option_string_actions if name in given else {}
+        for token in given:
+            if token.startswith("--"):
+                name, equals, value = token.partition("=")
+                # before argparse, which takes the value of an unknown option for a position
+                if (dashed := name.replace("_", "-")) not in known:
+                    raise unknown_option(token, known)
+                token = dashed + equals + value
+            tokens.append(token)
+        found, rest = super().parse_known_args(tokens, namespace)
+        if rest:
+            raise ConfigError(f"got {' '.join(rest)!r}, expected no more than --help names")
+        return found
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            kind = settings.describe(action.type) if action.type in (int, float) else "another"
+            raise ConfigError(f"{_named(action)}: got {text!r}, expected {kind}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            near = settings.suggest(str(value), choices)
+            raise ConfigError(
+                f"{_named(action)}: got {value!r}, expected one of {', '.join(choices)}{near}"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Whatever else argparse finds."""
+        raise ConfigError(message)
+
+
+COST = ("iters", "budget", "budget_macs")
+
+
+def replace_cost(argv: Sequence[str]) -> list[str]:
+    """``argv`` in which a cost of ``sample`` that is given (``--sample.budget 100``) takes the
+    place of the one that was there: exactly one may be left."""
+    given = {token.partition("=")[0].replace("-", "_") for token in argv}
+    others = [name for name in COST if f"__sample.{name}" not in given]
+    if len(others) == len(COST):
+        return list(argv)
+    return [*(token for name in others for token in (f"--sample.{name}", "none")), *argv]
+
+
+def _named(action: argparse.Action) -> str:
+    return (action.option_strings or [action.dest])[-1].lstrip("-")
+
+
 def parse_options(
     default: T,
     argv: Sequence[str],
@@ -129,7 +191,15 @@ def parse_options(
     kind: Any = type(default)
     fields = {name: hint for name, hint in settings.hints(kind).items() if name not in fixed}
     now = {name: getattr(default, name) for name in fields}
-    shown = [(name, hint, dataclasses.field(default=now[name])) for name, hint in fields.items()]
+    helps = {f.name: f.metadata.get("help") for f in dataclasses.fields(kind)}
+    shown: list[Any] = [
+        (
+            name,
+            typing.Annotated[hint, tyro.conf.arg(help=helps[name])] if helps[name] else hint,
+            dataclasses.field(default=now[name]),
+        )
+        for name, hint in fields.items()
+    ]
     options = dataclasses.make_dataclass("Options", shown, frozen=True)
     args = _tokens(argv, _leaves(fields, now), extra)
     told = io.StringIO()

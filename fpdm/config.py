@@ -32,7 +32,7 @@ class ModelConfig(Settings):
 
     section: ClassVar[str] = "model"
 
-    kind: Literal["fpdm", "dit"] = "fpdm"
+    kind: Literal["fpdm", "dit"] = "fpdm"  # the model, or its baseline
     input_size: int = 32  # height and width of what the model sees
     patch_size: int = 2  # p; T = (input_size / p)^2
     in_channels: int = 4  # C
@@ -97,9 +97,7 @@ class ExecutionConfig(Settings):
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
     chunks: int = 1  # parts of the batch that they walk in turn: divides the working set
-    residual_dtype: Literal["compute", "float32"] = (
-        "compute"  # of the iterate; no lower residual floor
-    )
+    residual_dtype: Literal["compute", "float32"] = "compute"  # of the iterate
 
     def check(self) -> None:
         """At least one chunk."""
@@ -121,10 +119,10 @@ class FixedPointConfig(Settings):
     m_min: int = 1  # iterations with gradient, lowest
     m_max: int = 12  # M
     detach_init: bool = True  # no gradient through the iterate that enters the m iterations
-    draws: Literal["global", "per_rank"] = "global"
+    draws: Literal["global", "per_rank"] = "global"  # of n and m: for all ranks, or each its own
     gradient: Literal["unroll", "implicit", "phantom"] = "unroll"  # unroll: S-JFB
     implicit_iters: int = 10  # evaluations of the transposed Jacobian in the backward
-    phantom_damping: float = 0.5
+    phantom_damping: float = 0.5  # phantom: of a step, 1: none
 
     def check(self) -> None:
         """Both ranges are in order."""
@@ -141,13 +139,13 @@ class DiffusionConfig(Settings):
 
     section: ClassVar[str] = "diffusion"
 
-    timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    timesteps: int = 1000  # T
+    beta_start: float = 1e-4  # of a linear schedule, before the rescaling
+    beta_end: float = 0.02  # see beta_start
     zero_terminal_snr: bool = True  # rescaled so that abar at the last timestep is exactly 0
-    prediction: Literal["v", "eps", "x0"] = "v"
-    loss_weight: Literal["v_mse", "p2", "min_snr", "eps_mse"] = "v_mse"
-    min_snr_gamma: float = 5.0
+    prediction: Literal["v", "eps", "x0"] = "v"  # what the network predicts
+    loss_weight: Literal["v_mse", "p2", "min_snr", "eps_mse"] = "v_mse"  # see above
+    min_snr_gamma: float = 5.0  # of loss_weight=min_snr
     vb_weight: float = 1.0  # of the variational bound that trains the variance
 
     def check(self) -> None:
@@ -175,12 +173,13 @@ class SamplerConfig(Settings):
 
     section: ClassVar[str] = "sample"
 
-    method: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"
+    method: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"  # dpmpp_2m: DPM-Solver++
     steps: int = 28  # S
     iters: int | None = None  # k, the same at every step
     budget: int | None = None  # blocks per image
     budget_macs: float | None = None  # MACs per image, guidance included
-    spacing: Literal["trailing", "linspace", "leading"] = "trailing"
+    spacing: Literal["trailing", "linspace", "leading"] = "trailing"  # of timesteps
+    # of iterations to timesteps, from noise to image
     allocation: Literal[
         "constant", "increasing", "decreasing", "explicit", "adaptive", "learned"
     ] = "constant"
@@ -197,11 +196,11 @@ class SamplerConfig(Settings):
     guidance: float = 1.0  # 1: none
     guidance_channels: int | None = None  # none: all C; 3: the published habit
     guidance_low: float = 0.0  # guided where low <= t / (T - 1) <= high
-    guidance_high: float = 1.0
+    guidance_high: float = 1.0  # see guidance_low
     guidance_rescale: float = 0.0  # 0: none, 1: the guided prediction has cond's deviation
     eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
-    batch: int = 64
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch: int = 64  # images at once
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the compute
     invariant: bool = False  # bitwise the same image in every batch, at a cost
     graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs; auto: those that measure faster
 
@@ -234,7 +233,7 @@ class DataConfig(Settings):
 
     section: ClassVar[str] = "data"
 
-    kind: Literal["digits", "images", "latents"] = "digits"
+    kind: Literal["digits", "images", "latents"] = "digits"  # see above
     path: str = ""  # images, latents: the folder
     split: Literal["train", "reference", "all"] = "train"  # digits: which half
     image_size: int = 32  # images: height and width after decoding
@@ -253,16 +252,16 @@ class OptimConfig(Settings):
 
     section: ClassVar[str] = "optim"
 
-    impl: Literal["auto", "onepass", "fused", "foreach", "single"] = "auto"
-    lr: float = 1e-4
+    impl: Literal["auto", "onepass", "fused", "foreach", "single"] = "auto"  # of AdamW
+    lr: float = 1e-4  # learning rate, at its highest
     lr_final: float | None = None  # cosine to this at the last step; none: constant
     warmup_steps: int = 0  # linear
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.999  # decay of the mean of their squares
+    eps: float = 1e-8  # of AdamW's denominator
+    weight_decay: float = 0.0  # decoupled, times the learning rate
     clip_norm: float | None = None  # of the gradient of all parameters
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the average of the parameters, per step
     ema_warmup: bool = False  # shorter average early on
 
     def check(self) -> None:
@@ -283,26 +282,26 @@ class TrainConfig(Settings):
 
     out: str = "runs"  # runs live in OUT/NAME
     name: str = ""  # empty: the recipe's
-    steps: int = 400_000
+    steps: int = 400_000  # of the optimiser, in all
     batch: int = 512  # global: all ranks, all micro-batches
     accumulate: int = 1  # micro-batches per step
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the compute; weights are fp32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    seed: int = 0  # of everything random
     label_dropout: float = 0.1  # share of labels replaced by the null label
     log_every: int = 100  # steps per row of metrics.jsonl
     save_every: int = 5_000  # steps per checkpoint; 0: at the end only
     keep: int = 3  # checkpoints
     grid_every: int = 10_000  # steps per sample grid; 0: at the end only
-    grid_per_class: int = 4
+    grid_per_class: int = 4  # images in a row of a sample grid
     max_nonfinite: int = 20  # in a row, then the run ends
     scale_init: float = 65536.0  # fp16 loss scale
-    scale_growth_interval: int = 2000
-    scale_floor: float = 1.0
-    resume: Literal["auto", "never"] = "auto"
+    scale_growth_interval: int = 2000  # good fp16 steps until the scale doubles
+    scale_floor: float = 1.0  # fp16 loss scale, lowest
+    resume: Literal["auto", "never"] = "auto"  # never: refuse a run that has checkpoints
     graphs: Literal["off", "auto", "on"] = "off"  # CUDA graphs of micro-batches; auto: where faster
-    tensorboard: bool = False
-    ddp_timeout_s: int = 600
+    tensorboard: bool = False  # the metrics there too (package tensorboard)
+    ddp_timeout_s: int = 600  # seconds that a rank waits for the others
 
     def check(self) -> None:
         """Counts are counts, and micro-batches are equal."""

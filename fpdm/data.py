@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import shards
+from fpdm.cli import Parser, run_main
 from fpdm.config import DataConfig
 from fpdm.images import ImageFolder, index_images
 from fpdm.shards import DataError, LatentBatch, check_request, listed
@@ -34,6 +35,11 @@ __all__ = ["DataError", "Dataset", "Digits", "open_dataset", "stream_indices"]
 DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 _DIGITS_SHA256 = "4afc85c7930fc0114a9f0d5514db7ab0acd53712cc61ae00d698cb2fe3213f34"
 _ROUNDS = 6
+_FOLDERS = {
+    "images": "images: a folder per class, PNG, JPEG, WEBP or BMP in it",
+    "latents": "latent shards, as python -m fpdm.data convert-fastdit (or convert-lightningdit) "
+    "makes one",
+}
 
 
 class Dataset(Protocol):
@@ -67,7 +73,9 @@ def open_dataset(config: DataConfig) -> Dataset:
         raise DataError(f"data.split: got reference, expected train for kind={config.kind}")
     path = Path(config.path)
     if not config.path or not path.is_dir():
-        raise DataError(f"data.path: got {config.path!r}, expected a folder of {config.kind}")
+        raise DataError(
+            f"data.path: got {config.path or 'none'}, expected a folder of {_FOLDERS[config.kind]}"
+        )
     if config.kind == "images":
         return ImageFolder(path, config.image_size)
     return shards.open_latents(path, config.latent_scale, config.flip)
@@ -259,30 +267,35 @@ def lightningdit_batches(folder: Path) -> Iterator[LatentBatch]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m fpdm.data", description="Import and check data.")
+    parser = Parser("python -m fpdm.data", description="Import and check data.")
     commands = parser.add_subparsers(dest="command", required=True)
     fastdit = commands.add_parser("convert-fastdit", help="folders of N.npy to shards")
-    fastdit.add_argument("features", type=Path)
-    fastdit.add_argument("labels", type=Path)
+    fastdit.add_argument("features", type=Path, help="folder of N.npy, latents (b, C, h, w)")
+    fastdit.add_argument("labels", type=Path, help="folder of N.npy, labels (b,)")
     lightningdit = commands.add_parser("convert-lightningdit", help="safetensors files to shards")
-    lightningdit.add_argument("folder", type=Path)
+    lightningdit.add_argument("folder", type=Path, help="of *.safetensors: latents and labels")
     stored = {fastdit: DataConfig().latent_scale, lightningdit: 1.0}
     for command, scale in stored.items():
-        command.add_argument("out", type=Path)
-        command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-        command.add_argument("--rows-per-shard", type=int, default=8192)
+        command.add_argument("out", type=Path, help="new folder of shards, for --data.path")
+        command.add_argument(
+            "--dtype", choices=("float16", "float32"), default="float16",
+            help="of the stored latents (default float16)",
+        )  # fmt: skip
+        command.add_argument(
+            "--rows-per-shard", type=int, default=8192, help="latents per file (default 8192)"
+        )
         command.add_argument("--num-classes", type=int, help="default: the largest label + 1")
         command.add_argument(
             "--latent-scale", type=float, default=scale,
             help=f"factor that the input already carries (default {scale})",
         )  # fmt: skip
     verify = commands.add_parser("verify", help="check every byte of shards, or decode every image")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", type=Path, help="of shards, or of class folders of images")
     verify.add_argument(
         "--skip-broken", action="store_true", help="images: agree to leave broken files out"
     )
     info = commands.add_parser("latents-info", help="check and describe shards")
-    info.add_argument("folder", type=Path)
+    info.add_argument("folder", type=Path, help="of shards")
     return parser
 
 
@@ -352,8 +365,6 @@ def command(argv: list[str]) -> None:
 
 def main() -> None:
     """Entry point: errors of the user become one line and exit status 2."""
-    from fpdm.cli import run_main
-
     run_main("fpdm.data", command)
 
 

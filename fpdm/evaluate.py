@@ -2,7 +2,8 @@
 
 SOURCE is a run directory (EMA of its newest checkpoint), an export directory, or nothing: the
 digits model of the package. What is measured, and the targets, are in fpdm.quality. The table is
-printed and written as ``evaluation.json``; exit status 0 whatever it says, unless ``--strict``.
+printed and written as ``evaluation.json`` of the run, or ``evaluations/NAME-HASH.json`` here for an
+export; exit status 0 whatever it says, unless ``--strict``.
 ``--sweep`` draws quality against iterations per timestep at fixed budgets (fpdm.sweep).
 """
 
@@ -12,7 +13,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import sweep
-from fpdm.cli import parse_options, run_main, take_option
-from fpdm.config import ConfigError, DataConfig, SamplerConfig
+from fpdm.cli import parse_options, replace_cost, run_main, take_option
+from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import open_dataset
-from fpdm.files import atomic_write
+from fpdm.files import atomic_write, make_directory, write_problem
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.quality import Evaluation, baseline, digits, evaluate_pixels, evaluate_samples
 from fpdm.recipes import load_config
@@ -43,11 +44,16 @@ class Options:
 
     sample: SamplerConfig
     data: DataConfig
-    sets: int = 4
-    count: int = 256  # samples per set, of data other than digits
-    seed: int = 0
-    held_out: str = ""
-    out: str = ""
+    sets: int = field(default=4, metadata={"help": "how many are drawn, of 898 digits each"})
+    count: int = field(default=256, metadata={"help": "samples per set, of data other than digits"})
+    seed: int = field(default=0, metadata={"help": "sample i has seed + i"})
+    held_out: str = field(
+        default="", metadata={"help": "folder of images or latents that training did not see"}
+    )
+    out: str = field(
+        default="",
+        metadata={"help": "JSON file or directory of results (the run's own, or evaluations/)"},
+    )
 
 
 def is_digits(source: LoadedSource) -> bool:
@@ -120,6 +126,24 @@ def _run_data(path: str | None) -> DataConfig:
     return load_config(str(config)).data if path and config.is_file() else DataConfig()
 
 
+def results_path(source: LoadedSource, options: Options) -> Path:
+    """Where results go, made ready before anything is measured: ``--out``, else the run; beside an
+    export, which may be shared or installed, nothing is written. Raises UserError."""
+    named = f"evaluations/{source.name}-{source.digest()[:8]}.json"
+    run = source.path / "evaluation.json" if (source.path / "checkpoints").is_dir() else named
+    out = Path(options.out or run)
+    if out.is_dir() or options.out.endswith("/"):
+        out = out / "evaluation.json"
+    try:
+        make_directory(out.parent)
+        # an unwritable place must not cost the measurement
+        atomic_write(out.with_name(f"{out.name}.probe"), b"")
+        out.with_name(f"{out.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(write_problem(out, error)) from error
+    return out
+
+
 def command(argv: list[str]) -> int:
     """``python -m fpdm.evaluate``; see the module. Raises UserError."""
     help_only = "-h" in argv or "--help" in argv
@@ -142,13 +166,13 @@ def command(argv: list[str]) -> int:
         "--sweep": "quality against k at fixed budgets, into --out (sweep/)",
         "--budgets, --ks, --seeds": "of the sweep: blocks, iterations, number of seeds",
     }  # fmt: skip
+    prog = "python -m fpdm.evaluate [SOURCE]"
     if help_only:
-        parse_options(
-            Options(SamplerConfig(iters=8), DataConfig()), ["--help"], "fpdm.evaluate", extra
-        )
+        parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
     source = load_source(path, weights, None, choose_device(device or "auto"))
     default = Options(source.sampler_config, _run_data(path))
-    options = parse_options(default, argv, "fpdm.evaluate", extra)
+    # a sweep refuses a cost, which it decides itself
+    options = parse_options(default, argv if sweeping else replace_cost(argv), prog, extra)
     if sweeping:
         given = ["--strict"] * strict
         given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
@@ -157,17 +181,17 @@ def command(argv: list[str]) -> int:
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
             )
         return _sweep(source, options, wanted)
+    out = results_path(source, options)
     found = evaluate(source, options)
     print(found.table(), flush=True)
-    out = options.out or (str(Path(path) / "evaluation.json") if path else "")
-    if out:
-        record = found.to_dict() | {
-            "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
-            "sample": plain(options.sample),
-            "seed": options.seed,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
-        atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    record = found.to_dict() | {
+        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+        "sample": plain(options.sample),
+        "seed": options.seed,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    print(f"wrote {out}")
     return 1 if strict and not found.passed else 0
 
 

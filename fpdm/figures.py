@@ -214,7 +214,7 @@ def plot_history(metrics: str | Path, path: str | Path) -> bool:
         if name in history:
             iterations.plot(steps, history[name], ".", markersize=3, label=name)
     for axis, title in (
-        (loss, "loss"), (residual, "relative residual"), (iterations, "iterations"),
+        (loss, "loss"), (residual, "relative residual"), (iterations, "iterations n, m"),
     ):  # fmt: skip
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
@@ -271,8 +271,8 @@ def plot_residuals(residual: Tensor, timesteps: Sequence[int], path: str | Path)
     image = axis.imshow(table, norm=norm, aspect="auto", interpolation="nearest")
     axis.set_xticks(range(table.shape[1]), [str(j + 1) for j in range(table.shape[1])])
     axis.set_yticks(range(table.shape[0]), [str(t) for t in timesteps])
-    axis.set_xlabel("iteration")
-    axis.set_ylabel("timestep")
+    axis.set_xlabel("iteration of the timestep")
+    axis.set_ylabel("timestep t, from noise to image")
     figure.colorbar(image, label="relative residual")
     _save(figure, path)
     return True
@@ -305,19 +305,19 @@ def plot_report(
     if not any(residual.isfinite().any() for residual, _ in runs.values()):
         print(f"{path}: not drawn, no iteration has a residual", file=sys.stderr)
         return False
-    figure = _figure(3.6 + 4.0 * len(runs), 4.2, str(path))
+    figure = _figure(3.4 + 3.1 * len(runs), 4.2, str(path))
     if figure is None:
         return False
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    axes = figure.subplots(1, 1 + len(runs), width_ratios=[3.2] + [4.0] * len(runs))
+    axes = figure.subplots(1, 1 + len(runs), width_ratios=[3.0] + [3.4] * len(runs))
     _plot_iterations(axes[0], runs, timesteps)
     scale = ScalarMappable(Normalize(0, max(timesteps)), colormaps["viridis"])
     for axis, (title, (residual, ran)) in zip(axes[1:], runs.items()):
         _plot_paths(axis, residual, ran, timesteps, scale.to_rgba)
-        axis.set_title(f"{title}: median, 10-90 % of {residual.shape[2]} images", fontsize=10)
+        axis.set_title(f"{title}\nmedian, 10-90 % of {residual.shape[2]} images", fontsize=10)
         axis.sharey(axes[1])
         if tol:
             axis.axhline(
@@ -325,7 +325,7 @@ def plot_report(
             )
             axis.legend(loc="upper right")
     axes[1].set_ylabel("relative residual |f(x) - x| / |f(x)|")
-    figure.colorbar(scale, ax=axes[-1], label="timestep t")
+    figure.colorbar(scale, ax=axes[-1], label="timestep t (0: image)")
     _save(figure, path)
     return True
 
@@ -345,7 +345,7 @@ def _plot_iterations(
         axis.bar(where, mean.numpy(), width, yerr=spread, capsize=2, label=title)
     every = -(-len(place) // 10)
     axis.set_xticks(place[::every], [str(t) for t in timesteps[::every]], rotation=60)
-    axis.set(xlabel="timestep t, from noise to image", ylabel="iterations: mean, 10-90 %")
+    axis.set(xlabel="timestep t, from noise to image", ylabel="iterations per image: mean, 10-90 %")
     axis.legend(loc="best")
 
 
@@ -365,7 +365,7 @@ def _plot_paths(
         if index in (0, len(timesteps) // 2, len(timesteps) - 1):
             axis.fill_between(x, low[index], high[index], color=colour(t), alpha=0.2, linewidth=0)
     axis.set_yscale("log")
-    axis.set_xlabel("iteration")
+    axis.set_xlabel("iteration of the timestep")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
 
@@ -378,7 +378,7 @@ def plot_sweep(
     rows: {"budget", "k", "seed", "frechet", "accuracy"}; every seed is a dot, lines go through the
     means. ``references``: Frechet distances of real data, drawn as lines. False without matplotlib.
     """
-    figure = _figure(10.0, 4.4, str(path))
+    figure = _figure(9.0, 4.4, str(path))
     if figure is None:
         return False
     frechet, accuracy = figure.subplots(1, 2)
@@ -393,8 +393,10 @@ def plot_sweep(
     for style, (name, value) in zip((":", "--"), (references or {}).items()):
         frechet.axhline(value, color="black", linestyle=style, linewidth=1, label=name)
     frechet.set_yscale("log")
-    frechet.set_ylabel("Frechet distance: each seed, mean")
-    accuracy.set_ylabel("conditional accuracy: each seed, mean")
+    frechet.set_ylabel("Frechet distance (lower is better)")
+    accuracy.set_ylabel("accuracy (share recognised as its label)")
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(f"lines: means; dots: each of {seeds} sampling seeds", fontsize=10)
     for axis in (frechet, accuracy):
         axis.set_xscale("log")
         axis.set_xlabel("iterations k per timestep")

@@ -127,6 +127,10 @@ def write_problem(path: Path, error: OSError) -> str:
     reason = error.strerror or type(error).__name__
     if error.errno == errno.EFBIG:
         reason = f"{reason} (limit of the process, ulimit -f)"
+    if error.errno == errno.EISDIR:
+        return f"cannot write {path}: {reason}; expected the name of a file"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        return f"cannot write {path}: {reason}; expected a directory {path.parent}"
     free = ""
     with contextlib.suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free / 1e6:.1f} MB free)"

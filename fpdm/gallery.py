@@ -80,6 +80,8 @@ class Store:
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Take ``out`` for ``settings`` (JSON); ConfigError names the first difference to its own."""
     path = out / "settings.json"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: got the file {out}, expected a directory, new or of these images")
     try:
         make_directory(out)
     except OSError as error:

@@ -229,8 +229,8 @@ def index_images(
     refused = [f"{name} ({records[name].problem})" for name in broken if name not in accepted]
     if refused:
         raise DataError(
-            f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 5)}; "
-            "mend them, or agree to skip them: python -m fpdm.data verify --skip-broken"
+            f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 3)}; "
+            f"mend them, or agree to skip them: python -m fpdm.data verify {folder} --skip-broken"
         )
     return records, accepted
 

@@ -283,7 +283,7 @@ def render(report: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     """``python -m fpdm.info [--json]``."""
     if argv in (["-h"], ["--help"]):
-        print("usage: python -m fpdm.info [--json]")
+        print("usage: python -m fpdm.info [--json]\n\nWhat this machine can run, else why not.")
         return 0
     if argv not in ([], ["--json"]):
         raise ConfigError(f"got {' '.join(argv)}, expected nothing or --json")

@@ -28,6 +28,9 @@ from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 FREQUENCIES = 256
 
 
+_compiling = torch.compiler.is_compiling
+
+
 class Modulation(NamedTuple):
     """adaLN vectors in the compute dtype: (B,6D) per block, (B,2D) for the final layer."""
 
@@ -144,7 +147,7 @@ class _Transformer(nn.Module):
         return self._linear(s, f"{name}.adaLN_modulation.1", w)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
-        """Shapes and kinds at the boundary; values are the caller's (reading them would wait)."""
+        """Shapes and kinds at the boundary; values only where reading them does not wait."""
         c, b = self.config, x.shape[0]
         want = (b, c.in_channels, c.input_size, c.input_size)
         if tuple(x.shape) != want or not x.is_floating_point():
@@ -153,6 +156,16 @@ class _Transformer(nn.Module):
             if tuple(value.shape) != (b,) or value.is_floating_point():
                 got = f"{tuple(value.shape)} {value.dtype}"
                 raise ValueError(f"{name}: got {got}, expected ({b},) integers")
+        for name, value, most in (("t", t, None), ("y", y, c.num_classes)):
+            # not of a fake or compiled tensor, which has none
+            if type(value) is Tensor and value.device.type == "cpu" and b and not _compiling():
+                read = value.numpy()
+                low, high = int(read.min()), int(read.max())
+                if low < 0 or (most is not None and high > most):
+                    bound = (
+                        "at least 0" if most is None else f"0..{most} ({most} is the null label)"
+                    )
+                    raise ValueError(f"{name}: got {low if low < 0 else high}, expected {bound}")
         tokens = (b, c.tokens, c.hidden_size)
         if init is not None and tuple(init.shape) != tokens:
             raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")

@@ -68,10 +68,26 @@ def load_source(
         return _load_export(path, which, impl, device)
     if (path / "checkpoints").is_dir():
         return _load_run(path, which or "ema", impl, device)
+    if path.suffix in (".pt", ".pth", ".ckpt") and path.is_file():
+        raise ConfigError(
+            f"source: got the file {path}, expected a directory: read it with "
+            "fpdm.interop.load_official and write one with fpdm.interop.export"
+        )
     raise ConfigError(
         f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
-        f"(with {interop.CONFIG})"
+        f"(with {interop.CONFIG}){_nearest(path)}"
     )
+
+
+def _is_source(path: Path) -> bool:
+    return (path / interop.CONFIG).is_file() or (path / "checkpoints").is_dir()
+
+
+def _nearest(path: Path) -> str:
+    """What may have been meant: a run that ``path`` lies in, one that lies in it, one in runs/."""
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    found = [p for p in (*path.parents[:3], *inside, Path("runs") / path.name) if _is_source(p)]
+    return f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
 
 
 def _load_export(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fpdm import settings
-from fpdm.cli import parse_options, take_option
+from fpdm.cli import COST, parse_options, replace_cost, take_option
 from fpdm.config import (
     Config,
     ConfigError,
@@ -136,6 +136,8 @@ def _read(recipe: str) -> Config:
         raise ConfigError(f"recipe: got {path}, expected a file")
     data = settings.read_yaml(path)
     base, preset = str(data.get("recipe") or ""), data.pop("preset", None)
+    if isinstance(sample := data.get("sample"), dict) and sample.keys() & set(COST):
+        data["sample"] = dict.fromkeys(COST) | sample
     if base and base not in RECIPES:
         raise ConfigError(f"{path}: unknown recipe {base}{settings.suggest(base, RECIPES)}")
     config = RECIPES[base] if base else Config()
@@ -162,5 +164,9 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
     if preset is not None:
         config = with_preset(config, preset)
     presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
-    extra = {"--preset": f"NAME: architecture, before all other options: {presets}"}
-    return parse_options(config, rest, f"fpdm.train {recipe}", extra, fixed=("recipe",))
+    extra = {
+        "RECIPE": f"{', '.join(RECIPES)} or a YAML file, whose values follow",
+        "--preset": f"NAME: architecture, before all other options: {presets}",
+    }
+    name = f"python -m fpdm.train {recipe}"
+    return parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))

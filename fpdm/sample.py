@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from fpdm import calibration, figures
 from fpdm.budget import Calibration
-from fpdm.cli import run_main, unknown_option
+from fpdm.cli import COST, Parser, run_main
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
@@ -41,7 +41,6 @@ from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.settings import hints, plain
 
 REPORTED = 256  # images of which a report keeps every residual
-COST = ("iters", "budget", "budget_macs")
 
 
 @dataclass(frozen=True)
@@ -72,21 +71,6 @@ class Made:
     traced: list[int]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become one ConfigError, like every other mistake of a user."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known = self._option_string_actions
-        for token in args or ():
-            # before argparse, which takes the value of an unknown option for the source
-            if token.startswith("--") and token.partition("=")[0] not in known:
-                raise unknown_option(token, known)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def choices(name: str) -> tuple[str, ...]:
     """What ``SamplerConfig`` allows for a setting of words."""
     return get_args(hints(SamplerConfig)[name])
@@ -94,9 +78,10 @@ def choices(name: str) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; what is not given comes from the source's own sampler settings."""
-    p = _Parser(
-        prog="fpdm.sample",
-        description="Draw images with a trained FPDM or DiT.",
+    p = Parser(
+        prog="python -m fpdm.sample",
+        description="Draw images with a trained FPDM or DiT. What is not given comes from the "
+        "source's own settings; a new cost (--iters, --budget, ...) replaces the old one.",
         allow_abbrev=False,
     )
     p.add_argument("source", nargs="?", help="run or export directory (default: shipped digits)")
@@ -110,25 +95,33 @@ def parser() -> argparse.ArgumentParser:
     cost.add_argument("--budget", type=int, help="blocks per image")
     cost.add_argument("--budget-macs", type=float, help="multiply-adds per image")
     cost.add_argument("--schedule", help="iterations of every timestep in order: 8,8,4,...")
-    p.add_argument("--method", choices=choices("method"))
+    p.add_argument(
+        "--method", choices=choices("method"), help="of sampling (dpmpp_2m: DPM-Solver++)"
+    )
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
-    p.add_argument("--spacing", choices=choices("spacing"))
-    # explicit is what --schedule asks for
-    p.add_argument("--allocation", choices=[a for a in choices("allocation") if a != "explicit"])
+    p.add_argument("--spacing", choices=choices("spacing"), help="of the timesteps in 0..T-1")
+    p.add_argument(
+        # explicit is what --schedule asks for
+        "--allocation", choices=[a for a in choices("allocation") if a != "explicit"],
+        help="of iterations to timesteps, from noise to image; learned: see --calibrate",
+    )  # fmt: skip
     p.add_argument("--tol", type=float, help="residual that ends an image's iteration; 0: none")
-    p.add_argument("--solver", choices=choices("solver"))
+    p.add_argument("--solver", choices=choices("solver"), help="picard: x = f(x) as it stands")
     p.add_argument("--damping", type=float, help="of the solver's step; 1: none")
     p.add_argument("--window", type=int, help="differences that anderson and broyden remember")
     p.add_argument("--max-iters", type=int, help="of --allocation adaptive, per timestep")
     p.add_argument("--calibrate", type=int, metavar="IMAGES", help="learn an allocation and stop")
-    p.add_argument("--reuse", choices=choices("reuse"))
+    p.add_argument(
+        "--reuse", choices=choices("reuse"),
+        help="of the last timestep's solution, where the next iteration starts",
+    )  # fmt: skip
     p.add_argument("--gamma", type=float, dest="reuse_gamma", help="of --reuse blend")
     p.add_argument("--gamma-end", type=float, dest="reuse_gamma_end", help="gamma at t = 0")
     p.add_argument("--rho", type=float, dest="reuse_rho", help="of --reuse extrapolate")
     p.add_argument("--guidance", type=float, help="scale; 1 is the conditional model alone")
     p.add_argument("--guidance-channels", type=int, help="guide only the first ones")
     p.add_argument("--guidance-low", type=float, help="guide where low <= t / (T - 1) <= high")
-    p.add_argument("--guidance-high", type=float)
+    p.add_argument("--guidance-high", type=float, help="see --guidance-low")
     p.add_argument("--guidance-rescale", type=float, help="0 none, 1 deviation of the conditional")
     p.add_argument("--labels", default="balanced", help="balanced, all, or 0,3,5-7 (cycled)")
     p.add_argument("--count", type=int, help="number of images")
@@ -136,8 +129,10 @@ def parser() -> argparse.ArgumentParser:
     seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
     seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument("--batch", type=int, help="images at once")
-    p.add_argument("--dtype", choices=choices("dtype"))
-    p.add_argument("--graphs", choices=choices("graphs"), help="CUDA graphs")
+    p.add_argument("--dtype", choices=choices("dtype"), help="of the compute")
+    p.add_argument(
+        "--graphs", choices=choices("graphs"), help="CUDA graphs; auto: where measured faster"
+    )
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")

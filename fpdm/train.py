@@ -225,10 +225,23 @@ class Trainer:
 
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
+        if shown:
+            print(self._described(), flush=True)
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
         implementations.reset_counters()
         if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
             self._grid()
+
+    def _described(self) -> str:
+        """What is trained, on what, where to."""
+        t, m = self.config.train, self.config.model
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        ranks = f"{self.ranks.world} ranks of " if self.ranks.world > 1 else ""
+        return (
+            f"{self.directory.root}: {m.kind}, {parameters:.2f} M parameters; {len(self.data)} "
+            f"samples ({self.config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} "
+            f"on {ranks}{self.ranks.device}"
+        )
 
     def _loop(self) -> bool:
         """True at the end of the run, False after a signal."""
@@ -430,7 +443,8 @@ class Trainer:
                 self.progress.say(f"step {self.step}: {bad} images of the grid hold NaN or Inf")
             # of latents the first three channels are shown as they are
             x = drawn[0][:, :3] if model.in_channels > 2 else drawn[0][:, :1]
-            figures.save_grid(x, self.directory.sample(self.step), train.grid_per_class)
+            path = self.directory.sample(self.step)
+            figures.save_grid(x, path, train.grid_per_class, labels=classes)
 
     def _announce(self) -> None:
         """Says which implementation ran every operator; raises ImplError if one is another than

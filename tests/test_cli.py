@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import pytest
 
 import fpdm
+from fpdm import __main__ as main
+from fpdm import data, sample
 from fpdm.cli import run_main, take_option
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.recipes import load_config
@@ -146,6 +148,69 @@ def test_take_option() -> None:
 def test_texts_of_any_kind() -> None:
     for text in ("--x", "-", "", "=", "a b", "none"):
         assert load_config("digits", [f"--train.name={text}"]).train.name == text
+
+
+@pytest.mark.parametrize("module", ["fpdm.train", "fpdm.evaluate"])
+def test_every_option_is_explained(module: str) -> None:
+    """Its default alone is no help."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], text=True, capture_output=True, timeout=60
+    )
+    lines = [line.strip("│ ") for line in done.stdout.splitlines()]
+    options = [i for i, line in enumerate(lines) if line.startswith("--") and lines[i - 1] != ""]
+    bare = [lines[i] for i in options if lines[i + 1].startswith("(default")]
+    assert len(options) > 20
+    assert bare == []
+
+
+def test_every_option_of_argparse_is_explained() -> None:
+    parsers = [sample.parser()]
+    (commands,) = data._parser()._subparsers._group_actions  # type: ignore[union-attr]
+    parsers += commands.choices.values()  # type: ignore[union-attr,arg-type]
+    actions = [action for parser in parsers for action in parser._actions]
+    assert len(actions) > 40
+    assert [action.dest for action in actions if not action.help] == []
+
+
+def test_mistakes_that_argparse_finds() -> None:
+    def told(*argv: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            sample.parser().parse_args([*argv])
+        return str(caught.value)
+
+    assert told("--steps", "many") == "steps: got 'many', expected an integer"
+    assert told("--tol", "x") == "tol: got 'x', expected a finite number"
+    near = "reuse: got 'ful', expected one of none, full, blend, extrapolate; did you mean full?"
+    assert told("--reuse", "ful") == near
+    assert told("runs/a", "runs/b") == "got 'runs/b', expected no more than --help names"
+    assert "did you mean --budget-macs?" in told("--budget-mac", "3")
+    assert sample.parser().parse_args(["--budget_macs", "1e9"]).budget_macs == 1e9
+    with pytest.raises(ConfigError, match=r"unknown option --dtipe; did you mean --dtype\?"):
+        data._parser().parse_args(["convert-fastdit", "a", "b", "c", "--dtipe", "float16"])
+
+
+def test_a_new_cost_replaces_the_old_one(tmp_path: Path) -> None:
+    sampled = load_config("digits", ["--sample.budget", "100"]).sample
+    assert (sampled.iters, sampled.budget) == (None, 100)
+    assert load_config("digits", ["--sample.steps", "5"]).sample.iters == 3
+    file = tmp_path / "x.yaml"
+    file.write_text("recipe: digits\nsample: {budget: 100}\n")
+    sampled = load_config(str(file)).sample
+    assert (sampled.iters, sampled.budget) == (None, 100)
+
+
+def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main([])
+    told = capsys.readouterr().out
+    assert all(f"python -m fpdm.{name} " in told for name in main.COMMANDS)
+    with pytest.raises(ConfigError, match=r"got trian, expected .*; did you mean train\?"):
+        main.main(["trian"])
+    done = subprocess.run(
+        [sys.executable, "-m", "fpdm", "evaluate", "--sets", "x"],
+        text=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "fpdm.evaluate: error: sets: got 'x', expected an integer\n"
 
 
 def test_options_of_a_single_section() -> None:

@@ -373,3 +373,11 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path):
 if __name__ == "__main__":
     data.DIGITS.write_bytes(make_digits())
     print(hashlib.sha256(make_digits()).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("latents", "convert-fastdit"), ("images", "per class")]
+)
+def test_an_absent_folder_says_what_belongs_there(kind: str, words: str) -> None:
+    refused(lambda: open_dataset(DataConfig(kind=kind, path="nowhere")), "nowhere", words)  # type: ignore[arg-type]
+    refused(lambda: open_dataset(DataConfig(kind=kind)), "got none", words)  # type: ignore[arg-type]

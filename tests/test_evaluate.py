@@ -259,20 +259,41 @@ def exported(tmp_path):
 FEW = ["--sample.steps", "2", "--sample.iters", "1", "--sample.batch", "449"]
 
 
-def test_command_measures_an_export(exported, capsys):
+def test_command_measures_an_export(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     argv = [str(exported), "--sets", "2", *FEW]
     assert evaluate.command(argv) == 0
-    assert "FAIL" in capsys.readouterr().out
-    written = json.loads((exported / "evaluation.json").read_text())
+    told = capsys.readouterr().out
+    assert "FAIL" in told
+    # an export may be installed or shared: it stays as it was
+    assert sorted(p.name for p in exported.iterdir()) == ["config.json", "model.safetensors"]
+    (found,) = (tmp_path / "evaluations").iterdir()
+    assert told.endswith(f"wrote evaluations/{found.name}\n")
+    written = json.loads(found.read_text())
     assert written["passed"] is False
     assert len(written["details"]["sets"]) == 2
     assert written["sample"]["steps"] == 2
     assert evaluate.command([*argv, "--strict"]) == 1
-    assert json.loads((exported / "evaluation.json").read_text()) == written
+    assert json.loads(found.read_text()) == written
     other = exported.parent / "other.json"
     assert evaluate.command([*argv, "--seed", "7", "--out", str(other)]) == 0
-    results = [json.loads(p.read_text())["results"] for p in (other, exported / "evaluation.json")]
+    results = [json.loads(p.read_text())["results"] for p in (other, found)]
     assert results[0] != results[1]
+
+
+def test_a_budget_takes_the_place_of_iterations(exported, tmp_path):
+    """The export's own cost is one of iters, budget and budget_macs; exactly one may be left."""
+    argv = ["--sets", "1", "--sample.steps", "2", "--sample.budget", "8", "--out", str(tmp_path)]
+    assert evaluate.command([str(exported), *argv]) == 0
+    sample = json.loads((tmp_path / "evaluation.json").read_text())["sample"]
+    assert (sample["iters"], sample["budget"]) == (None, 8)
+
+
+def test_a_place_that_cannot_be_written_costs_no_measurement(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*x\.json.*; expected a directory"):
+        evaluate.command([str(exported), *FEW, "--out", str(tmp_path / "file" / "x.json")])
 
 
 def test_command_refuses_in_one_line(exported, tmp_path):
@@ -315,6 +336,7 @@ def test_image_model_is_measured_against_its_folder(tmp_path):
     )  # fmt: skip
     data = ["--data.kind", "images", "--data.path", str(tmp_path / "train")]
     argv = [str(out), *FEW, *data, "--data.image_size", "4", "--sets", "1", "--count", "8"]
+    argv += ["--out", str(out)]
     assert evaluate.command(argv) == 0
     found = json.loads((out / "evaluation.json").read_text())
     assert [r["name"] for r in found["results"]] == ["nearest distance"]
@@ -329,3 +351,4 @@ def test_help_needs_no_source():
     assert done.returncode == 0
     assert "--strict" in done.stdout
     assert "--sample.steps" in done.stdout
+    assert "[SOURCE]" in done.stdout

@@ -135,3 +135,15 @@ def test_atomic_write_from_two_threads(tmp_path: Path) -> None:
         thread.join()
     assert not bad
     assert path.stat().st_size == 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("file/x", "expected a directory"), ("none/x", "expected a directory"), ("there", "a file")],
+)
+def test_a_wrong_name_is_not_called_a_full_disk(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=words) as caught:
+        atomic_write(tmp_path / name, b"x")
+    assert "disk space" not in str(caught.value)

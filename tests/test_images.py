@@ -145,7 +145,12 @@ def test_broken_images_are_listed_counted_and_skipped_on_agreement(tmp_path: Pat
     os.mkfifo(path / "n02" / "fifo.png")
     count = len(broken) + 2
     for _ in range(2):  # the second time from the index
-        refused(lambda: open_images(path), f"{count} broken of {9 + count}", f"{count - 5} more")
+        words = (
+            f"{count} broken of {9 + count}",
+            f"{count - 3} more",
+            f"verify {path} --skip-broken",
+        )
+        refused(lambda: open_images(path), *words)
     records, skipped = images.index_images(path, accept_broken=True)
     assert {Path(name).name for name in skipped} == {*broken, "dangling.png", "fifo.png"}
     assert "pixels" in records["n02/bomb.png"].problem

@@ -229,3 +229,27 @@ def test_no_iterations_is_refused() -> None:
     model = random_model(TINY)
     with pytest.raises(ValueError, match="at least 1"):
         model(torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]), 0)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"t": [-1, 3]}, r"t: got -1, expected at least 0"),
+        ({"y": [0, 11]}, r"y: got 11, expected 0\.\.10 \(10 is the null label\)"),
+        ({"y": [-1, 0]}, r"y: got -1, expected 0\.\.10"),
+    ],
+)
+def test_values_out_of_range_are_named(kind: str, change: dict, match: str) -> None:
+    """Instead of an IndexError of the embedding, or numbers without meaning."""
+    depths: dict = {} if kind == "fpdm" else {"kind": "dit", "depth": 1}
+    depths |= {} if kind == "fpdm" else {"pre_depth": 0, "post_depth": 0}
+    model = build_model(
+        ModelConfig(
+            input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=10, **depths
+        )
+    )
+    given = {"x": torch.zeros(2, 1, 4, 4), "t": torch.tensor([0, 999]), "y": torch.tensor([0, 10])}
+    assert model(**given).shape == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match=match):
+        model(**given | {name: torch.tensor(values) for name, values in change.items()})

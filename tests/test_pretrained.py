@@ -14,6 +14,7 @@ from test_sample import DIT, MODEL, SETTINGS, complain, npz
 from fpdm import checkpoint, interop, sample
 from fpdm.config import (
     Config,
+    ConfigError,
     DataConfig,
     DiffusionConfig,
     ExecutionConfig,
@@ -78,3 +79,22 @@ def test_run_directory(
     assert len(npz(tmp_path / "out")["arr_0"]) == 2
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert "without a checkpoint" in complain([str(tmp_path / "empty")], capsys)
+
+
+def test_a_place_beside_the_model_is_answered_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint or its file, the directory above, the name of a run; a published file."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("runs/a/checkpoints/step_1")
+    checkpoint.mkdir(parents=True)
+    Path("model.pt").touch()
+    for given in (checkpoint, checkpoint / "ema.safetensors", Path("runs"), Path("a")):
+        with pytest.raises(
+            ConfigError, match=r"expected a run directory .*; did you mean runs/a\?"
+        ):
+            load_source(given)
+    with pytest.raises(ConfigError, match=r"expected a run directory [^;]*$"):
+        load_source("elsewhere")
+    with pytest.raises(ConfigError, match=r"got the file model\.pt, .*load_official"):
+        load_source("model.pt")

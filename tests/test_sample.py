@@ -327,7 +327,7 @@ def test_choice_of_images() -> None:
         (["--labels", "-1"], "labels: got -1, expected 0..2"),
         (["--labels", "x"], "labels: got 'x', expected integers"),
         (["--count", "0"], "count: got 0, expected at least 1"),
-        (["--count", "x"], "--count: invalid int value: 'x'"),
+        (["--count", "x"], "count: got 'x', expected an integer"),
         (["--seeds", "1,2", "--count", "3"], "seeds: got 2 for 3 labels"),
         (["--seed", "-1"], "seeds: got -1, expected"),
         (["--seed", str(2**64)], f"seeds: got {2**64}, expected"),
@@ -339,7 +339,7 @@ def test_choice_of_images() -> None:
         (["--iters", "2", "--budget", "9"], "not allowed with"),
         (["--guidance", "nan"], "sample.guidance: got nan"),
         (["--spacing", "leading"], "leading"),
-        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--method", "magic"], "method: got 'magic', expected one of ddim"),
         (["--schedule", "2,x"], "schedule: got '2,x', expected integers"),
         (["--shard", "2/2"], "shard: got '2/2', expected i/n with 0 <= i < n"),
         (["--device", "toaster"], "device: got 'toaster', expected"),
@@ -349,9 +349,9 @@ def test_choice_of_images() -> None:
         (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
         (["--sample.stpes=3"], "unknown option --sample.stpes; did you mean --steps?"),
         (["--sample.reuse", "full"], "unknown option --sample.reuse; did you mean --reuse?"),
-        (["--max_iters", "3"], "unknown option --max_iters; did you mean --max-iters?"),
+        (["--max_iter", "3"], "unknown option --max_iter; did you mean --max-iters?"),
         (["--zzz"], "error: unknown option --zzz\n"),
-        (["other"], "unrecognized arguments: other"),
+        (["other"], "got 'other', expected no more than"),
         (["--eta", "-1"], "sample.eta: got -1.0, expected 0 to 1"),
         (["--eta", "1.5"], "sample.eta: got 1.5, expected 0 to 1"),
         (["--tol", "-1"], "sample.tol: got -1.0, expected at least 0"),
@@ -484,3 +484,13 @@ def test_report_picture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(figures.PNG_MAGIC)
     told = complain([*argv, "--compare", "none"], capsys)
     assert "compare: got none, the run's own, expected another reuse" in told
+
+
+def test_out_that_is_a_file(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").touch()
+    told = complain([str(source), "--out", str(tmp_path / "x")], capsys)
+    assert told.endswith(
+        f"out: got the file {tmp_path}/x, expected a directory, new or of these images\n"
+    )

@@ -22,7 +22,8 @@ from runs import (
 
 from fpdm import checkpoint, noise
 from fpdm.batches import Loader, draw_flips, draw_iterations, draw_samples, local_slots
-from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError
+from fpdm.checks import check_data
+from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError, load_config
 from fpdm.data import open_dataset
 from fpdm.interop import from_pretrained
 from fpdm.kernels import implementations
@@ -424,3 +425,13 @@ def test_hashes_differ_step_by_step(tmp_path):
     HashingTrainer(config).run()
     hashes = (Trainer(config).directory.root / "hashes.0").read_text().split()
     assert len(set(hashes)) == 3
+
+
+def test_a_model_that_does_not_fit_is_told_every_option_at_once():
+    class Data:
+        shape, num_classes = (3, 16, 16), 7
+
+    told = r"model\.in_channels, input_size, num_classes: got 1, 8, 10, expected the data's: "
+    told += r"--model\.in_channels 3 --model\.input_size 16 --model\.num_classes 7$"
+    with pytest.raises(ConfigError, match=told):
+        check_data(load_config("digits"), Data())
