@@ -23,10 +23,11 @@ from runs import (
 from fpdm import checkpoint, noise
 from fpdm.batches import Loader, draw_flips, draw_iterations, draw_samples, local_slots
 from fpdm.checks import check_data
-from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError, load_config
+from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError
 from fpdm.data import open_dataset
 from fpdm.interop import from_pretrained
 from fpdm.kernels import implementations
+from fpdm.recipes import load_config
 from fpdm.train import Trainer
 
 DIT = ModelConfig(
