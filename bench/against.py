@@ -1,8 +1,10 @@
 """One result against an older one: what got slower, what is measured again, how many ratios agree.
 
 Our time over the first baseline's of the same run is compared, so that a slower machine is not a
-slower program, and by the best rounds, which other programs disturb least. How well two runs of one
-program agree is told by the ratios themselves, those of every baseline.
+slower program, and by the best rounds, which other programs disturb least. A row of several
+processes has to have grown by its ratio too: of one process a best round says most, of eleven the
+pairs do. How well two runs of one program agree is told by the ratios themselves, those of every
+baseline.
 """
 
 from __future__ import annotations
@@ -42,13 +44,18 @@ def key(row: Found) -> tuple[str, str]:
 
 def change(old: Found, row: Found) -> tuple[float, str] | None:
     """(how many times longer ours takes over the first baseline than in ``old``, that baseline), by
-    the best rounds; None where the two have nothing in common."""
+    the best rounds, or the ratio of several processes where that is less; None where the two have
+    nothing in common."""
     known = next((r for r in old["rows"] if key(r) == key(row)), None)
     names = [n for n in row["arms"] if n != OURS and known and n in known["arms"]]
     if known is None or not names:
         return None
-    was, now = (r["arms"][OURS]["best_s"] / r["arms"][names[0]]["best_s"] for r in (known, row))
-    return now / was, names[0]
+    was, now = (r["arms"][names[0]] for r in (known, row))
+    best = [r["arms"][OURS]["best_s"] / r["arms"][names[0]]["best_s"] for r in (known, row)]
+    longer = best[1] / best[0]
+    if "ratios" in was and "ratios" in now:
+        longer = min(longer, was["ratio"] / now["ratio"])
+    return longer, names[0]
 
 
 def grown(old: Found, row: Found) -> float:

@@ -158,6 +158,23 @@ def test_what_slower_means() -> None:
     assert told == ["operators: a: 1.20 times slower against plain PyTorch"]
 
 
+def test_what_slower_means_of_several_processes() -> None:
+    """Best rounds and ratios have to say so."""
+
+    def pooled(best: float, ratio: float) -> dict[str, Any]:
+        found = row(best)
+        for arm in found["arms"].values():
+            arm["ratios"] = [arm["ratio"]] * 11
+        found["arms"]["plain PyTorch"]["ratio"] = ratio
+        return {"rows": [found]}
+
+    old = pooled(3.0, 3.0)
+    assert against.slower(old, pooled(2.5, 3.0), 0.12) == []
+    assert against.slower(old, pooled(3.0, 2.5), 0.12) == []
+    told = against.slower(old, pooled(2.0, 2.5), 0.12)
+    assert told == ["operators: a: 1.20 times slower against plain PyTorch"]
+
+
 def test_a_burst_is_measured_again_and_a_slowdown_stays() -> None:
     old, calls = {"rows": [row(3.0), row(3.0, "b")]}, []
 
