@@ -1,5 +1,5 @@
 // Integers in: addresses, distances and sizes in elements, dtype codes (0 float32, 1 bfloat16). The
-// caller has checked them (fpdm/kernels/launch.py); an address may be 0 where kernels.h says so.
+// caller has checked them (fpdm/kernels/launch.py); an address may be 0 where the headers say so.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

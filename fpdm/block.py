@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# widths in units of D of everything one iteration produces
+# widths in units of D of everything one iteration produces, in the order of ``Activations``;
+# csrc/cpu/unroll.cpp has them too
 WIDTHS = {
     "pre": 2, "a": 2, "z": 1, "y1": 1, "qkv": 3, "o": 1, "p": 1, "z2": 1, "y2": 1, "h": 4, "gh": 4,
     "r": 1,

@@ -185,7 +185,7 @@ class SamplerConfig(Settings):
     ] = "constant"
     schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
     tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
-    solver: Literal["picard", "anderson", "broyden"] = "picard"  # anderson differs from the 4th on
+    solver: Literal["picard", "anderson", "broyden"] = "picard"  # picard: x = f(x)
     damping: float = 1.0  # of the solver's step
     window: int = 3  # differences that anderson and broyden remember
     max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average

@@ -157,12 +157,20 @@ def make_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def directory_lock(root: Path, wait_s: float) -> Iterator[str]:
-    """Lock ``root`` against other writers; yields "held", "busy", or "unsupported".
+    """Lock ``root`` against other writers; yields "held", "busy", or "unsupported": a file system
+    without locks, or a directory in which nothing can be made.
 
-    The kernel drops the lock of a dead process, so whoever holds it knows that every temporary is
-    an orphan.
+    The lock is on a file: of directories network file systems have none that other hosts see. The
+    kernel drops it with the last process that has it open, so that whoever holds it knows that
+    every temporary is an orphan; a child that was forked meanwhile counts.
     """
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if not root.is_dir():
+            raise
+        yield "unsupported"
+        return
     state, deadline = "", time.monotonic() + wait_s
     try:
         while not state:

@@ -125,8 +125,12 @@ def unroll(
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
-    if not injected and m != 1:
-        raise ValueError(f"m: got {m} without injection, expected 1 (pre and post blocks)")
+    if injected != (i is not None):
+        given, other = ("u", "i") if injected else ("i", "u")
+        raise ValueError(f"{other}: got none with {given}, expected both or neither")
+    if m < 1 or (not injected and m != 1):
+        expected = "at least 1" if injected else "1 without injection (pre and post blocks)"
+        raise ValueError(f"m: got {m}, expected {expected}")
     nr, nc = saved_units(recompute, injected)
     xs = x.new_empty(_kept_x(m, recompute), b, t, d)
     residual, compute = x.new_empty(m, nr * unit), mod.new_empty(m, nc * unit)
@@ -234,6 +238,8 @@ def _backward(
     (float64 for float64 parameters), and dE = (sum_j dpre_j)^T i is one GEMM after the loop. u is
     read again only to recompute in full, and may be None otherwise.
     """
+    if len(compute) != m:
+        raise ValueError(f"m: got {m}, expected {len(compute)}, as many as are kept")
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
     kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
     operators, grads = ops.resolve(impl, x.device, mod.dtype), BlockGrads(*sums) if sums else None

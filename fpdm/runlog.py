@@ -71,7 +71,10 @@ class RunDirectory:
 
     def _take(self) -> None:
         """Locks the run until ``close``: two trainers would write every row twice."""
-        if self._held.enter_context(directory_lock(self.root, 0.0)) == "busy":
+        lock = self._held.enter_context(directory_lock(self.root, 0.0))
+        if lock == "unsupported":
+            print(f"{self.root}: its file system has no locks: let no other process train there")
+        if lock == "busy":
             raise ConfigError(
                 f"train.name: got {self.root}, where another process is training, expected a run "
                 "of its own, or that process to end first"
@@ -96,8 +99,10 @@ class RunDirectory:
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
                 # a disk that is nearly full takes a part without an error
-                if file.write(data) < len(data):
-                    file.truncate(end)
+                if (written := file.write(data)) < len(data):
+                    # unless another rank went on behind it
+                    if os.fstat(file.fileno()).st_size == end + written:
+                        file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(write_problem(path, error)) from error

@@ -12,6 +12,7 @@ A signal is agreed by all ranks at the end of a step, which is then saved; the e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import platform
@@ -103,12 +104,13 @@ class Trainer:
             self.ranks.close()
             return self.step
         finally:
-            for part in ("loader", "progress"):
-                if hasattr(self, part):
-                    getattr(self, part).close()
-            self.directory.close()
-            if main_thread:
-                self.stop.restore()
+            with contextlib.ExitStack() as closing:
+                if main_thread:
+                    closing.callback(self.stop.restore)
+                closing.callback(self.directory.close)
+                for part in ("progress", "loader"):
+                    if hasattr(self, part):
+                        closing.callback(getattr(self, part).close)
 
     def _agree(self, failure: Exception | None, *flags: int) -> list[int]:
         """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,

@@ -140,9 +140,11 @@ def backward(run: Run, k: Kept, part: slice, g: Tensor, dmod: Tensor, di: Tensor
         b, t, d = g.shape
         du = g.new_zeros(b, t, 2 * d, dtype=ops.accumulator(k.mod.dtype))
     if has_loop(run.ops, k.x.dtype, k.mod.dtype):
-        again = _again(g, k.mod, k.injected) if k.recompute == "full" else None
-        settings = run.w, run.heads, run.grads, run.input_grad
-        run.ops.unroll_backward(k, part, *settings, g, dmod, du, scratch, again)
+        run.ops.unroll_backward(
+            k, part, run.w, run.heads, run.grads, run.input_grad, g, dmod, du, scratch,
+            # nothing holds it afterwards
+            _again(g, k.mod, k.injected) if k.recompute == "full" else None,
+        )  # fmt: skip
     else:
         _backward(run, _Part.of(k, part), g, dmod, du, scratch)
     if k.i is not None and du is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -383,10 +383,6 @@ def test_a_signal_ends_the_loop(call: str) -> None:
     """Within a tenth of a second or an iteration, not after a thousand of them."""
     x, u, mod, w = operands(2, 64, 144, torch.float32)
     acts = forward_workspace(x, x.dtype, "full")
-
-    def handler(number: int, frame: Any) -> None:
-        raise Stop
-
     z, most, watch = (torch.empty_like(x), x), 10**7, watch_of(x, [10**7] * 2)
     run = {
         "iterate": lambda: OPS.iterate(x, z, u, mod, w, 2, acts, most),
@@ -394,6 +390,15 @@ def test_a_signal_ends_the_loop(call: str) -> None:
             x, z, u, mod, w, 2, acts, most, watch, 0.0, torch.empty(2, 2), None
         ),
     }[call]
+    end_by_a_signal(run)
+
+
+def end_by_a_signal(run: Callable[[], object]) -> None:
+    """Whose handler raises."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise Stop
+
     before = signal.signal(signal.SIGUSR1, handler)
     timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGUSR1))
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu_loop import OPS, operands
+from test_cpu_loop import OPS, end_by_a_signal, operands, packed
 from torch import Tensor
 
 from fpdm import block, walk
@@ -86,7 +86,7 @@ def test_one_call_is_the_same_bits(
 
 
 def test_the_comparison_bites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernel by kernel with another addend to the modulation is not the same bits."""
+    """Kernel by kernel with a first operand that is off is not the same bits."""
     how = ((3, 7, 48, 4), torch.float32, 2, "none")
     compare(monkeypatch, *how)
     for name in ("step_forward", "step_backward", "injection_backward"):
@@ -129,8 +129,9 @@ def test_operands_that_do_not_fit() -> None:
         OPS.unroll(k, slice(0, 2), w, 4, work, [], out, table)
 
     def backward(
-        k: walk.Kept = kept, g: Tensor = out, dmod: Tensor = dmodulation, **sums: Any
-    ) -> None:
+        k: walk.Kept = kept, g: Tensor = out, dmod: Tensor = dmodulation,
+        w: block.BlockWeights = w, **sums: Any,
+    ) -> None:  # fmt: skip
         shapes = [v.shape for v in w[:8] if v is not None]
         shapes += [torch.Size(s) for s in ((96, 96), (96,), (48, 96), (48,))]
         grads = BlockGrads(*map(torch.zeros, shapes))._replace(**sums)
@@ -139,6 +140,8 @@ def test_operands_that_do_not_fit() -> None:
 
     forward()
     backward()
+    empty = kept.residual[:, :0], kept.compute[:, :0]
+    full = kept._replace(residual=empty[0], compute=empty[1], recompute="full")
     half = kept._replace(compute=slots[1].bfloat16())
     for run, changes, words in (
         (forward, {"k": kept._replace(u=u[:1])}, "unroll: u: got .1, 7, 96., expected .2, 7, 96."),
@@ -147,9 +150,44 @@ def test_operands_that_do_not_fit() -> None:
         (forward, {"w": w._replace(proj=w.qkv)}, "unroll: proj: got .144, 48., expected .48, 48."),
         (forward, {"out": x}, "unroll: out: got memory shared with x"),
         (backward, {"k": kept._replace(xs=kept.xs[:, :1])}, "unroll_backward: xs: got .1, 1, 7, "),
+        # the kernels would read address 0, past an end, or panels of another product
+        (forward, {"k": kept._replace(xs=kept.xs[:0])}, "unroll: xs: got .0, 2, 7, 48., expected"),
+        (forward, {"k": kept._replace(u=None)}, "unroll: u: got none"),
+        (forward, {"k": full}, "unroll: wide: got none"),
+        (backward, {"k": kept._replace(xs=kept.xs[:0])}, "unroll_backward: xs: got .0, 2, 7, 48.,"),
+        (backward, {"k": full}, "unroll_backward: again: got none"),
+        (backward, {"inj_w1": None}, "unroll_backward: da: got none"),
+        (backward, {"w": packed(w)}, "unroll_backward: a: got .*, expected .96, 48."),
         (backward, {"dmod": torch.zeros(2, 288).double()}, "unroll_backward: dmod: got float64"),
         (backward, {"g": slots[1][0, : x.numel()].view_as(x)}, "g: got memory shared with compute"),
         (backward, {"qkv": torch.zeros(48, 48)}, "unroll_backward: dqkv: got .48, 48., expected"),
     ):
         with pytest.raises(LaunchError, match=words):
             run(**changes)  # type: ignore[operator]
+
+
+def test_operands_that_contradict_each_other() -> None:
+    x, u, mod, w = operands(2, 7, 48, torch.float32)
+    weights = [v for v in w if v is not None]
+    how = (4, "cpu", "full", 1, False, False)
+    with pytest.raises(ValueError, match="i: got none with u, expected both or neither"):
+        unroll(x, None, u, mod, [], weights, 2, *how)
+    with pytest.raises(ValueError, match="m: got 0, expected at least 1"):
+        unroll(x, x, u, mod, [], weights, 0, *how)
+    out, _, *saved = unroll(x, x, u, mod, [], weights, 3, *how)
+    with pytest.raises(ValueError, match="m: got 2, expected 3, as many as are kept"):
+        unroll_backward([], out, x, x, u, mod, weights, *saved, 2, 4, "cpu", "full", 1, True)
+
+
+def test_a_signal_ends_the_walk() -> None:
+    """Forward and backward of 40,000 iterations, which take seconds."""
+    x, u, mod, w = operands(1, 16, 48, torch.float32)
+    m, slots = 40_000, x.new_empty(40_000, 0)
+    kept = walk.Kept(x, x, u, mod, x.new_zeros(m - 1, *x.shape), slots, slots, "full")
+    run = walk.Run(OPS, w, 4)
+    out, dmod = torch.empty_like(x), torch.zeros(1, 6 * 48)
+    for step in (
+        lambda: walk.forward(run, kept, slice(0, 1), out, torch.empty(0, 2, 1)),
+        lambda: walk.backward(run, kept, slice(0, 1), out.zero_(), dmod, torch.empty_like(x)),
+    ):
+        end_by_a_signal(step)

@@ -201,7 +201,7 @@ def test_frozen_weights_and_modulation() -> None:
 def test_bad_operands_are_refused() -> None:
     p = problem(dtype=torch.float32)
     first = operator_weights(p, torch.float32)[:8]
-    with pytest.raises(ValueError, match="got 2 without injection"):
+    with pytest.raises(ValueError, match="m: got 2, expected 1 without injection"):
         unroll(
             p["x"], None, None, p["mod"], p["params"][:8], first, 2, 2, "auto", "none", 1, False,
             False,

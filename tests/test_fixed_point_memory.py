@@ -15,6 +15,7 @@ from bench.memory import LiveBytes
 from bench.memory import plain as published_memory
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.fixed_point import iterate, unroll, unroll_backward
+from fpdm.kernels import cpu_loop
 from fpdm.model import FPDM
 from fpdm.recipes import MODEL_PRESETS
 from fpdm.weights import PreparedWeights
@@ -128,6 +129,8 @@ def test_backward_working_set(recompute: str, kept: int, dtype: torch.dtype, uni
     gradients of x, i and u, LayerNorm temporaries; in half precision float32 operands of one weight
     gradient too; in full recomputation what one iteration keeps."""
     p = at_xl_ratio(dtype)
+    if cpu_loop.loops(dtype, dtype):
+        units = {torch.float32: 14.1, torch.bfloat16: 15.1}[dtype]  # products are csrc/cpu's
     assert backward_peak(p, dtype, recompute) <= units + kept
 
 

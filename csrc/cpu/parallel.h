@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include <cstdio>
 #include <cstdlib>
 
 #include "vec.h"
@@ -57,6 +58,11 @@ inline char* scratch(size_t bytes) {
         free(s.p);
         s.size = (bytes + 4095) / 4096 * 4096;
         s.p = static_cast<char*>(aligned_alloc(4096, s.size));
+        if (!s.p) {
+            // inside a team nothing can be thrown
+            fprintf(stderr, "fpdm: csrc/cpu: %zu bytes of workspace cannot be had\n", s.size);
+            abort();
+        }
     }
     return s.p;
 }

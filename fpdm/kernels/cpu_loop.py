@@ -54,9 +54,9 @@ def _addends(u: Tensor | None, mod: Tensor) -> list[int]:
 
 
 def _weights(
-    op: str, w: BlockWeights, d: int, injected: bool, dtype: torch.dtype
+    op: str, w: BlockWeights, d: int, injected: bool, dtype: torch.dtype, plain: bool = False
 ) -> tuple[list[Operand], list[int]]:
-    """Operands, and addresses with distances: A W2 qkv proj fc1 fc2."""
+    """Operands, and addresses with distances: A W2 qkv proj fc1 fc2. ``plain``: not packed ones."""
     named = {
         "a": (w.inj_a, None, 2 * d, d), "w2": (w.inj_w2, w.inj_b2, d, 2 * d),
         "qkv": (w.qkv, w.qkv_bias, 3 * d, d), "proj": (w.proj, w.proj_bias, d, d),
@@ -71,7 +71,8 @@ def _weights(
         _present(op, {name: weight} | ({} if name == "a" else {f"{name} bias": bias}))
         assert weight is not None
         stride, operand = cpu.weight_operand(weight, o, i, name)
-        operands += [(*operand[:3], (dtype,)), (f"{name} bias", bias, (o,), (dtype,))]
+        shape = (o, i) if plain else operand[2]
+        operands += [(name, weight, shape, (dtype,)), (f"{name} bias", bias, (o,), (dtype,))]
         addresses += [weight.data_ptr(), stride, _at(bias)]
     return operands, addresses
 
@@ -167,8 +168,9 @@ def _kept(k: Kept) -> tuple[list[Operand], list[int]]:
     """Iterates and slots as operands; their addresses after x_0's, and where what is in a slot."""
     b, t, d = k.x.shape
     dtype, units = (k.x.dtype,), b * t * d
+    between = 0 if k.recompute == "elementwise" else k.m - 1
     operands: list[Operand] = [
-        ("xs", k.xs, (len(k.xs), b, t, d), dtype),
+        ("xs", k.xs, (between, b, t, d), dtype),
         ("residual", k.residual.view(-1), (k.m * k.layout[0] * units,), dtype),
         ("compute", k.compute.view(-1), (k.m * k.layout[1] * units,), dtype),
     ]
@@ -192,9 +194,19 @@ def unroll(
     rows, dtype = (part.stop - part.start, t, d), (k.x.dtype,)
     weights, addresses = _weights("unroll", w, d, k.injected, k.x.dtype)
     slots, kept = _kept(k)
-    inputs: list[Operand] = [("x", k.x, k.x.shape, dtype), *weights]
-    inputs += [("u", k.u, (b, t, 2 * d), dtype), ("mod", k.mod, (b, 6 * d), dtype)]
+    needed: dict[str, Tensor | None] = {"u": k.u} if k.injected else {}
+    if k.recompute != "none":
+        needed |= {"wide": work.gh, "y": work.y1}
+    if k.recompute == "full":
+        needed["o"] = work.o
     z = [between[j] if j < len(between) else None for j in range(2)]
+    if k.recompute == "elementwise":
+        needed |= dict(list(zip(("even", "odd"), z))[: k.m - 1])
+    _present("unroll", needed)
+    inputs: list[Operand] = [("x", k.x, k.x.shape, dtype), *weights]
+    inputs += [("mod", k.mod, (b, 6 * d), dtype)]
+    # without injection nothing would say whose u it is
+    inputs += [("u", k.u, (b, t, 2 * d) if k.injected else (0,), dtype)]
     outputs: list[Operand] = [
         *slots,
         ("wide", work.gh, (*rows[:2], 4 * d), dtype),
@@ -212,7 +224,7 @@ def unroll(
     )  # fmt: skip
 
 
-def _sums(grads: BlockGrads | None, d: int) -> tuple[list[Operand], list[int]]:
+def _sums(grads: BlockGrads | None, d: int, injected: bool) -> tuple[list[Operand], list[int]]:
     """Accumulators, and addresses with distances in the order of the weights; 0: frozen."""
     if grads is None:
         return [], [0] * 18
@@ -226,6 +238,8 @@ def _sums(grads: BlockGrads | None, d: int) -> tuple[list[Operand], list[int]]:
     operands: list[Operand] = []
     addresses: list[int] = []
     for name, (weight, bias, o, i) in named.items():
+        if injected or name not in ("a", "w2"):
+            _present("unroll_backward", {f"d{name}": weight})
         operands += [(f"d{name}", weight, (o, i), cpu.FLOAT)]
         operands += [(f"d{name} bias", bias, (o,), cpu.FLOAT)]
         addresses += [_at(weight), 0 if weight is None else weight.stride(0), _at(bias)]
@@ -251,9 +265,14 @@ def unroll_backward(
     keeps what is recomputed in full."""
     b, t, d = k.x.shape
     rows, dtype = (part.stop - part.start, t, d), (k.x.dtype,)
-    weights, addresses = _weights("unroll_backward", w, d, k.injected, k.x.dtype)
+    weights, addresses = _weights("unroll_backward", w, d, k.injected, k.x.dtype, plain=True)
     slots, kept = _kept(k)
-    sums, added = _sums(grads, d)
+    sums, added = _sums(grads, d, k.injected)
+    needed = {"du": du} if k.injected else {}
+    if k.recompute == "full":
+        needed |= {"again": None if again is None else again.compute}
+        needed |= {"u": k.u} if k.injected else {}
+    _present("unroll_backward", needed)
     inputs: list[Operand] = [("x", k.x, k.x.shape, dtype), *weights, *slots]
     inputs += [("u", k.u, (b, t, 2 * d), dtype), ("mod", k.mod, (b, 6 * d), dtype)]
     outputs: list[Operand] = [
