@@ -31,6 +31,7 @@ from torch import Tensor
 from fpdm.settings import UserError
 
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
 _CHUNK = 1 << 20  # bytes hashed, checked and written at a time
 _HEADER_LIMIT = 100_000_000  # the safetensors format's own
 _JSON_LIMIT = 1 << 26
@@ -165,7 +166,7 @@ def directory_lock(root: Path, wait_s: float) -> Iterator[str]:
     every temporary is an orphan; a child that was forked meanwhile counts.
     """
     try:
-        fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         if not root.is_dir():
             raise

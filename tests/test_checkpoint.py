@@ -66,7 +66,8 @@ def must_hold(found: checkpoint.Checkpoint | None, step: int, size: int = 400) -
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
+    """Of everything there but the lock."""
+    return sorted(path.name for path in root.iterdir() if path.name != files.LOCK)
 
 
 def refuse_reports(line: str) -> None:

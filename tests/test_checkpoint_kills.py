@@ -164,7 +164,7 @@ def test_readers_see_whole_checkpoints_while_the_writer_prunes(tmp_path: Path) -
 def test_a_second_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "_LOCK_WAIT_S", 0.1)
-    fd = os.open(tmp_path, os.O_RDONLY)
+    fd = os.open(tmp_path / files.LOCK, os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
     (tmp_path / ".tmp-9-1").mkdir()
     with pytest.raises(CheckpointError, match="another process is writing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from runs import changed, small
 
-from fpdm import checkpoint, figures
+from fpdm import checkpoint, figures, files
 from fpdm.config import ConfigError, UserError
 from fpdm.kernels import implementations
 from fpdm.runlog import RunDirectory
@@ -116,3 +117,20 @@ def test_grids_in_another_dtype_than_training(
             Trainer(changed(refused, name="other")).run()
     assert not (tmp_path / "other").exists()
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on, and says that nothing keeps another trainer away."""
+
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    config = small(tmp_path)
+    for _ in range(2):
+        directory = RunDirectory(config)
+        directory.prepare()
+        told = f"{directory.root}: its file system has no locks: let no other process train there"
+        assert capsys.readouterr().out.splitlines() == [told]

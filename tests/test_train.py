@@ -161,7 +161,7 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
     assert [r["step"] for r in timing] == [r["step"] for r in got]
     assert all(r["images_per_s"] > 0 and r["peak_memory"] > 1e6 for r in timing)
     saved = sorted(p.name for p in directory.checkpoints.iterdir())
-    assert saved == ["step_0000030", "step_0000035", "step_0000040"]
+    assert saved == [".lock", "step_0000030", "step_0000035", "step_0000040"]
     model = from_pretrained(directory.export)
     newest = checkpoint.load_newest(directory.checkpoints)
     for name, p in model.named_parameters():
