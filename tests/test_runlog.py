@@ -128,9 +128,8 @@ def test_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
-    config = small(tmp_path)
     for _ in range(2):
-        directory = RunDirectory(config)
+        directory = RunDirectory(tmp_path)
         directory.prepare()
         told = f"{directory.root}: its file system has no locks: let no other process train there"
         assert capsys.readouterr().out.splitlines() == [told]
