@@ -73,7 +73,7 @@ class RunDirectory:
         """Locks the run until ``close``: two trainers would write every row twice."""
         lock = self._held.enter_context(directory_lock(self.root, 0.0))
         if lock == "unsupported":
-            print(f"{self.root}: its file system has no locks: let no other process train there")
+            print(f"{self.root}: it cannot be locked: let no other process train there")
         if lock == "busy":
             raise ConfigError(
                 f"train.name: got {self.root}, where another process is training, expected a run "

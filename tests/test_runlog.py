@@ -131,5 +131,5 @@ def test_a_file_system_without_locks(
     for _ in range(2):
         directory = RunDirectory(tmp_path)
         directory.prepare()
-        told = f"{directory.root}: its file system has no locks: let no other process train there"
+        told = f"{directory.root}: it cannot be locked: let no other process train there"
         assert capsys.readouterr().out.splitlines() == [told]

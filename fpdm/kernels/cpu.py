@@ -60,7 +60,8 @@ def _count(x: Tensor) -> int:
     return x.numel() // width if width else 0
 
 
-def _at(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """0 where it is not given."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -120,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     check("linear", DEVICE, operands, [("out", out, shape, DTYPES)])
     native.linear(
         CODES[dtype], CODES[out.dtype], True, _count(out), o, i, x.data_ptr(), weight.data_ptr(),
-        stride, _at(bias), out.data_ptr(),
+        stride, address(bias), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -157,7 +158,7 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
     check("linear_wgrad", DEVICE, inputs, outputs)
     native.wgrad(
         CODES[dy.dtype], _count(dy), o, i, dy.data_ptr(), x.data_ptr(), dweight.data_ptr(),
-        dweight.stride(0), _at(dbias),
+        dweight.stride(0), address(dbias),
     )  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def gelu_backward(
     outputs.append(("total", total, x.shape, (torch.float32,)))
     check("gelu_backward", DEVICE, inputs, outputs, {("out", "dy"), ("out", "x")})
     native.gelu_backward(
-        CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr(), _at(total)
+        CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr(), address(total)
     )
     return out
 
@@ -217,7 +218,7 @@ def linear_add_gelu(
     u = addend.data_ptr()
     native.linear_add_gelu(
         CODES[dtype], _count(out), o, i, x.data_ptr(), weight.data_ptr(), stride,
-        u if is_bias else 0, 0 if is_bias else u, _at(pre), out.data_ptr(),
+        u if is_bias else 0, 0 if is_bias else u, address(pre), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -285,7 +286,7 @@ def gate_residual(
     check("gate_residual", DEVICE, inputs, outputs, {("out", "z")})
     native.gate_residual(
         *sizes, z.data_ptr(), y.data_ptr(), gate.data_ptr(), row_stride(gate), out.data_ptr(),
-        _at(prev), _at(norms),
+        address(prev), address(norms),
     )  # fmt: skip
     return out
 
@@ -412,8 +413,8 @@ def _linear_gate(
     strided = [n for v in named.values() for n in (v.data_ptr(), row_stride(v))]
     native.linear_gate(
         *sizes, i, x.data_ptr(), weight.data_ptr(), stride, bias.data_ptr(),
-        z.data_ptr(), *strided[:2], _at(p), z_out.data_ptr(), _at(prev), _at(norms),
-        *(strided[2:] or (0, 0, 0, 0)), _at(y),
+        z.data_ptr(), *strided[:2], address(p), z_out.data_ptr(), address(prev), address(norms),
+        *(strided[2:] or (0, 0, 0, 0)), address(y),
     )  # fmt: skip
 
 

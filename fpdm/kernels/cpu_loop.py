@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fpdm.kernels import cpu
+from fpdm.kernels.cpu import address
 from fpdm.kernels.launch import LaunchError, Operand, check, head_width, row_stride
 
 if TYPE_CHECKING:
@@ -40,8 +41,12 @@ def _present(op: str, named: dict[str, Tensor | None]) -> None:
             raise LaunchError(f"{op}: {name}: got none, expected a tensor")
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _products(d: int) -> dict[str, tuple[int, int]]:
+    """(O,I) of the weights of A W2 qkv proj fc1 fc2, in the order of csrc/cpu/block.h."""
+    return {
+        "a": (2 * d, d), "w2": (d, 2 * d),
+        "qkv": (3 * d, d), "proj": (d, d), "fc1": (4 * d, d), "fc2": (d, 4 * d),
+    }  # fmt: skip
 
 
 def _sizes(op: str, x: Tensor, heads: int) -> list[int]:
@@ -50,21 +55,17 @@ def _sizes(op: str, x: Tensor, heads: int) -> list[int]:
 
 
 def _addends(u: Tensor | None, mod: Tensor) -> list[int]:
-    return [_at(u), mod.data_ptr(), row_stride(mod)]
+    return [address(u), mod.data_ptr(), row_stride(mod)]
 
 
 def _weights(
     op: str, w: BlockWeights, d: int, injected: bool, dtype: torch.dtype, plain: bool = False
 ) -> tuple[list[Operand], list[int]]:
-    """Operands, and addresses with distances: A W2 qkv proj fc1 fc2. ``plain``: not packed ones."""
-    named = {
-        "a": (w.inj_a, None, 2 * d, d), "w2": (w.inj_w2, w.inj_b2, d, 2 * d),
-        "qkv": (w.qkv, w.qkv_bias, 3 * d, d), "proj": (w.proj, w.proj_bias, d, d),
-        "fc1": (w.fc1, w.fc1_bias, 4 * d, d), "fc2": (w.fc2, w.fc2_bias, d, 4 * d),
-    }  # fmt: skip
+    """Operands, and addresses with distances, as in ``_products``. ``plain``: not packed ones."""
+    given = [(w.inj_a, None), (w.inj_w2, w.inj_b2), *zip(w[0:8:2], w[1:8:2])]
     operands: list[Operand] = []
     addresses: list[int] = []
-    for name, (weight, bias, o, i) in named.items():
+    for (name, (o, i)), (weight, bias) in zip(_products(d).items(), given):
         if not injected and name in ("a", "w2"):
             addresses += [0, 0, 0]
             continue
@@ -73,7 +74,7 @@ def _weights(
         stride, operand = cpu.weight_operand(weight, o, i, name)
         shape = (o, i) if plain else operand[2]
         operands += [(name, weight, shape, (dtype,)), (f"{name} bias", bias, (o,), (dtype,))]
-        addresses += [weight.data_ptr(), stride, _at(bias)]
+        addresses += [weight.data_ptr(), stride, address(bias)]
     return operands, addresses
 
 
@@ -94,7 +95,7 @@ def _iteration(
         ("o", acts.o, x.shape, dtype),
         ("norms", norms, (count, 2, b), (torch.float32,)),
     ]
-    buffers = [_at(v) for v in (x, *z, acts.h, acts.y1, acts.o, norms)]
+    buffers = [address(v) for v in (x, *z, acts.h, acts.y1, acts.o, norms)]
     return [("x", x, x.shape, dtype), *weights], outputs, addresses, buffers
 
 
@@ -159,8 +160,8 @@ def solve(
     check("solve", cpu.DEVICE, inputs, outputs, {("odd", "x")})
     told = (*slots.values(), watch.used, watch.result, residual)
     return cpu.native.solve(
-        _sizes("solve", x, heads), _addends(u, mod), *addresses, most, [_at(v) for v in told], r,
-        tol,
+        _sizes("solve", x, heads), _addends(u, mod), *addresses, most,
+        [address(v) for v in told], r, tol,
     )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def _kept(k: Kept) -> tuple[list[Operand], list[int]]:
         ("residual", k.residual.view(-1), (k.m * k.layout[0] * units,), dtype),
         ("compute", k.compute.view(-1), (k.m * k.layout[1] * units,), dtype),
     ]
-    return operands, [*(_at(v) for v in (k.x, k.xs, k.residual, k.compute)), *k.layout]
+    return operands, [*(address(v) for v in (k.x, k.xs, k.residual, k.compute)), *k.layout]
 
 
 def unroll(
@@ -220,7 +221,7 @@ def unroll(
     check("unroll", cpu.DEVICE, inputs, outputs)
     cpu.native.unroll(
         _sizes("unroll", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
-        [part.start, rows[0]], [_at(v) for v in (work.gh, work.y1, work.o, *z, out, table)],
+        [part.start, rows[0]], [address(v) for v in (work.gh, work.y1, work.o, *z, out, table)],
     )  # fmt: skip
 
 
@@ -229,20 +230,19 @@ def _sums(grads: BlockGrads | None, d: int, injected: bool) -> tuple[list[Operan
     if grads is None:
         return [], [0] * 18
     half = None if grads.inj_w1 is None else grads.inj_w1[:, :d]
-    named = {
-        "a": (half, None, 2 * d, d), "w2": (grads.inj_w2, grads.inj_b2, d, 2 * d),
-        "qkv": (grads.qkv, grads.qkv_bias, 3 * d, d),
-        "proj": (grads.proj, grads.proj_bias, d, d),
-        "fc1": (grads.fc1, grads.fc1_bias, 4 * d, d), "fc2": (grads.fc2, grads.fc2_bias, d, 4 * d),
-    }  # fmt: skip
+    given = [(half, None), (grads.inj_w2, grads.inj_b2), *zip(grads[0:8:2], grads[1:8:2])]
     operands: list[Operand] = []
     addresses: list[int] = []
-    for name, (weight, bias, o, i) in named.items():
+    for (name, (o, i)), (weight, bias) in zip(_products(d).items(), given):
         if injected or name not in ("a", "w2"):
             _present("unroll_backward", {f"d{name}": weight})
         operands += [(f"d{name}", weight, (o, i), cpu.FLOAT)]
         operands += [(f"d{name} bias", bias, (o,), cpu.FLOAT)]
-        addresses += [_at(weight), 0 if weight is None else weight.stride(0), _at(bias)]
+        addresses += [
+            address(weight),
+            0 if weight is None else weight.stride(0),
+            address(bias),
+        ]
     return operands, addresses
 
 
@@ -290,6 +290,6 @@ def unroll_backward(
     check("unroll_backward", cpu.DEVICE, inputs, outputs)
     cpu.native.unroll_backward(
         _sizes("unroll_backward", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
-        [part.start, rows[0]], [*added, dmod.data_ptr(), row_stride(dmod), _at(du)],
-        [_at(v) for v in (s.f, s.d0, s.d1, s.e, g)], anew, input_grad,
+        [part.start, rows[0]], [*added, dmod.data_ptr(), row_stride(dmod), address(du)],
+        [address(v) for v in (s.f, s.d0, s.d1, s.e, g)], anew, input_grad,
     )  # fmt: skip
