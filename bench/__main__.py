@@ -5,7 +5,7 @@
     python -m bench --against FILE        a result, or a commit that holds one
     python -m bench --against FILE --compare    the result that is there, measuring nothing
     python -m bench --count               memory and cost model, into bench/results/counted.json
-    python -m bench --render              report.html and the README tables from the JSON
+    python -m bench --render              report.html and the tables of the READMEs from the JSON
 
 Each row is one process state: arms in turn, round by round; results are written after every row.
 Single operators on a CPU are timed in several fresh processes, see bench/processes.py.
@@ -37,6 +37,7 @@ from bench import (
     report,
     rows,
     suites,
+    summary,
     timing,
 )
 from bench.against import Found
@@ -215,8 +216,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def render(path: Path, whole: bool) -> None:
-    """The page beside the result; with ``whole`` of every committed one, and the README's tables.
-    Raises ConfigError."""
+    """The page beside the result; with ``whole`` of every committed one, bench/results/README.md,
+    and the README's tables. Raises ConfigError."""
     counted, paths = report.load(RESULTS)[1], [path]
     if whole:
         paths = sorted(RESULTS.glob("*/bench.json"))
@@ -226,11 +227,13 @@ def render(path: Path, whole: bool) -> None:
         target = p.with_name("report.html")
         target.write_text(page.page(json.loads(p.read_text()), counted))
         print("wrote", target)
-    readme = machine.ROOT / "README.md"
-    text = report.readme(readme.read_text(), RESULTS) if whole else None
-    if text is not None:
-        readme.write_text(text)
-        print("wrote", readme)
+    if whole:
+        (RESULTS / "README.md").write_text(report.document(*report.load(RESULTS)))
+        print("wrote", RESULTS / "README.md")
+        readme = machine.ROOT / "README.md"
+        if (text := summary.readme(readme.read_text(), RESULTS)) is not None:
+            readme.write_text(text)
+            print("wrote", readme)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -248,7 +251,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="of torch")
     p.add_argument("--strict", action="store_true", help="a failing row ends the run")
     p.add_argument("--count", action="store_true", help="only count memory and the cost model")
-    p.add_argument("--render", action="store_true", help="only write report and README tables")
+    p.add_argument("--render", action="store_true", help="only write reports and tables")
     return p
 
 

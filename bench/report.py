@@ -1,7 +1,9 @@
-"""Tables from the JSON of ``python -m bench``, for the terminal and the README: no number is typed.
+"""Tables from the JSON of ``python -m bench``, for the terminal and for bench/results/README.md: no
+number is typed.
 
-The README's section is a function of the committed JSON alone: bench/results/<machine>/bench.json
-for what is measured, bench/results/counted.json for what is counted.
+The document is a function of the committed JSON alone: bench/results/<machine>/bench.json for what
+is measured, bench/results/counted.json for what is counted. The README's few rows are
+bench/summary.py's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from bench.rows import OURS
 from bench.timing import Times
 from fpdm.recipes import MODEL_PRESETS
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIBRARY = "gemm + attention"
 # suite: title, what its first column says
 TABLES = {
@@ -217,18 +218,25 @@ def predictions(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def machine_section(result: dict[str, Any]) -> str:
-    """What one machine measured, on what, against what."""
-    v, cpu = result["versions"], result["processor"]
-    extra = f" and triton {v['triton']}" if result.get("gpu") and "triton" in v else ""
+def place(result: dict[str, Any]) -> str:
+    """The machine in words: its GPU if it has one, and its processor."""
+    cpu = result["processor"]
     where = f"{cpu.get('name')}, {cpu.get('threads')} of {cpu.get('cores')} cores"
     for found in result["devices"].values():
         if isinstance(found, dict):
             where = f"{found['name']} ({found['memory_gib']} GiB), host {where}"
+    return where
+
+
+def machine_section(result: dict[str, Any]) -> str:
+    """What one machine measured, on what, against what."""
+    v = result["versions"]
+    extra = f" and triton {v['triton']}" if result.get("gpu") and "triton" in v else ""
     parts = [
-        f"### {result['machine']}\n",
-        f"{where}; Python {v['python']}, torch {v['torch']}{extra}; commit {result['commit']}; "
-        f"`{result['command'].strip()}`{load_average(result)}. Ceilings measured in the same run: "
+        f"## {result['machine']}\n",
+        f"{place(result)}; Python {v['python']}, torch {v['torch']}{extra}; "
+        f"commit {result['commit']}; `{result['command'].strip()}`{load_average(result)}. "
+        "Ceilings measured in the same run: "
         f"{ceilings(result)}.\n",
     ]
     if "note" in result:
@@ -289,16 +297,19 @@ def counted_section(counted: dict[str, Any]) -> str:
     )
 
 
-def readme_section(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
-    """What is measured, on what, against what; what is not says so."""
+def document(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
+    """Every table: what is measured, on what, against what; what is not says so."""
     parts = [
+        "# Results\n",
+        "Written by `python -m bench --render` from the JSON beside it; `report.html` of each "
+        "machine shows the same as pictures. What each attempt taught: `bench/NOTES.md`.\n",
         "Baselines run in the same process as ours, in turn, round by round; `2.00x` means that "
         "the baseline takes twice our time. *gemm + attention* is the library's products alone, "
         "with nothing between them; *published* is the published architecture written plainly; "
         "DiT has the blocks of its preset (S/2: 12), else as many as ours evaluates. A row names "
         "model, batch B, dtype, timesteps S and iterations k, in training n without gradient and m "
         "with it and what is recomputed; ± is the interquartile range over the median. Peak memory "
-        "is what the call needs beyond weights, counted by live storages on a CPU.\n"
+        "is what the call needs beyond weights, counted by live storages on a CPU.\n",
     ]
     parts += [machine_section(r) for r in results]
     if not results:
@@ -306,7 +317,7 @@ def readme_section(results: list[dict[str, Any]], counted: dict[str, Any] | None
     if not any(r.get("gpu") for r in results):
         parts.append("On a GPU, V100 or newer: not measured.\n")
     if counted is not None:
-        parts.append("### Counted\n\n" + counted_section(counted))
+        parts.append("## Counted\n\n" + counted_section(counted))
     return "\n".join(parts)
 
 
@@ -315,12 +326,3 @@ def load(results: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     found = [json.loads(p.read_text()) for p in sorted(results.glob("*/bench.json"))]
     counted = results / "counted.json"
     return found, json.loads(counted.read_text()) if counted.is_file() else None
-
-
-def readme(text: str, results: Path) -> str | None:
-    """``text`` with the section between its markers written again; None when it has none."""
-    if BEGIN not in text or END not in text:
-        return None
-    head, rest = text.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    return f"{head}{BEGIN}\n{readme_section(*load(results))}\n{END}{tail}"

@@ -28,6 +28,7 @@ from bench import (
     report,
     rows,
     suites,
+    summary,
     timing,
 )
 from fpdm.config import ConfigError, ModelConfig
@@ -322,15 +323,42 @@ def test_the_parts_of_an_iteration_add_up() -> None:
 RESULTS = machine.ROOT / "bench" / "results"
 
 
-def test_readme_is_what_render_writes() -> None:
+def test_tables_are_what_render_writes() -> None:
+    results, counted = report.load(RESULTS)
+    assert counted is not None
+    assert (RESULTS / "README.md").read_text() == report.document(results, counted)
     text = (machine.ROOT / "README.md").read_text()
-    assert report.readme(text, RESULTS) == text
-    assert report.load(RESULTS)[1] is not None
+    assert summary.readme(text, RESULTS) == text
     # a number changed by hand is written over
-    head, block = text.split(report.BEGIN)
-    changed = block.replace("**14.1**", "**4.1**")
+    head, block = text.split(summary.BEGIN)
+    changed = block.replace("| 14.1 |", "| 4.1 |")
     assert changed != block
-    assert report.readme(head + report.BEGIN + changed, RESULTS) == text
+    assert summary.readme(head + summary.BEGIN + changed, RESULTS) == text
+
+
+def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
+    def made(suite: str, name: str, flops: int) -> dict[str, Any]:
+        return {**row(1.5), "suite": suite, "name": name, "flops": flops, "missing": {},
+                "dtype": name.split(" ")[2]}  # fmt: skip
+
+    rows = [
+        made("network", "S/2 B2 float32 k=1", 1),
+        made("network", "S/2 B2 float32 k=9", 9),
+        made("network", "S/2 B8 bfloat16 k=4", 4),
+        made("sampler", "S/2 B1 float32", 1),
+        made("sampler", "S/2 B8 float32", 8),
+        made("operators", "S/2 B2 float32 adaln", 99),
+    ]
+    rows[3]["missing"] = {"published compiled": "no compiler"}
+    result = {"rows": rows, "machine": "box", "commit": "abc", "note": "One. Two.",
+              "processor": {"name": "P", "threads": 2, "cores": 2}, "devices": {}}  # fmt: skip
+    names = [r["name"] for r in summary.headlines(result)]
+    assert names == ["S/2 B8 bfloat16 k=4", "S/2 B1 float32", "S/2 B8 float32"]
+    text = summary.section([result], None)
+    assert "**P, 2 of 2 cores**, commit abc. One.\n" in text
+    assert "sampler, published compiled (box): no compiler; anything on a V100" in text
+    # no row has it, so it is no column
+    assert "frozen" not in text
 
 
 def test_every_committed_result_has_a_page() -> None:
@@ -369,10 +397,10 @@ def test_the_page_holds_every_picture_and_needs_no_other_file(
     assert "a&lt;b" in text
     for r in result["rows"][:-1]:
         assert f"<td>{r['name']}</td>" in text
-    # the README tells the machine, and a result of one suite has a page too
-    section = report.readme_section([result], counted)
-    assert f"commit {result['commit']}" in section
-    assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in section
+    # the tables tell the machine, and a result of one suite has a page too
+    tables = report.document([result], counted)
+    assert f"commit {result['commit']}" in tables
+    assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in tables
     one = {**result, "rows": [r for r in result["rows"] if r["suite"] == "training"]}
     assert "<h2>Cost against k" not in page.page(one, None)
 
