@@ -159,7 +159,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
     result = machine.facts(" ".join(("python -m bench", *asked)))
     ceilings = machine.ceilings(device)
     result |= {"ceilings": ceilings, "rows": []}
-    began = time.perf_counter()
+    began, company = time.perf_counter(), machine.Others()
 
     def run(some: list[rows.Row], measured: Measured) -> None:
         def attempt(these: list[rows.Row]) -> list[Found]:
@@ -172,6 +172,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
             )
         result["rows"] += found
         result["seconds"] = time.perf_counter() - began
+        result["others"] = company.share()
         write(path, result)
 
     pooled = [r for r in wanted if r.suite in processes.SUITES and pools(args)]
@@ -195,8 +196,11 @@ def pools(args: argparse.Namespace) -> bool:
 def attempted(some: list[rows.Row], measured: Measured, strict: bool) -> list[Found]:
     """What ``measured`` finds of the rows, or the rows with the error that it ended with. With
     ``strict`` an error is raised, RuntimeError where a row only tells of it."""
+    others = machine.Others()
     try:
         found = measured(some)
+        share = others.share()
+        found = [row if share is None else {**row, "others": share} for row in found]
     except Exception as error:
         if strict:
             raise
@@ -278,6 +282,8 @@ def main(argv: list[str]) -> int:
         result = measure(args, path, old)
         print(report.table(result))
         print("wrote", path)
+        for line in report.disturbed(result):
+            print(line)
     lines = [] if old is None else against.slower(old, result, args.tolerance)
     if old is not None:
         print("\n".join([*against.agreement(old, result), *(lines or ["no row got slower"])]))

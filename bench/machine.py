@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,42 @@ def facts(command: str) -> dict[str, Any]:
         "versions": report["versions"],
         "commit": commit(),
         "command": command,
-        # a quiet machine is below 1 before a run
+        # of the last minute: what runs beside the benchmark is told by ``others``
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
     }
+
+
+class Others:
+    """What other programs take of the processors from here on: ``share`` in 0..1, None where the
+    system does not tell. The load average counts the benchmark's own threads, and lags."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), _busy(), _own()
+
+    def share(self) -> float | None:
+        """Of all processors since the beginning; the host's part of a virtual one included."""
+        began, before, own = self.began
+        now = _busy()
+        if before is None or now is None:
+            return None
+        seconds = (time.perf_counter() - began) * (os.cpu_count() or 1)
+        return max(0.0, (now - before - (_own() - own)) / seconds) if seconds else None
+
+
+def _busy() -> float | None:
+    """Processor seconds that were not idle, of all processors since the machine started."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = map(int, words)
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    """Processor seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def nvml() -> dict[str, Any]:

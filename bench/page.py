@@ -318,6 +318,9 @@ def facts(result: dict[str, Any]) -> str:
         "commit": result["commit"],
         "command": result["command"],
         "load before": f"{result['load']:.1f}" if result.get("load") is not None else None,
+        "others": f"other programs took {result['others']:.0%} of the processors"
+        if result.get("others") is not None
+        else None,
         "took": duration(result["seconds"]) if "seconds" in result else None,
         "ceilings": ceilings(result),
         "note": result.get("note"),

@@ -32,6 +32,10 @@ HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours (IQR betwee
 PREDICTED = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
 
 
+# of the processors, that other programs may take before a row's times say little
+QUIET = 0.1
+
+
 def duration(seconds: float) -> str:
     """With a unit, three digits."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
@@ -166,11 +170,21 @@ def unmeasured(result: dict[str, Any]) -> list[str]:
     return list(lines)
 
 
-def load_average(result: dict[str, Any]) -> str:
-    """Of the machine before the run, where it was written down."""
-    return (
-        f"; load average before it {result['load']:.1f}" if result.get("load") is not None else ""
+def company(result: dict[str, Any]) -> str:
+    """What else ran on the machine, where it was written down."""
+    load, others = result.get("load"), result.get("others")
+    told = f"; load average before it {load:.1f}" if load is not None else ""
+    return told + (
+        f"; other programs took {others:.0%} of the processors" if others is not None else ""
     )
+
+
+def disturbed(result: dict[str, Any]) -> list[str]:
+    """Rows in whose time other programs took more than ``QUIET`` of the processors."""
+    return [
+        f"{row['suite']}, {row['name']}: other programs took {row['others']:.0%} of the processors"
+        for row in result["rows"] if row.get("others", 0) > QUIET
+    ]  # fmt: skip
 
 
 def measured_memory(rows: list[dict[str, Any]]) -> str:
@@ -235,7 +249,7 @@ def machine_section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['machine']}\n",
         f"{place(result)}; Python {v['python']}, torch {v['torch']}{extra}; "
-        f"commit {result['commit']}; `{result['command'].strip()}`{load_average(result)}. "
+        f"commit {result['commit']}; `{result['command'].strip()}`{company(result)}. "
         "Ceilings measured in the same run: "
         f"{ceilings(result)}.\n",
     ]

@@ -4,7 +4,10 @@ says."""
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -403,6 +406,43 @@ def test_the_page_holds_every_picture_and_needs_no_other_file(
     assert "| S/2 B2 float32 n=1 m=3 full | 1 ms ±1% | 2.00x |" in tables
     one = {**result, "rows": [r for r in result["rows"] if r["suite"] == "training"]}
     assert "<h2>Cost against k" not in page.page(one, None)
+
+
+def test_what_other_programs_take_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A child that was not waited for is another program; our own work is none."""
+    others = machine.Others()
+    spin = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.4: pass"]
+    with subprocess.Popen(spin) as child:
+        while child.poll() is None and time.perf_counter() - others.began[0] < 30:
+            time.sleep(0.01)
+            share = others.share()
+            seconds = time.perf_counter() - others.began[0]
+        assert share is not None
+        assert share * seconds * (os.cpu_count() or 1) > 0.2
+    clock = iter([(10.0, 1.0), (13.0, 2.5)])
+    busy, own = zip(*clock)
+    for name, values in (("_busy", busy), ("_own", own)):
+        monkeypatch.setattr(machine, name, iter(values).__next__)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(time, "perf_counter", iter([0.0, 1.5]).__next__)
+    # 3 s of processors were busy, 1.5 of them ours, of the 3 that there were
+    assert machine.Others().share() == 0.5
+    monkeypatch.undo()
+    monkeypatch.setattr(machine.Others, "share", lambda self: 0.25)
+    out = tmp_path / "bench.json"
+    few = ["--suite", "optimizer", "--row", "digits", "--rounds", "1", "--out", str(out)]
+    assert bench.main(few) == 0
+    assert "optimizer, digits cpu: other programs took 25% of the processors" in (
+        capsys.readouterr().out
+    )
+    result = json.loads(out.read_text())
+    assert (result["others"], result["rows"][0]["others"]) == (0.25, 0.25)
+    assert "; other programs took 25% of the processors" in report.document([result], None)
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "_busy", lambda: None)
+    assert machine.Others().share() is None
 
 
 def test_a_compiled_baseline_never_goes_on_uncompiled() -> None:
