@@ -10,4 +10,12 @@ interop               published weights, exports
 train, sample, evaluate, info       commands: python -m fpdm.train --help
 """
 
+import sys
+
+from fpdm import process
+
 __version__ = "0.1.0"
+
+# here, because torch reads it when it is loaded, which the command's own imports do
+if process.is_command(sys.argv, sys.orig_argv):
+    process.set_threads()

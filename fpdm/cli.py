@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fpdm import settings
-from fpdm.allocator import keep_freed_memory
+from fpdm.process import keep_freed_memory
 from fpdm.settings import ConfigError, UserError
 
 T = TypeVar("T")

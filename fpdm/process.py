@@ -1,0 +1,96 @@
+"""What a command asks of its process: threads that soon sleep, no more than it has processors for,
+freed memory kept.
+
+A library must not decide any of it for its process, so ``import fpdm`` changes nothing; a command,
+``python -m fpdm.NAME``, owns its process. What the environment says already is left alone.
+
+Threads. A training step of the digits is some hundred parallel regions, at the end of each of which
+OpenMP's threads spin for milliseconds, libgomp's default, before they sleep: beside other programs
+they spin away the time that the thread they wait for needs, and a step takes ten times as long
+(bench/NOTES.md, 2026-11-27). A container's quota of processors is likewise unknown to OpenMP, which
+starts a thread for each processor of the host. Both are read once, when torch loads libgomp.
+
+Memory. A step on a CPU frees tens of megabytes and allocates the same again. glibc returns them to
+the kernel in between, which clears every page anew: up to 4,000 page faults, a tenth of a training
+step of the digits on two threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# turns that a waiting thread spins: longer than Python takes from one region to the next
+SPIN = 2000
+# numbers of mallopt (malloc.h); the first two may also be given in the environment
+_OPTIONS = {
+    "MALLOC_TRIM_THRESHOLD_": (-1, 512 << 20),  # free memory at the end of the heap is kept
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20),  # blocks under it come from the heap; glibc's maximum
+}
+
+
+def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
+    """Whether the interpreter is on its way to a command of this package, by its ``sys.argv`` and
+    ``sys.orig_argv``: while ``-m`` looks for a module, it stands for it."""
+    wanted = [
+        word[2:] or following
+        for word, following in zip(original, [*original[1:], ""])
+        if word.startswith("-m")
+    ]
+    return list(argv[:1]) == ["-m"] and wanted[:1] != [] and wanted[0].split(".")[0] == "fpdm"
+
+
+def set_threads(root: Path = Path("/sys/fs/cgroup")) -> dict[str, str]:
+    """Sets how OpenMP waits, and how many threads it has where a quota of control group ``root``
+    allows fewer than there are processors; what was set. Nothing once torch is loaded."""
+    if "torch" in sys.modules:
+        return {}
+    wanted = {}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        wanted["GOMP_SPINCOUNT"] = str(SPIN)
+    allowed = quota(root)
+    if allowed is not None and allowed < _processors():
+        wanted["OMP_NUM_THREADS"] = str(allowed)
+    wanted = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(wanted)
+    return wanted
+
+
+def _processors() -> int:
+    """That this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota(root: Path) -> int | None:
+    """Processors that a control group may use at a time, rounded up; None where it has no limit."""
+    try:
+        if (root / "cpu.max").is_file():  # version 2
+            limit, period = (root / "cpu.max").read_text().split()
+        else:
+            folder = root / "cpu"
+            limit, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        used = int(limit) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None  # "max" is no number
+    return max(1, -int(-used // 1)) if used > 0 else None
+
+
+def keep_freed_memory() -> bool:
+    """Asks malloc to keep up to 512 MB of what is freed, unless the environment says otherwise.
+
+    False where there is no ``mallopt``, or nothing was changed.
+    """
+    if any(name in os.environ for name in _OPTIONS):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(mallopt(number, size) == 1 for number, size in _OPTIONS.values())
