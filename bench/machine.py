@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.timing import inner_calls, once
-from fpdm import info
+from fpdm import info, process
 from fpdm.kernels.launch import dtype_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +69,7 @@ def facts(command: str) -> dict[str, Any]:
         # of the last minute: what runs beside the benchmark is told by ``others``
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
+        "openmp": {name: os.environ[name] for name in process.NAMES if name in os.environ},
     }
 
 

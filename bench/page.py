@@ -321,6 +321,7 @@ def facts(result: dict[str, Any]) -> str:
         "others": f"other programs took {result['others']:.0%} of the processors"
         if result.get("others") is not None
         else None,
+        "OpenMP": " ".join(f"{k}={v}" for k, v in result.get("openmp", {}).items()) or None,
         "took": duration(result["seconds"]) if "seconds" in result else None,
         "ceilings": ceilings(result),
         "note": result.get("note"),

@@ -171,9 +171,10 @@ def unmeasured(result: dict[str, Any]) -> list[str]:
 
 
 def company(result: dict[str, Any]) -> str:
-    """What else ran on the machine, where it was written down."""
+    """How OpenMP waited and what else ran on the machine, where it was written down."""
     load, others = result.get("load"), result.get("others")
-    told = f"; load average before it {load:.1f}" if load is not None else ""
+    told = "".join(f"; {k}={v}" for k, v in result.get("openmp", {}).items())
+    told += f"; load average before it {load:.1f}" if load is not None else ""
     return told + (
         f"; other programs took {others:.0%} of the processors" if others is not None else ""
     )

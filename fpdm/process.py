@@ -23,6 +23,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# what OpenMP reads of the environment
+NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # turns that a waiting thread spins: longer than Python takes from one region to the next
 SPIN = 2000
 # numbers of mallopt (malloc.h); the first two may also be given in the environment
@@ -32,15 +34,15 @@ _OPTIONS = {
 }
 
 
-def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
-    """Whether the interpreter is on its way to a command of this package, by its ``sys.argv`` and
-    ``sys.orig_argv``: while ``-m`` looks for a module, it stands for it."""
-    wanted = [
+def is_command(argv: Sequence[str], original: Sequence[str], package: str = "fpdm") -> bool:
+    """Whether the interpreter is on its way to a command of ``package``, by its ``sys.argv`` and
+    ``sys.orig_argv``: while ``-m`` looks for a module, it stands in the module's place."""
+    modules = [
         word[2:] or following
         for word, following in zip(original, [*original[1:], ""])
         if word.startswith("-m")
     ]
-    return list(argv[:1]) == ["-m"] and wanted[:1] != [] and wanted[0].split(".")[0] == "fpdm"
+    return list(argv[:1]) == ["-m"] and modules[:1] != [] and modules[0].split(".")[0] == package
 
 
 def set_threads(root: Path = Path("/sys/fs/cgroup")) -> dict[str, str]:

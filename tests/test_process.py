@@ -12,8 +12,6 @@ import pytest
 
 from fpdm import process
 
-NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
 # megabytes that a fresh process holds after 80 were allocated, written and freed
 PROBE = """
 import ctypes, os, sys
@@ -71,6 +69,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_command_is(original: str, expected: bool) -> None:
     words = original.split()
     assert process.is_command(["-m", *words[2:]], words) is expected
+    assert not process.is_command(["-m", *words[2:]], words, "bench")
     # when the module runs, it has its file's name there
     assert not process.is_command(["/somewhere/train.py"], words)
 
@@ -98,7 +97,7 @@ def test_quota(tmp_path: Path, files: dict[str, str], expected: int | None) -> N
 def test_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("150000 100000")
     monkeypatch.setattr(process, "_processors", lambda: 8)
-    for name in NAMES:
+    for name in process.NAMES:
         # also undoes what is set here
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -117,13 +116,15 @@ def test_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.set_threads(tmp_path) == {}
 
 
-def test_commands_set_it_and_the_library_does_not(tmp_path: Path) -> None:
+def test_commands_set_it_and_the_library_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked of libgomp itself, which prints its settings when it is loaded."""
-    shown = {k: v for k, v in os.environ.items() if k not in NAMES} | {"OMP_DISPLAY_ENV": "verbose"}
+    shown = {k: v for k, v in os.environ.items() if k not in process.NAMES} | {
+        "OMP_DISPLAY_ENV": "verbose"
+    }
 
     def spins(*words: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, *words], env=shown, cwd=tmp_path, capture_output=True, text=True,
+            [sys.executable, *words], env=shown, capture_output=True, text=True,
             check=True,
         )  # fmt: skip
         return [line.strip() for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
@@ -133,5 +134,10 @@ def test_commands_set_it_and_the_library_does_not(tmp_path: Path) -> None:
         pytest.skip("torch has another OpenMP than libgomp")
     set_ = f"GOMP_SPINCOUNT = '{process.SPIN}'"
     assert not any(set_ in line for line in library)
-    for words in (["-m", "fpdm.sample", "--help"], ["-m", "fpdm", "evaluate", "--help"]):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for words in (
+        ["-m", "fpdm.sample", "--help"],
+        ["-m", "fpdm", "evaluate", "--help"],
+        ["-m", "bench", "--help"],
+    ):
         assert any(set_ in line for line in spins(*words)), words
