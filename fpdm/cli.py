@@ -103,6 +103,13 @@ def take_option(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
     return value, rest
 
 
+def given_names(argv: Iterable[str]) -> list[str]:
+    """The options in ``argv`` as fields are called: ``--sample.guidance-low=0`` is
+    ``sample.guidance_low``."""
+    names = [token[2:].partition("=")[0] for token in argv if token.startswith("--")]
+    return [name.replace("-", "_") for name in names]
+
+
 def unknown_option(token: str, known: Iterable[str]) -> ConfigError:
     """What to raise for an option (``--name`` or ``--name=value``) that is none of ``known``."""
     name = token.partition("=")[0]
@@ -160,8 +167,7 @@ COST = ("iters", "budget", "budget_macs")
 def replace_cost(argv: Sequence[str]) -> list[str]:
     """``argv`` in which a cost of ``sample`` that is given (``--sample.budget 100``) takes the
     place of the one that was there: exactly one may be left."""
-    given = {token.partition("=")[0].replace("-", "_") for token in argv}
-    others = [name for name in COST if f"__sample.{name}" not in given]
+    others = [name for name in COST if f"sample.{name}" not in given_names(argv)]
     if len(others) == len(COST):
         return list(argv)
     return [*(token for name in others for token in (f"--sample.{name}", "none")), *argv]
@@ -182,7 +188,8 @@ def parse_options(
 
     ``extra`` are options that the caller has taken already (name: its help), for suggestions and
     the help; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
-    prints the options with their present values and exits.
+    prints the options with their present values and exits. What is given and would be ignored is
+    refused (``settings.used``).
     """
     if not argv:
         return default
@@ -217,7 +224,8 @@ def parse_options(
         if not error.code:
             raise
         raise ConfigError(_sentence(told.getvalue())) from None
-    return dataclasses.replace(default, **{name: getattr(parsed, name) for name in fields})  # type: ignore[type-var]
+    found = {name: getattr(parsed, name) for name in fields}
+    return settings.used(dataclasses.replace(default, **found), given_names(argv))  # type: ignore[type-var]
 
 
 def _leaves(hints: dict[str, Any], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import sweep
-from fpdm.cli import parse_options, replace_cost, run_main, take_option
+from fpdm.cli import given_names, parse_options, replace_cost, run_main, take_option
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import open_dataset
 from fpdm.files import atomic_write, make_directory, write_problem
@@ -60,6 +60,16 @@ def is_digits(source: LoadedSource) -> bool:
     """Whether the model draws what the built-in digits are: one channel, 8 x 8, ten classes."""
     c = source.model.config
     return (c.in_channels, c.input_size, c.num_classes) == (1, 8, 10)
+
+
+def _check_digits(given: Sequence[str]) -> None:
+    """The digits' model is measured against the digits, whatever else is asked for."""
+    ignored = [n for n in given if n in ("count", "held_out") or n.startswith("data.")]
+    if ignored:
+        raise ConfigError(
+            f"--{', --'.join(ignored)}: got one with a model of the digits, which has its own "
+            "data, expected --sets alone"
+        )
 
 
 def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], seed: int) -> Tensor:
@@ -173,6 +183,8 @@ def command(argv: list[str]) -> int:
     default = Options(source.sampler_config, _run_data(path))
     # a sweep refuses a cost, which it decides itself
     options = parse_options(default, argv if sweeping else replace_cost(argv), prog, extra)
+    if is_digits(source):
+        _check_digits(given_names(argv))
     if sweeping:
         given = ["--strict"] * strict
         given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]

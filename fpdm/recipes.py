@@ -26,6 +26,7 @@ from fpdm.config import (
     TrainConfig,
     from_dict,
 )
+from fpdm.settings import flat, idle
 
 # name: (depth of the DiT, width D, heads H)
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
@@ -123,10 +124,11 @@ def with_preset(config: Config, preset: str) -> Config:
     return dataclasses.replace(config, model=model, sample=sample)
 
 
-def _read(recipe: str) -> Config:
-    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture."""
+def _read(recipe: str) -> tuple[Config, list[str]]:
+    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture.
+    Beside it what the file gives and its modes ignore."""
     if recipe in RECIPES:
-        return RECIPES[recipe]
+        return RECIPES[recipe], []
     if not recipe.endswith((".yaml", ".yml")):
         near = settings.suggest(recipe, RECIPES)
         known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
@@ -144,9 +146,14 @@ def _read(recipe: str) -> Config:
     try:
         if preset is not None:
             config = with_preset(config, str(preset))
-        return from_dict(data | {"recipe": base}, config)
+        config = from_dict(data | {"recipe": base}, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    given = flat(data)
+    # a run's own file holds every setting; older ones lack those that are new since
+    if not flat(config).keys() - given.keys() or (path.parent / "checkpoints").is_dir():
+        return config, []
+    return config, [name for name in idle(Config, flat(config)) if name in given]
 
 
 def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
@@ -154,12 +161,13 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
 
     RECIPE is a name in ``RECIPES`` or the path of a YAML file (whole or partial); the
     preset is applied next, then the options in their order. Raises ConfigError: unknown recipe,
-    key or option (naming the nearest), bad value. ``--help`` prints the options with the recipe's
+    key or option (naming the nearest), bad value, and a setting given in the file or as an option
+    that would be ignored (``settings.used``). ``--help`` prints the options with the recipe's
     values and exits.
     """
     if recipe in ("-h", "--help"):
         recipe, argv = "digits", ["--help"]
-    config = _read(recipe)
+    config, ignored = _read(recipe)
     preset, rest = take_option("--preset", list(argv))
     if preset is not None:
         config = with_preset(config, preset)
@@ -169,4 +177,8 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
         "--preset": f"NAME: architecture, before all other options: {presets}",
     }
     name = f"python -m fpdm.train {recipe}"
-    return parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))
+    config = parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))
+    try:
+        return settings.used(config, ignored)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error

@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,7 @@ class Settings:
     """
 
     section: ClassVar[str] = ""
+    modes: ClassVar[tuple[str, ...]] = ()  # as of ``needs``, for every field
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -59,6 +61,65 @@ class Settings:
         for name in names:
             value = getattr(self, name)
             self.require(value is None or value >= bound, name, f"at least {bound}")
+
+
+def needs(default: T, *modes: str) -> T:
+    """The default of a field that does something in some modes only, of which all must be on:
+    "reuse=blend" (a field of its own section), "data.kind=images|latents", "guidance!=1",
+    "a.b=c or d.e=f"."""
+    return dataclasses.field(default=default, metadata={"needs": modes})
+
+
+def idle(kind: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings whose mode is off, by dotted name, each with the modes that are and that should be.
+
+    ``kind`` is a section or a dataclass of sections, ``values`` are its ``flat`` ones. What is not
+    among them decides nothing.
+    """
+    sections = [kind] if issubclass(kind, Settings) else hints(kind).values()
+    found: dict[str, str] = {}
+    for section in sections:
+        if dataclasses.is_dataclass(section):
+            for field in dataclasses.fields(section):
+                modes = (*section.modes, *field.metadata.get("needs", ()))  # type: ignore[attr-defined]
+                off = [why for mode in modes if (why := _off(mode, section.section, values))]  # type: ignore[attr-defined]
+                if off:
+                    found[f"{section.section}.{field.name}"] = off[0]  # type: ignore[attr-defined]
+    return found
+
+
+def _off(mode: str, section: str, values: Mapping[str, Any]) -> str:
+    """How ``mode`` is off; empty when it is on."""
+    now, expected = [], []
+    for condition in mode.split(" or "):
+        name, sign, options = re.split("(!?=)", condition)
+        name = name if "." in name else f"{section}.{name}"
+        if name not in values:
+            return ""
+        value = values[name]
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        if (text in options.split("|")) == (sign == "="):
+            return ""
+        now.append(f"{name} {text}")
+        expected.append(
+            f"{name} {'' if sign == '=' else 'other than '}{options.replace('|', ' or ')}"
+        )
+    return f"with {' and '.join(now)}, expected {' or '.join(expected)}"
+
+
+def used(config: T, given: Iterable[str]) -> T:
+    """``config``, of which the user gave the settings ``given`` (dotted; of a section its fields).
+
+    Raises ConfigError for one whose mode is off and which would be ignored; none may be said in
+    every mode.
+    """
+    prefix = f"{config.section}." if isinstance(config, Settings) else ""
+    values = flat(config, prefix)
+    off = idle(type(config), values)
+    for name in (prefix + name for name in given):
+        if name in off and values[name] not in (None, "none", "", []):
+            raise ConfigError(f"{name}: got {values[name]} {off[name]}")
+    return config
 
 
 def hints(cls: Any) -> dict[str, Any]:

@@ -292,6 +292,63 @@ def test_diff_names_what_a_resumed_run_may_not_change() -> None:
     assert diff(older, old, c.RESUME_FREE) == []
 
 
+def test_what_is_idle_before_and_after_may_change() -> None:
+    old = to_dict(load_config("digits"))
+    old["diffusion"]["min_snr_gamma"] = 1.0
+    old["train"]["scale_init"] = 8.0
+    assert diff(old, load_config("digits"), c.RESUME_FREE) == []
+    assert len(diff(old, load_config("digits"))) == 2
+    # control: where it is used on either side it may not
+    used = load_config("digits", ["--diffusion.loss_weight", "min_snr"])
+    assert "diffusion.min_snr_gamma: 1.0 -> 5.0" in diff(old, used, c.RESUME_FREE)
+
+
+def test_a_setting_of_a_mode_that_is_off_is_refused() -> None:
+    told = refused("--sample.reuse-gamma", "0.5")
+    assert told == "sample.reuse_gamma: got 0.5 with sample.reuse none, expected sample.reuse blend"
+    told = refused("--sample.guidance", "1", "--sample.guidance_low=0.1")
+    assert told.endswith("0.1 with sample.guidance 1, expected sample.guidance other than 1")
+    assert "with sample.solver picard, expected sample.solver anderson or broyden" in refused(
+        "--sample.window", "5"
+    )
+    half = refused("--execution.residual_dtype", "float32")
+    assert "with train.precision fp32 and sample.dtype float32, expected train.prec" in half
+    assert "with model.kind dit, expected model.kind fpdm" in refused(
+        "--preset", "dit-b-4", "--fixed_point.n_max", "3"
+    )
+    # the mode on, in either order; none; a recipe's own value of a mode that is switched off
+    argv = ["--sample.reuse_gamma", "0.3", "--sample.reuse", "blend"]
+    assert load_config("digits", argv).sample.reuse_gamma == 0.3
+    load_config("digits", ["--sample.reuse_gamma_end", "none", "--sample.guidance_channels=none"])
+    load_config("digits", ["--preset", "dit-b-4"])
+    for dtype in (["--train.precision", "bf16"], ["--sample.dtype", "bfloat16"]):
+        load_config("digits", ["--execution.residual_dtype", "float32", *dtype])
+
+
+def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: digits\nsample: {reuse_gamma: 0.3}\n")
+    assert refused(recipe=str(path)) == (
+        f"{path}: sample.reuse_gamma: got 0.3 with sample.reuse none, expected sample.reuse blend"
+    )
+    assert load_config(str(path), ["--sample.reuse", "blend"]).sample.reuse_gamma == 0.3
+    path.write_text("recipe: digits\nsample: {reuse: blend, reuse_gamma: 0.3}\n")
+    config = load_config(str(path), ["--sample.reuse", "none"])
+    # what a run stores says everything, also what it ignores
+    stored = tmp_path / "stored.yaml"
+    stored.write_text(to_yaml(config))
+    assert load_config(str(stored)) == config
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    older = to_dict(config)
+    del older["train"]["graphs"]
+    settings_file = run / "config.yaml"
+    settings_file.write_text(settings.write_yaml(older))
+    assert load_config(str(settings_file)) == config
+    (run / "checkpoints").rmdir()
+    assert "residual_dtype: got compute with" in refused(recipe=str(settings_file))
+
+
 def test_resume_free_names_exist_and_have_reasons() -> None:
     known = {*settings.flat(Config()), *SECTIONS}
     assert set(c.RESUME_FREE) <= known

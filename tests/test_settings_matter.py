@@ -6,14 +6,15 @@ weights, average, optimiser, metrics and the grid of samples, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import fingerprint, small
 
-from fpdm.config import Config, from_dict
-from fpdm.settings import flat
+from fpdm.config import Config, ConfigError, from_dict
+from fpdm.settings import flat, idle, used
 from fpdm.train import Trainer
 
 TINY = {
@@ -135,8 +136,79 @@ def test_every_setting_stands_here() -> None:
     assert sorted([*MATTERS, *ELSEWHERE]) == sorted(flat(Config()))
 
 
-def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint of the run with ``changes``."""
+# settings with modes (``settings.needs``): under which others they are ignored, and so refused
+IGNORED: dict[str, list[dict[str, Any]]] = {
+    "execution.residual_dtype": [{}],
+    **{
+        f"fixed_point.{name}": [{"model.kind": "dit"}]
+        for name in ("n_min", "n_max", "m_min", "m_max", "draws", "gradient")
+    },
+    "fixed_point.detach_init": [
+        {"fixed_point.gradient": "implicit"}, {"fixed_point.n_min": 1}, {"model.kind": "dit"},
+    ],
+    "fixed_point.implicit_iters": [{}, {"fixed_point.gradient": "phantom"}],
+    "fixed_point.phantom_damping": [{}, {"fixed_point.gradient": "implicit"}],
+    "diffusion.min_snr_gamma": [{}],
+    "train.scale_init": [{}, {"train.precision": "bf16"}],
+    "train.scale_growth_interval": [{}, {"train.precision": "bf16"}],
+    "train.scale_floor": [{}, {"train.precision": "bf16"}],
+    "sample.window": [{}],
+    "sample.reuse_gamma": [{"sample.reuse": name} for name in ("none", "full", "extrapolate")],
+    "sample.reuse_gamma_end": [{"sample.reuse": name} for name in ("none", "full", "extrapolate")],
+    "sample.reuse_rho": [{"sample.reuse": name} for name in ("none", "full", "blend")],
+    "sample.guidance_channels": [{"sample.guidance": 1.0}],
+    "sample.guidance_low": [{"sample.guidance": 1.0}],
+    "sample.guidance_high": [{"sample.guidance": 1.0}],
+    "sample.guidance_rescale": [{"sample.guidance": 1.0}],
+    "sample.eta": [{"sample.method": "ddpm"}, {"sample.method": "dpmpp_2m"}],
+}  # fmt: skip
+OTHER_VALUES = {
+    "fixed_point.draws": "per_rank", "train.scale_floor": 2.0, "sample.guidance_channels": 1,
+}  # fmt: skip
+# other data than the digits; their loaders have tests of their own
+OF_DATA = ["data.path", "data.split", "data.image_size", "data.latent_scale"]
+# matter in some mode, without which they are refused whoever gives them
+BY_CHECK = [
+    "model.depth", "sample.budget", "sample.budget_macs", "sample.schedule", "sample.max_iters",
+]  # fmt: skip
+
+
+def moded() -> list[str]:
+    """Every setting that says which modes it needs."""
+    sections = [getattr(Config(), name) for name in vars(Config()) if name != "recipe"]
+    return [
+        f"{section.section}.{field.name}"
+        for section in sections
+        for field in dataclasses.fields(section)
+        if section.modes or field.metadata.get("needs")
+    ]
+
+
+def test_every_mode_stands_here() -> None:
+    """A setting that matters in one mode only declares it; one that declares it is tried."""
+    assert sorted(moded()) == sorted([*IGNORED, *OF_DATA])
+    contextual = [name for name, (_, context) in MATTERS.items() if context]
+    assert sorted(set(contextual) - set(BY_CHECK)) == sorted(set(contextual) & set(moded()))
+    for name in contextual:
+        assert name not in idle(Config, flat(configured(Path(), MATTERS[name][1])))
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_an_ignored_setting_is_refused(name: str) -> None:
+    for context in IGNORED[name]:
+        config = configured(Path(), {**context, name: other(name)})
+        with pytest.raises(ConfigError, match=rf"^{name}: got \S+ with \S+ \S+.*, expected \S+ ."):
+            used(config, [name])
+        # the mode's own setting is not
+        used(config, list(context))
+
+
+def other(name: str) -> Any:
+    return OTHER_VALUES.get(name) or MATTERS[name][0]
+
+
+def configured(out: Path, changes: dict[str, Any]) -> Config:
+    """A run of three steps with ``changes``."""
     if changes.get("model.kind") == "dit":
         dit = {"model.depth": 1, "model.pre_depth": 0, "model.post_depth": 0, "sample.iters": None}
         changes = {**dit, **changes}
@@ -145,7 +217,12 @@ def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
         section, _, key = name.partition(".")
         nested.setdefault(section, {})[key] = value
     config = small(out, steps=3, batch=4, log_every=1, save_every=0, label_dropout=0.3)
-    config = from_dict(nested, config)
+    return from_dict(nested, config)
+
+
+def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of the run with ``changes``."""
+    config = configured(out, changes)
     Trainer(config).run()
     return fingerprint(config)
 
@@ -162,8 +239,15 @@ def test_it_matters(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("away_from_zero")
 def test_one_that_does_not_would_be_seen(tmp_path: Path) -> None:
-    """The same run twice, and with settings of what is not asked for, is the same bits."""
+    """The same run twice is the same bits."""
     base = run(tmp_path / "a", {})
     assert run(tmp_path / "b", {}) == base
-    for name in ("sample.reuse_rho", "fixed_point.phantom_damping", "diffusion.min_snr_gamma"):
-        assert run(tmp_path / name, {name: MATTERS[name][0]}) == base
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("away_from_zero")
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_is_refused_does_not_matter(name: str, tmp_path: Path) -> None:
+    for i, context in enumerate(IGNORED[name]):
+        base = run(tmp_path / f"a{i}", context)
+        assert run(tmp_path / f"b{i}", {**context, name: other(name)}) == base
