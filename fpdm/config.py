@@ -213,7 +213,7 @@ class SamplerConfig(Settings):
     guidance_high: float = needs(1.0, "guidance!=1")  # see guidance_low
     # 0: none, 1: the guided prediction has cond's deviation
     guidance_rescale: float = needs(0.0, "guidance!=1")
-    eta: float = needs(0.0, "method=ddim")  # ddim: 0 is deterministic, 1 as noisy as ddpm
+    eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
     batch: int = 64  # images at once
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the compute
     invariant: bool = False  # bitwise the same image in every batch, at a cost

@@ -76,15 +76,14 @@ def idle(kind: Any, values: Mapping[str, Any]) -> dict[str, str]:
     ``kind`` is a section or a dataclass of sections, ``values`` are its ``flat`` ones. What is not
     among them decides nothing.
     """
-    sections = [kind] if issubclass(kind, Settings) else hints(kind).values()
+    sections: list[Any] = [kind] if issubclass(kind, Settings) else list(hints(kind).values())
     found: dict[str, str] = {}
-    for section in sections:
-        if dataclasses.is_dataclass(section):
-            for field in dataclasses.fields(section):
-                modes = (*section.modes, *field.metadata.get("needs", ()))  # type: ignore[attr-defined]
-                off = [why for mode in modes if (why := _off(mode, section.section, values))]  # type: ignore[attr-defined]
-                if off:
-                    found[f"{section.section}.{field.name}"] = off[0]  # type: ignore[attr-defined]
+    for section in (section for section in sections if hasattr(section, "modes")):
+        for field in dataclasses.fields(section):
+            modes = (*section.modes, *field.metadata.get("needs", ()))
+            off = [why for mode in modes if (why := _off(mode, section.section, values))]
+            if off:
+                found[f"{section.section}.{field.name}"] = off[0]
     return found
 
 

@@ -160,7 +160,6 @@ IGNORED: dict[str, list[dict[str, Any]]] = {
     "sample.guidance_low": [{"sample.guidance": 1.0}],
     "sample.guidance_high": [{"sample.guidance": 1.0}],
     "sample.guidance_rescale": [{"sample.guidance": 1.0}],
-    "sample.eta": [{"sample.method": "ddpm"}, {"sample.method": "dpmpp_2m"}],
 }  # fmt: skip
 OTHER_VALUES = {
     "fixed_point.draws": "per_rank", "train.scale_floor": 2.0, "sample.guidance_channels": 1,

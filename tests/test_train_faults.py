@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs import (
+    MODEL,
     FailingTrainer,
     HashingTrainer,
     UnequalTrainer,
@@ -23,6 +27,8 @@ from runs import (
 
 from fpdm import checkpoint
 from fpdm.checkpoint import FAILPOINTS
+from fpdm.config import DataConfig
+from fpdm.shards import write_shards
 from fpdm.train import Trainer
 
 LIMIT = 60.0
@@ -226,6 +232,43 @@ class FullDisk(Trainer):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         super().save()
+
+
+def test_a_shard_that_shrinks_loses_nothing(tmp_path):
+    """The run ends in one line, the newest checkpoint is whole, with the data back it goes on."""
+    x = np.random.default_rng(0).standard_normal((64, 4, 4, 4)).astype(np.float32)
+    write_shards(
+        [(x, np.arange(64) % 10, None)], tmp_path / "data", dtype="float16", latent_scale=1.0,
+        rows_per_shard=16,
+    )  # fmt: skip
+    model = replace(MODEL, input_size=4, in_channels=4)
+    base = small(tmp_path, steps=24, save_every=4)
+    data = DataConfig(kind="latents", path=str(tmp_path / "data"), latent_scale=1.0)
+    expected = reference_of(replace(base, model=model, data=data))
+    run = changed(expected[0], name="cut")
+    child, log = start(run, tmp_path / "log", Cut), tmp_path / "log"
+    assert finish(child) == 2
+    lines = log.read_text().strip().splitlines()
+    assert "fpdm.train: error: " in lines[-1]
+    assert "shard_00001.safetensors: has shrunk since it was opened" in lines[-1]
+    assert "Traceback" not in log.read_text()
+    assert checkpoint.load_newest(Trainer(run).directory.checkpoints).step == 8
+    # the same command says which shard, until it is back
+    assert finish(start(run, log)) == 2
+    assert "shard_00001.safetensors: got 1024 bytes" in log.read_text().strip().splitlines()[-1]
+    os.replace(tmp_path / "data.cut", tmp_path / "data" / "shard_00001.safetensors")
+    resume_and_compare(run, expected[1], log)
+
+
+class Cut(Trainer):
+    """A shard is cut to 1 kB after the tenth step."""
+
+    def local_step(self, step: int) -> None:
+        if step == 10:
+            path = Path(self.config.data.path) / "shard_00001.safetensors"
+            shutil.copy(path, f"{self.config.data.path}.cut")
+            os.truncate(path, 1024)
+        super().local_step(step)
 
 
 # ranks
