@@ -10,8 +10,11 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import sys
+import time
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +38,7 @@ def run_main(
     """
     keep_freed_memory()
     try:
-        with _warnings_of(prog):
+        with _warnings_of(prog), _recorded(prog):
             status = fn(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
     except UserError as error:
@@ -54,6 +57,24 @@ def run_main(
     except KeyboardInterrupt:
         status = _tell(prog, "interrupted", 130)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _recorded(prog: str) -> Iterator[None]:
+    """An error goes into the file that torchrun names, too: its summary, the last lines on the
+    screen, shows what stands there instead of how to get a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            known = isinstance(error, UserError)
+            told = f"{prog}: error: {_line(str(error))}" if known else traceback.format_exc()
+            # the earliest is the root cause there, in whole seconds
+            when = int(time.time()) + getattr(error, "consequence", False)
+            extra = {"py_callstack": told, "timestamp": str(when)}
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                json.dump({"message": {"message": told, "extraInfo": extra}}, file)
+        raise
 
 
 @contextlib.contextmanager
@@ -78,8 +99,12 @@ def _warnings_of(prog: str) -> Iterator[None]:
 
 def _tell(prog: str, message: str, status: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{prog}: {_line(message)}", file=sys.stderr, flush=True)
     return status
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _drop_stdout() -> None:

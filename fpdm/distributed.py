@@ -31,6 +31,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class PeerError(UserError):
     """Another rank stopped, froze or failed."""
 
+    consequence = True
+
 
 class StopRequested(BaseException):
     """Raised by a signal inside an interruptible phase; no ``Exception``: nothing swallows it."""

@@ -24,8 +24,11 @@ T = TypeVar("T")
 class UserError(ValueError):
     """Something the user can mend: one line that says what was got and what was expected.
 
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status 2. ``consequence``: of an error of
+    another process, which tells the cause.
     """
+
+    consequence: ClassVar[bool] = False
 
 
 class ConfigError(UserError):

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +362,37 @@ class PoisonedTrainer(HashingTrainer):
         if step == 3 and self.ranks.rank == 1:
             micro.x[0] = float("nan")
         return super()._micro_step(step, micro, n, m)
+
+
+PLANTED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from runs import Trainer, run_main, small, torch
+from fpdm.settings import UserError
+
+class Planted(Trainer):
+    def local_step(self, step):
+        super().local_step(step)
+        if self.ranks.rank == 1 and step == 5:
+            raise UserError("planted")
+
+torch.set_num_threads(1)
+run_main("fpdm.train", lambda argv: Planted(small(Path({out!r}))).run() and None)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_shows_the_cause_last(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*argv, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    summary = done.stderr[done.stderr.index("Failures:") :]
+    assert summary.index("rank 1 failed, see its message; rank 0 leaves") < summary.index("Root")
+    last = summary.strip().splitlines()[-2]
+    assert last.split(" : ")[1] == "fpdm.train: error: planted"
 
 
 @pytest.mark.slow
