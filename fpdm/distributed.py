@@ -15,7 +15,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 
@@ -92,6 +92,7 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = pick_device(device, local)
+        self._told: Exception | None = None
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with self._watch("joining"):
@@ -109,8 +110,30 @@ class Ranks:
                 "start again to resume from the newest checkpoint"
             ) from error
 
-    def agree(self, flags: Sequence[int]) -> list[int]:
-        """Element-wise maximum of ``flags`` over all ranks."""
+    def agree(self, failure: Exception | None, *flags: int) -> list[int]:
+        """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
+        the others naming it."""
+        failed, *agreed = self._maximum([0 if failure is None else self.rank + 1, *flags])
+        if failure is not None:
+            self._told = failure
+            raise failure
+        if failed:
+            raise PeerError(f"rank {failed - 1} failed, see its message; rank {self.rank} leaves")
+        return agreed
+
+    @contextmanager
+    def telling(self, flags: int) -> Iterator[None]:
+        """An error inside that this rank has alone reaches the others when they next ``agree``, on
+        so many ``flags``: they name this rank and not a lost connection."""
+        try:
+            yield
+        except Exception as error:
+            if error is not self._told and not isinstance(error, PeerError):
+                with suppress(PeerError):
+                    self._maximum([self.rank + 1, *[0] * flags])
+            raise
+
+    def _maximum(self, flags: Sequence[int]) -> list[int]:
         if self.world == 1:
             return list(flags)
         packed = torch.tensor(flags, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -228,12 +229,15 @@ class FullDisk(Trainer):
     """No file may grow beyond 1 kB after the second checkpoint."""
 
     def save(self) -> None:
-        import resource
-
         if self.step > 8:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            no_space(1000)
         super().save()
+
+
+def no_space(size: int) -> None:
+    """No file may grow beyond ``size`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_shard_that_shrinks_loses_nothing(tmp_path):
@@ -333,26 +337,10 @@ def test_killing_one_rank_ends_the_other(tmp_path, victim):
     lines = (tmp_path / f"log.{1 - victim}").read_text().splitlines()
     assert f"rank {1 - victim}: a peer stopped or froze" in lines[-1]
     assert "Traceback" not in "".join(lines)
-    assert checkpoint.load_newest(Trainer(config).directory.checkpoints) is not None
-
-
-def test_a_failing_rank_takes_the_other_along(tmp_path):
-    config = pair_config(tmp_path, steps=10**6, accumulate=1)
-    children = start_pair(config, tmp_path / "log", FailingTrainer)
-    assert [finish(child, 20.0) != 0 for child in children] == [True, True]
-    assert "rank 1 failed, see its message; rank 0 leaves" in (tmp_path / "log.0").read_text()
-    assert "planted" in (tmp_path / "log.1").read_text()
-
-
-def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path):
-    config = pair_config(tmp_path, steps=6, accumulate=1)
-    first, second = run_pair(config, tmp_path / "log", PoisonedTrainer)
-    assert first == second
-    assert first[3] == first[2]
-    assert len(set(first)) == 5
-    rows = Trainer(config).directory.nonfinite.read_text().splitlines()
-    assert len(rows) == 1
-    assert '"rank": 1' in rows[0]
+    # the same command goes on
+    newest = checkpoint.load_newest(Trainer(config).directory.checkpoints)
+    more = changed(config, steps=newest.step + 3)
+    assert [len(hashes) for hashes in run_pair(more, tmp_path / "log")] == [3, 3]
 
 
 class PoisonedTrainer(HashingTrainer):
@@ -380,6 +368,73 @@ class Planted(Trainer):
 torch.set_num_threads(1)
 run_main("fpdm.train", lambda argv: Planted(small(Path({out!r}))).run() and None)
 """
+
+
+class RowOnFullDisk(Trainer):
+    """Rank 0 cannot write the row of step 9."""
+
+    def _row_if_due(self) -> None:
+        if self.step == 9 and self.ranks.rank == 0:
+            self.directory.metrics = Path("/dev/full")
+        super()._row_if_due()
+
+
+class NoteOnFullDisk(PoisonedTrainer):
+    """Rank 1 cannot note the samples that it skips."""
+
+    def _skip(self, mine: bool) -> None:
+        if self.ranks.rank == 1:
+            self.directory.nonfinite = Path("/dev/full")
+        super()._skip(mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "what"),
+    [
+        (RowOnFullDisk, 0, "/dev/full"),
+        (FullDisk, 0, "step_0000012"),
+        (NoteOnFullDisk, 1, "/dev/full"),
+    ],
+)
+def test_a_full_disk_on_one_rank_ends_the_other(tmp_path, kind, rank, what):
+    config = pair_config(tmp_path, steps=24, save_every=4, accumulate=1)
+    children = start_pair(config, tmp_path / "log", kind)
+    assert finish(children[rank]) == 2
+    begin = time.monotonic()
+    assert finish(children[1 - rank], 10.0) == 2
+    print(f"the other left after {time.monotonic() - begin:.3f} s")
+    logs = [(tmp_path / f"log.{r}").read_text() for r in (rank, 1 - rank)]
+    lines = [log.strip().splitlines()[-1] for log in logs]
+    assert "fpdm.train: error: cannot write" in lines[0]
+    assert what in lines[0]
+    assert f"rank {rank} failed, see its message; rank {1 - rank} leaves" in lines[1]
+    assert "Traceback" not in "".join(logs)
+    # the same command goes on
+    done = checkpoint.load_newest(Trainer(config).directory.checkpoints).step
+    assert done == (8 if rank == 0 else 4)
+    root = Trainer(config).directory.root
+    for name in root.glob("hashes.*"):
+        name.unlink()
+    assert len(run_pair(config, tmp_path / "log")[0]) == 24 - done
+
+
+def test_a_failing_rank_takes_the_other_along(tmp_path):
+    config = pair_config(tmp_path, steps=10**6, accumulate=1)
+    children = start_pair(config, tmp_path / "log", FailingTrainer)
+    assert [finish(child, 20.0) != 0 for child in children] == [True, True]
+    assert "rank 1 failed, see its message; rank 0 leaves" in (tmp_path / "log.0").read_text()
+    assert "planted" in (tmp_path / "log.1").read_text()
+
+
+def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path):
+    config = pair_config(tmp_path, steps=6, accumulate=1)
+    first, second = run_pair(config, tmp_path / "log", PoisonedTrainer)
+    assert first == second
+    assert first[3] == first[2]
+    assert len(set(first)) == 5
+    rows = Trainer(config).directory.nonfinite.read_text().splitlines()
+    assert len(rows) == 1
+    assert '"rank": 1' in rows[0]
 
 
 @pytest.mark.slow
