@@ -13,6 +13,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 import time
 import traceback
 import typing
@@ -208,11 +209,12 @@ def parse_options(
     prog: str,
     extra: Mapping[str, str] = MappingProxyType({}),
     fixed: Sequence[str] = (),
+    about: str = "",
 ) -> T:
     """``default`` (a dataclass, sections allowed) with ``--section.key value`` and ``--key=value``.
 
     ``extra`` are options that the caller has taken already (name: its help), for suggestions and
-    the help; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
+    the help, which begins with ``about``; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
     prints the options with their present values and exits. What is given and would be ignored is
     refused (``settings.used``).
     """
@@ -240,7 +242,7 @@ def parse_options(
             parsed: Any = tyro.cli(
                 options,
                 prog=prog,
-                description="\n".join(f"{name} {text}" for name, text in extra.items()),
+                description=about + "\n".join(map(_paragraph, extra.items())),
                 args=args,
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
@@ -251,6 +253,10 @@ def parse_options(
         raise ConfigError(_sentence(told.getvalue())) from None
     found = {name: getattr(parsed, name) for name in fields}
     return settings.used(dataclasses.replace(default, **found), given_names(argv))  # type: ignore[type-var]
+
+
+def _paragraph(option: tuple[str, str]) -> str:
+    return textwrap.fill(" ".join(option), 80, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _leaves(hints: dict[str, Any], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

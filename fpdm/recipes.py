@@ -104,6 +104,24 @@ RECIPES: Mapping[str, Config] = MappingProxyType(
     {config.recipe: config for config in (_DIGITS, _IMAGENET, _UNCONDITIONAL)}
 )
 
+# the help begins with it: 80 columns; tyro joins lines that are not indented
+_ABOUT = """\
+Trains a model, with no more than the name of a RECIPE:
+    python -m fpdm.train digits                       minutes on two CPU cores
+    python -m fpdm.train digits --train.name short --train.steps 500
+    torchrun --nproc_per_node=8 -m fpdm.train imagenet256 --data.path latents/
+
+RECIPE (with --help its values stand below) is a YAML file of settings or one of
+    digits            8x8 digits, which are built in
+    imagenet256       the paper's XL/2 on latents of 256x256 ImageNet
+    unconditional256  the same on latents of one class: CelebA-HQ, FFHQ, LSUN
+
+Everything goes into runs/NAME (--train.out, --train.name; NAME: the recipe's):
+    metrics.jsonl, checkpoints/, samples/, at the end curves.png and export/
+    the same command continues a run that was stopped; Ctrl-C saves first
+
+"""
+
 
 def with_preset(config: Config, preset: str) -> Config:
     """``config`` with the architecture of ``preset``; its input, channels and classes stay. A DiT
@@ -132,7 +150,10 @@ def _read(recipe: str) -> tuple[Config, list[str]]:
     if not recipe.endswith((".yaml", ".yml")):
         near = settings.suggest(recipe, RECIPES)
         known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
-        raise ConfigError(f"unknown recipe {recipe or '(none)'}{near or known}")
+        if not recipe or recipe.startswith("-"):
+            told = f"got {recipe or 'nothing'} in place of RECIPE"
+            raise ConfigError(f"{told}{known}: python -m fpdm.train digits")
+        raise ConfigError(f"unknown recipe {recipe}{near or known}")
     path = Path(recipe)
     if not path.is_file():
         raise ConfigError(f"recipe: got {path}, expected a file")
@@ -172,12 +193,10 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
     if preset is not None:
         config = with_preset(config, preset)
     presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
-    extra = {
-        "RECIPE": f"{', '.join(RECIPES)} or a YAML file, whose values follow",
-        "--preset": f"NAME: architecture, before all other options: {presets}",
-    }
-    name = f"python -m fpdm.train {recipe}"
-    config = parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))
+    extra = {"--preset": f"NAME: architecture, before all other options: {presets}"}
+    config = parse_options(
+        config, replace_cost(rest), "python -m fpdm.train RECIPE", extra, ("recipe",), _ABOUT
+    )
     try:
         return settings.used(config, ignored)
     except ConfigError as error:

@@ -139,7 +139,8 @@ def test_what_resembles_nothing_is_refused_without_advice() -> None:
     [
         ("digit", "unknown recipe digit; did you mean digits?"),
         ("imagenet", "did you mean imagenet256?"),
-        ("", "expected digits, imagenet256, unconditional256 or the path of a .yaml file"),
+        ("", "got nothing in place of RECIPE; expected digits, imagenet256, unconditional256 or the path of a .yaml file"),
+        ("--train.steps", "got --train.steps in place of RECIPE; expected digits"),
         ("nowhere/x.yaml", "expected a file"),
     ],
 )
@@ -386,6 +387,24 @@ def test_help_lists_every_option_with_the_recipes_values(
     assert shown == set(settings.flat(Config())) - {"recipe"}
     assert "--preset" in text
     assert f"(default: {RECIPES['digits'].train.steps})" in text
+
+
+def test_the_first_screen_of_the_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest command, the recipes and where the outputs go, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for recipe in ("digits", "--help"):
+        with pytest.raises(SystemExit):
+            load_config(recipe, ["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        first = lines[:24]
+        assert any(line.split()[:4] == ["python", "-m", "fpdm.train", "digits"] for line in first)
+        named = {line.split()[0] for line in first if line.startswith("    ")}
+        assert set(RECIPES) <= named
+        assert any("runs/NAME" in line for line in first)
+        assert any(line.startswith("--preset") for line in first)
 
 
 def test_every_default_has_one_home() -> None:
