@@ -167,7 +167,9 @@ def test_tensorboard_that_is_missing_or_cannot_write(
     config = small(tmp_path, steps=4, log_every=1, tensorboard=True)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        with pytest.raises(ConfigError, match=r"train\.tensorboard: got true, expected .*installed"):
+        with pytest.raises(
+            ConfigError, match=r"train\.tensorboard: got true, expected .*installed"
+        ):
             Trainer(config).run()
     pytest.importorskip("tensorboard")
     board = tmp_path / "run" / "tensorboard"
