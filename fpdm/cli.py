@@ -214,9 +214,9 @@ def parse_options(
     """``default`` (a dataclass, sections allowed) with ``--section.key value`` and ``--key=value``.
 
     ``extra`` are options that the caller has taken already (name: its help), for suggestions and
-    the help, which begins with ``about``; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
-    prints the options with their present values and exits. What is given and would be ignored is
-    refused (``settings.used``).
+    the help, which begins with ``about``; ``fixed`` are fields that are no options. Raises
+    ConfigError of one line, also for what is given and would be ignored (``settings.used``);
+    ``--help`` prints the options with their present values and exits.
     """
     if not argv:
         return default

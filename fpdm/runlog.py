@@ -7,8 +7,8 @@
                 checkpoints/  samples/step_*.png  curves.png  export/  tensorboard/
 
 Rows, TensorBoard's too, reach the kernel before the checkpoint of their step is written, and a
-resumed run drops the rows of later steps, so that ``metrics.jsonl`` of a killed and resumed run equals that of an
-uninterrupted one bit for bit.
+resumed run drops the rows of later steps, so that ``metrics.jsonl`` of a killed and resumed run
+equals that of an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Progress:
                 for key, value in {**row, "images_per_s": rate, "peak_memory": memory}.items():
                     if key != "step" and value is not None:
                         self.board.add_scalar(key, value, step)
-                # its writer is a thread that may wait: a kill would leave a gap before the checkpoint
+                # its writer is a thread that may wait: a kill would leave a gap
                 self.board.flush()
 
     def say(self, line: str) -> None:

@@ -139,10 +139,8 @@ def test_what_resembles_nothing_is_refused_without_advice() -> None:
     [
         ("digit", "unknown recipe digit; did you mean digits?"),
         ("imagenet", "did you mean imagenet256?"),
-        (
-            "",
-            "got nothing in place of RECIPE; expected digits, imagenet256, unconditional256 or the path of a .yaml file",
-        ),
+        ("", "got nothing in place of RECIPE; expected digits, imagenet256, unconditional256 or"),
+        ("", "or the path of a .yaml file: python -m fpdm.train digits"),
         ("--train.steps", "got --train.steps in place of RECIPE; expected digits"),
         ("nowhere/x.yaml", "expected a file"),
     ],

@@ -174,7 +174,7 @@ def test_tensorboard_that_is_missing_or_cannot_write(
     pytest.importorskip("tensorboard")
     board = tmp_path / "run" / "tensorboard"
     board.touch()
-    with pytest.raises(UserError, match="cannot write .*tensorboard"):
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
         Trainer(config).run()
     board.unlink()
 
@@ -185,7 +185,7 @@ def test_tensorboard_that_is_missing_or_cannot_write(
             with file_limit(max(path.stat().st_size for path in board.iterdir()) + 9):
                 return super()._row_if_due()
 
-    with pytest.raises(UserError, match="cannot write .*tensorboard: File too large"):
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
         Full(config).run()
 
 
