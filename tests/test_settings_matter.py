@@ -7,13 +7,14 @@ weights, average, optimiser, metrics and the grid of samples, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import fingerprint, small
 
-from fpdm.config import Config, ConfigError, from_dict
+from fpdm.config import RESUME_FREE, Config, ConfigError, from_dict
 from fpdm.settings import flat, idle, used
 from fpdm.train import Trainer
 
@@ -224,6 +225,46 @@ def run(out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     config = configured(out, changes)
     Trainer(config).run()
     return fingerprint(config)
+
+
+# other values of settings whose one effect is elsewhere
+RESUMED = {
+    "execution.recompute": "full", "sample.batch": 2, "sample.invariant": True,
+    "train.keep": 1, "train.save_every": 1, "train.grid_every": 1, "train.max_nonfinite": 3,
+    "train.graphs": "auto", "train.ddp_timeout_s": 5, "train.steps": 6, "train.device": "auto",
+    "fixed_point.draws": "per_rank", "train.scale_floor": 2.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that has done three of its five steps."""
+    out = tmp_path_factory.mktemp("begun")
+    Trainer(configured(out, {})).run()
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("away_from_zero")
+@pytest.mark.parametrize("name", [*MATTERS, *RESUMED])
+def test_a_run_that_is_resumed_with_it_changed(name: str, begun: Path, tmp_path: Path) -> None:
+    """It goes on, or is refused in a line that names every change and the way out."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    value, context = (RESUMED[name], {}) if name in RESUMED else MATTERS[name]
+    changes = {**context, name: value}
+    if changes.get("train.steps") is None:
+        changes["train.steps"] = 5
+    config = configured(tmp_path, changes)
+    # of fp16 alone; a run in float32 does not use it
+    ignored = {"train.scale_floor"}
+    refused = [n for n in (name, *context) if not {n, n.split(".")[0]} & {*RESUME_FREE, *ignored}]
+    if not refused:
+        assert Trainer(config).run() == config.train.steps
+        return
+    with pytest.raises(ConfigError, match=r"step_0000003 is of another run: ") as told:
+        Trainer(config).run()
+    assert all(f"{n}: " in str(told.value) for n in refused)
+    assert str(told.value).endswith("expected the same settings, or another train.name")
 
 
 @pytest.mark.slow
