@@ -109,15 +109,17 @@ def _off(mode: str, section: str, values: Mapping[str, Any]) -> str:
     return f"with {' and '.join(now)}, expected {' or '.join(expected)}"
 
 
-def used(config: T, given: Iterable[str]) -> T:
+def used(config: T, given: Iterable[str], *others: T) -> T:
     """``config``, of which the user gave the settings ``given`` (dotted; of a section its fields).
 
-    Raises ConfigError for one whose mode is off and which would be ignored; none may be said in
-    every mode.
+    Raises ConfigError for one whose mode is off, also in ``others`` that have it from here, and
+    which would be ignored; none may be said in every mode.
     """
     prefix = f"{config.section}." if isinstance(config, Settings) else ""
     values = flat(config, prefix)
     off = idle(type(config), values)
+    for other in others:
+        off = {name: off[name] for name in idle(type(other), flat(other, prefix)) if name in off}
     for name in (prefix + name for name in given):
         if name in off and values[name] not in (None, "none", "", []):
             raise ConfigError(f"{name}: got {values[name]} {off[name]}")

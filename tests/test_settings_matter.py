@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import fingerprint, small
 
-from fpdm.config import RESUME_FREE, Config, ConfigError, from_dict
+from fpdm.config import RESUME_FREE, Config, ConfigError, SamplerConfig, from_dict
 from fpdm.settings import flat, idle, used
 from fpdm.train import Trainer
 
@@ -201,6 +202,14 @@ def test_an_ignored_setting_is_refused(name: str) -> None:
             used(config, [name])
         # the mode's own setting is not
         used(config, list(context))
+
+
+def test_a_setting_of_another_run_beside_it_is_not_refused() -> None:
+    """``--gamma`` is of the blend that a sampler is compared with."""
+    config = SamplerConfig(reuse_gamma=0.3)
+    assert used(config, ["reuse_gamma"], replace(config, reuse="blend")) is config
+    with pytest.raises(ConfigError, match=r"reuse_gamma: got 0\.3 with sample\.reuse none, expec"):
+        used(config, ["reuse_gamma"], replace(config, reuse="full"))
 
 
 def other(name: str) -> Any:
