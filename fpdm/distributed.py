@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fpdm.config import ConfigError, UserError
 
+_SAME_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -41,11 +43,14 @@ class StopRequested(BaseException):
 class StopFlag:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal ends the process at once.
 
+    Not within ``_SAME_S``, where it is the same request: a batch system signals every process of a
+    job, and torchrun passes on to its workers what it gets itself.
+
     ``install`` from the main thread; ``restore`` puts the old handlers back.
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._since = 0, 0.0
         self._interruptible = False
         self._old: dict[int, object] = {}
 
@@ -61,9 +66,12 @@ class StopFlag:
         self._old.clear()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signum:
-            os._exit(128 + signum)
-        self.signum = signum
+            if now - self._since > _SAME_S:
+                os._exit(128 + signum)
+            return
+        self.signum, self._since = signum, now
         if self._interruptible:
             self._interruptible = False
             raise StopRequested

@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -180,14 +179,14 @@ def command(argv: list[str]) -> int:
     if help_only:
         parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
     source = load_source(path, weights, None, choose_device(device or "auto"))
-    default = Options(source.sampler_config, _run_data(path))
+    options = Options(source.sampler_config, _run_data(path))
     # a sweep refuses a cost, which it decides itself
-    options = parse_options(default, argv if sweeping else replace_cost(argv), prog, extra)
+    options = parse_options(options, argv if sweeping else replace_cost(argv), prog, extra)
     if is_digits(source):
         _check_digits(given_names(argv))
     if sweeping:
         given = ["--strict"] * strict
-        given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
+        given += [f"--{name}" for name in given_names(argv) if name in SWEPT]
         if given:
             raise ConfigError(
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"

@@ -197,10 +197,22 @@ def test_a_second_signal_exits_at_once(reference, tmp_path):
     child = start(run, tmp_path / "log", SleepyTrainer)
     wait_for(lambda: (Trainer(run).directory.root / "asleep").exists())
     os.kill(child.pid, signal.SIGTERM)
-    time.sleep(0.1)
+    time.sleep(1.2)
     assert child.exitcode is None
     os.kill(child.pid, signal.SIGTERM)
     assert finish(child, 2.0) == 128 + signal.SIGTERM
+
+
+def test_the_same_signal_twice_is_one_request(reference, tmp_path):
+    """A batch system signals worker and torchrun, which passes its own on: it must still save."""
+    run, log = changed(reference[0], out=str(tmp_path), steps=10**6, save_every=0), tmp_path / "log"
+    child = start(run, log, Telling)
+    wait_for(lambda: size(Trainer(run).directory.root / "begun") > 3)
+    for _ in range(3):
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    assert finish(child) == 0, log.read_text()
+    assert "SIGTERM: saved step" in log.read_text()
 
 
 class SleepyTrainer(Trainer):
