@@ -327,6 +327,41 @@ def test_a_setting_of_a_mode_that_is_off_is_refused() -> None:
         load_config("digits", ["--execution.residual_dtype", "float32", *dtype])
 
 
+def test_settings_of_other_data_are_refused() -> None:
+    for recipe, argv, kinds in (
+        ("digits", ("--data.path", "x"), "images or latents"),
+        ("digits", ("--data.latent_scale", "1"), "latents"),
+        ("digits", ("--data.image_size", "8"), "images"),
+        ("imagenet256", ("--data.image_size", "8"), "images"),
+        ("imagenet256", ("--data.split", "all"), "digits"),
+    ):
+        told = refused(*argv, recipe=recipe)
+        assert told.startswith(f"{argv[0][2:]}: got {argv[1]}")
+        assert told.endswith(f", expected data.kind {kinds}")
+
+
+def test_modes_name_settings_and_values_that_exist() -> None:
+    """One that is misspelt would decide nothing."""
+    known = {
+        f"{name}.{key}": hint
+        for name, section in SECTIONS.items()
+        for key, hint in settings.hints(type(section)).items()
+    }
+    modes = [
+        (name, mode)
+        for name, section in SECTIONS.items()
+        for field in dataclasses.fields(section)
+        for mode in (*section.modes, *field.metadata.get("needs", ()))
+    ]
+    assert len(modes) > 25
+    for section, mode in modes:
+        for condition in mode.split(" or "):
+            name, _, values = re.split("(!?=)", condition)
+            hint = known[name if "." in name else f"{section}.{name}"]
+            for value in values.split("|"):
+                settings.coerce(name, hint, int(value) if value.isdigit() else value)
+
+
 def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: digits\nsample: {reuse_gamma: 0.3}\n")
