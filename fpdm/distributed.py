@@ -27,7 +27,7 @@ from torch import Tensor
 from fpdm.config import ConfigError, UserError
 
 _SAME_S = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PeerError(UserError):
@@ -41,7 +41,7 @@ class StopRequested(BaseException):
 
 
 class StopFlag:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal ends the process at once.
+    """Turns ``SIGNALS`` into a flag; a second signal ends the process at once.
 
     Not within ``_SAME_S``, where it is the same request: a batch system signals every process of a
     job, and torchrun passes on to its workers what it gets itself.
@@ -55,8 +55,10 @@ class StopFlag:
         self._old: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes the three signals."""
+        """Takes the signals, but for those that are ignored, as SIGHUP is under nohup."""
         for signum in SIGNALS:
+            if signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             self._old[signum] = signal.signal(signum, self._handle)
 
     def restore(self) -> None:

@@ -97,6 +97,8 @@ class RunDirectory:
         Raises UserError when it cannot be written; then nothing of it remains."""
         data = (json.dumps(row) + "\n").encode()
         try:
+            # of a rank on another host, which may not share the file system
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
                 # a disk that is nearly full takes a part without an error

@@ -255,6 +255,8 @@ class Trainer:
             self.local_step(self.step)
             norm = self.optimizer.grad_norm()
             bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
+        except torch.OutOfMemoryError as error:
+            failure = ConfigError(self._too_large(error))
         except Exception as error:
             failure = error
         found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
@@ -270,6 +272,16 @@ class Trainer:
         self._row_if_due()
         self._check_nonfinite()
         return signum
+
+    def _too_large(self, error: Exception) -> str:
+        t, e = self.config.train, self.config.execution
+        return (
+            f"train.batch: got {t.batch}, out of memory on {self.ranks.device} in step "
+            f"{self.step + 1}; expected less at once: execution.recompute elementwise or full "
+            f"(now {e.recompute}) or more execution.chunks (now {e.chunks}), which a resumed run "
+            f"may change, or more train.accumulate (now {t.accumulate}): "
+            f"{str(error).split('. ')[0]}"
+        )
 
     def local_step(self, step: int) -> None:
         """Leaves the rank's share of the gradients (times the loss scale) and of the means of loss,

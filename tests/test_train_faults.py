@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from runs import (
     MODEL,
     FailingTrainer,
@@ -30,7 +31,7 @@ from runs import (
 
 from fpdm import checkpoint
 from fpdm.checkpoint import FAILPOINTS
-from fpdm.config import DataConfig
+from fpdm.config import ConfigError, DataConfig
 from fpdm.shards import write_shards
 from fpdm.train import Trainer
 
@@ -203,6 +204,26 @@ def test_a_second_signal_exits_at_once(reference, tmp_path):
     assert finish(child, 2.0) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed(tmp_path, ignored):
+    """The run is saved, or goes on under nohup."""
+
+    class Closed(Trainer):
+        def local_step(self, step: int) -> None:
+            super().local_step(step)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        trainer = Closed(small(tmp_path, steps=4, save_every=0))
+        assert trainer.run() == (4 if ignored else 3)
+        assert checkpoint.load_newest(trainer.directory.checkpoints).step == trainer.step
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_same_signal_twice_is_one_request(reference, tmp_path):
     """A batch system signals worker and torchrun, which passes its own on: it must still save."""
     run, log = changed(reference[0], out=str(tmp_path), steps=10**6, save_every=0), tmp_path / "log"
@@ -290,6 +311,24 @@ class Cut(Trainer):
             shutil.copy(path, f"{self.config.data.path}.cut")
             os.truncate(path, 1024)
         super().local_step(step)
+
+
+def test_a_batch_that_is_too_large_is_told_with_the_ways_out(tmp_path):
+    class TooLarge(Trainer):
+        def local_step(self, step: int) -> None:
+            super().local_step(step)
+            if step == 6:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0")
+
+    config = small(tmp_path, steps=8)
+    told = (
+        r"^train\.batch: got 16, out of memory on cpu in step 7; expected .*recompute elementwise"
+    )
+    with pytest.raises(ConfigError, match=told) as caught:
+        TooLarge(config).run()
+    assert str(caught.value).endswith("(now 1): CUDA out of memory")
+    execution = replace(config.execution, recompute="full", chunks=2)
+    assert Trainer(replace(config, execution=execution)).run() == 8
 
 
 # ranks
