@@ -45,11 +45,14 @@ def check_data(config: Config, data: Dataset) -> None:
 
 
 def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
-    """A resumed run is the same run. Raises ConfigError that names the changed fields."""
+    """A resumed run is the same run, but for what ``config.RESUME_FREE`` lets change. Raises
+    ConfigError that names the changed fields."""
     changed = diff(meta["config"], to_dict(config), RESUME_FREE)
     if changed:
+        decays = any(line.startswith("train.steps:") for line in changed)
+        why = " (optim.lr_final is reached at the last step)" if decays else ""
         raise ConfigError(
-            f"{path} is of another run: {'; '.join(changed)}; expected the same settings, or "
+            f"{path} is of another run: {'; '.join(changed)}{why}; expected the same settings, or "
             "another train.name"
         )
     if meta["data"] != fingerprint:

@@ -10,8 +10,12 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import sys
+import textwrap
+import time
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +39,7 @@ def run_main(
     """
     keep_freed_memory()
     try:
-        with _warnings_of(prog):
+        with _warnings_of(prog), _recorded(prog):
             status = fn(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
     except UserError as error:
@@ -54,6 +58,24 @@ def run_main(
     except KeyboardInterrupt:
         status = _tell(prog, "interrupted", 130)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _recorded(prog: str) -> Iterator[None]:
+    """An error goes into the file that torchrun names, too: its summary, the last lines on the
+    screen, shows what stands there instead of how to get a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            known = isinstance(error, UserError)
+            told = f"{prog}: error: {_line(str(error))}" if known else traceback.format_exc()
+            # the earliest is the root cause there, in whole seconds
+            when = int(time.time()) + getattr(error, "consequence", False)
+            extra = {"py_callstack": told, "timestamp": str(when)}
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                json.dump({"message": {"message": told, "extraInfo": extra}}, file)
+        raise
 
 
 @contextlib.contextmanager
@@ -78,8 +100,12 @@ def _warnings_of(prog: str) -> Iterator[None]:
 
 def _tell(prog: str, message: str, status: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{prog}: {_line(message)}", file=sys.stderr, flush=True)
     return status
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _drop_stdout() -> None:
@@ -101,6 +127,13 @@ def take_option(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
         else:
             rest.append(token)
     return value, rest
+
+
+def given_names(argv: Iterable[str]) -> list[str]:
+    """The options in ``argv`` as fields are called: ``--sample.guidance-low=0`` is
+    ``sample.guidance_low``."""
+    names = [token[2:].partition("=")[0] for token in argv if token.startswith("--")]
+    return [name.replace("-", "_") for name in names]
 
 
 def unknown_option(token: str, known: Iterable[str]) -> ConfigError:
@@ -160,8 +193,7 @@ COST = ("iters", "budget", "budget_macs")
 def replace_cost(argv: Sequence[str]) -> list[str]:
     """``argv`` in which a cost of ``sample`` that is given (``--sample.budget 100``) takes the
     place of the one that was there: exactly one may be left."""
-    given = {token.partition("=")[0].replace("-", "_") for token in argv}
-    others = [name for name in COST if f"__sample.{name}" not in given]
+    others = [name for name in COST if f"sample.{name}" not in given_names(argv)]
     if len(others) == len(COST):
         return list(argv)
     return [*(token for name in others for token in (f"--sample.{name}", "none")), *argv]
@@ -177,12 +209,14 @@ def parse_options(
     prog: str,
     extra: Mapping[str, str] = MappingProxyType({}),
     fixed: Sequence[str] = (),
+    about: str = "",
 ) -> T:
     """``default`` (a dataclass, sections allowed) with ``--section.key value`` and ``--key=value``.
 
     ``extra`` are options that the caller has taken already (name: its help), for suggestions and
-    the help; ``fixed`` are fields that are no options. Raises ConfigError of one line; ``--help``
-    prints the options with their present values and exits.
+    the help, which begins with ``about``; ``fixed`` are fields that are no options. Raises
+    ConfigError of one line, also for what is given and would be ignored (``settings.used``);
+    ``--help`` prints the options with their present values and exits.
     """
     if not argv:
         return default
@@ -208,7 +242,7 @@ def parse_options(
             parsed: Any = tyro.cli(
                 options,
                 prog=prog,
-                description="\n".join(f"{name} {text}" for name, text in extra.items()),
+                description=about + "\n".join(map(_paragraph, extra.items())),
                 args=args,
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
@@ -217,7 +251,12 @@ def parse_options(
         if not error.code:
             raise
         raise ConfigError(_sentence(told.getvalue())) from None
-    return dataclasses.replace(default, **{name: getattr(parsed, name) for name in fields})  # type: ignore[type-var]
+    found = {name: getattr(parsed, name) for name in fields}
+    return settings.used(dataclasses.replace(default, **found), given_names(argv))  # type: ignore[type-var]
+
+
+def _paragraph(option: tuple[str, str]) -> str:
+    return textwrap.fill(" ".join(option), 80, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _leaves(hints: dict[str, Any], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,10 @@ files and command lines in fpdm.recipes.
 Nowhere else are there defaults. Dimensions: B batch, T tokens, D width, H heads, C channels,
 n iterations without gradient, m iterations with gradient, k iterations, S sampling steps. A
 ``Config`` is a whole run. It needs neither torch nor, until YAML is wanted, yaml.
+
+``needs(default, mode)`` is a setting that does something in that mode only: where a user gives it
+and the mode is off, it is refused (``settings.used``). A resumed run may change what
+``RESUME_FREE`` names and what is idle before and after; everything else makes another run.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fpdm import settings
-from fpdm.settings import ConfigError, Settings, UserError
+from fpdm.settings import ConfigError, Settings, UserError, needs
 
 __all__ = [
     "Config", "ConfigError", "DataConfig", "DiffusionConfig", "ExecutionConfig", "FixedPointConfig",
@@ -97,7 +101,10 @@ class ExecutionConfig(Settings):
     impl: Impl = "auto"  # what cannot run is an error, never replaced
     recompute: Recompute = "none"  # memory against time in the m iterations
     chunks: int = 1  # parts of the batch that they walk in turn: divides the working set
-    residual_dtype: Literal["compute", "float32"] = "compute"  # of the iterate
+    # of the iterate, in half precision
+    residual_dtype: Literal["compute", "float32"] = needs(
+        "compute", "train.precision!=fp32 or sample.dtype!=float32"
+    )
 
     def check(self) -> None:
         """At least one chunk."""
@@ -113,16 +120,19 @@ class FixedPointConfig(Settings):
     """
 
     section: ClassVar[str] = "fixed_point"
+    modes: ClassVar[tuple[str, ...]] = ("model.kind=fpdm",)
 
     n_min: int = 0  # iterations without gradient, lowest
     n_max: int = 10  # N
     m_min: int = 1  # iterations with gradient, lowest
     m_max: int = 12  # M
-    detach_init: bool = True  # no gradient through the iterate that enters the m iterations
+    # no gradient through the iterate that enters the m iterations; after n > 0 there is none
+    detach_init: bool = needs(True, "gradient!=implicit", "n_min=0")
     draws: Literal["global", "per_rank"] = "global"  # of n and m: for all ranks, or each its own
     gradient: Literal["unroll", "implicit", "phantom"] = "unroll"  # unroll: S-JFB
-    implicit_iters: int = 10  # evaluations of the transposed Jacobian in the backward
-    phantom_damping: float = 0.5  # phantom: of a step, 1: none
+    # implicit: evaluations of the transposed Jacobian in the backward
+    implicit_iters: int = needs(10, "gradient=implicit")
+    phantom_damping: float = needs(0.5, "gradient=phantom")  # phantom: of a step, 1: none
 
     def check(self) -> None:
         """Both ranges are in order."""
@@ -145,7 +155,7 @@ class DiffusionConfig(Settings):
     zero_terminal_snr: bool = True  # rescaled so that abar at the last timestep is exactly 0
     prediction: Literal["v", "eps", "x0"] = "v"  # what the network predicts
     loss_weight: Literal["v_mse", "p2", "min_snr", "eps_mse"] = "v_mse"  # see above
-    min_snr_gamma: float = 5.0  # of loss_weight=min_snr
+    min_snr_gamma: float = needs(5.0, "loss_weight=min_snr")  # of loss_weight=min_snr
     vb_weight: float = 1.0  # of the variational bound that trains the variance
 
     def check(self) -> None:
@@ -187,17 +197,22 @@ class SamplerConfig(Settings):
     tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
     solver: Literal["picard", "anderson", "broyden"] = "picard"  # picard: x = f(x)
     damping: float = 1.0  # of the solver's step
-    window: int = 3  # differences that anderson and broyden remember
+    # differences that anderson and broyden remember
+    window: int = needs(3, "solver=anderson|broyden")
     max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average
     reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # of the previous solution
-    reuse_gamma: float = 0.5  # blend: h + gamma (x*_prev - h)
-    reuse_gamma_end: float | None = None  # gamma at t = 0, linear in t; none: constant
-    reuse_rho: float = 0.5  # extrapolate: x*_1 + rho (x*_1 - x*_2)
+    reuse_gamma: float = needs(0.5, "reuse=blend")  # blend: h + gamma (x*_prev - h)
+    # blend: gamma at t = 0, linear in t; none: constant
+    reuse_gamma_end: float | None = needs(None, "reuse=blend")
+    # extrapolate: x*_1 + rho (x*_1 - x*_2)
+    reuse_rho: float = needs(0.5, "reuse=extrapolate")
     guidance: float = 1.0  # 1: none
-    guidance_channels: int | None = None  # none: all C; 3: the published habit
-    guidance_low: float = 0.0  # guided where low <= t / (T - 1) <= high
-    guidance_high: float = 1.0  # see guidance_low
-    guidance_rescale: float = 0.0  # 0: none, 1: the guided prediction has cond's deviation
+    # none: all C; 3: the published habit
+    guidance_channels: int | None = needs(None, "guidance!=1")
+    guidance_low: float = needs(0.0, "guidance!=1")  # guided where low <= t / (T - 1) <= high
+    guidance_high: float = needs(1.0, "guidance!=1")  # see guidance_low
+    # 0: none, 1: the guided prediction has cond's deviation
+    guidance_rescale: float = needs(0.0, "guidance!=1")
     eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
     batch: int = 64  # images at once
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the compute
@@ -234,11 +249,12 @@ class DataConfig(Settings):
     section: ClassVar[str] = "data"
 
     kind: Literal["digits", "images", "latents"] = "digits"  # see above
-    path: str = ""  # images, latents: the folder
-    split: Literal["train", "reference", "all"] = "train"  # digits: which half
-    image_size: int = 32  # images: height and width after decoding
+    path: str = needs("", "kind=images|latents")  # images, latents: the folder
+    # digits: which half
+    split: Literal["train", "reference", "all"] = needs("train", "kind=digits")
+    image_size: int = needs(32, "kind=images")  # images: height and width after decoding
     flip: bool = False  # mirror half of the samples
-    latent_scale: float = 0.18215  # latents: factor to unit variance
+    latent_scale: float = needs(0.18215, "kind=latents")  # latents: factor to unit variance
 
     def check(self) -> None:
         """Sizes are positive."""
@@ -295,9 +311,10 @@ class TrainConfig(Settings):
     grid_every: int = 10_000  # steps per sample grid; 0: at the end only
     grid_per_class: int = 4  # images in a row of a sample grid
     max_nonfinite: int = 20  # in a row, then the run ends
-    scale_init: float = 65536.0  # fp16 loss scale
-    scale_growth_interval: int = 2000  # good fp16 steps until the scale doubles
-    scale_floor: float = 1.0  # fp16 loss scale, lowest
+    scale_init: float = needs(65536.0, "precision=fp16")  # fp16 loss scale
+    # good fp16 steps until the scale doubles
+    scale_growth_interval: int = needs(2000, "precision=fp16")
+    scale_floor: float = needs(1.0, "precision=fp16")  # fp16 loss scale, lowest
     resume: Literal["auto", "never"] = "auto"  # never: refuse a run that has checkpoints
     graphs: Literal["off", "auto", "on"] = "off"  # CUDA graphs of micro-batches; auto: where faster
     tensorboard: bool = False  # the metrics there too (package tensorboard)
@@ -369,11 +386,13 @@ class Config:
 
 # settings and sections that a resumed run may change, each with the reason; a changed seed, batch
 # or cadence of metrics.jsonl makes another run. train.steps counts as changed after all when
-# optim.lr_final is set (see ``diff``).
+# optim.lr_final is set, and an idle setting does not (see ``diff``).
 RESUME_FREE: Mapping[str, str] = {
     "recipe": "a label",
     "execution": "rounding only",
     "sample": "draws the grids only",
+    "data.path": "the fingerprint tells whether it is the same data",
+    "optim.impl": "rounding only",
     "train.out": "where the run lives",
     "train.name": "where the run lives",
     "train.steps": "a longer or shorter run has the same beginning",
@@ -393,13 +412,16 @@ RESUME_FREE: Mapping[str, str] = {
 def diff(old: Any, new: Any, ignore: Mapping[str, str] | None = None) -> list[str]:
     """``["section.key: old -> new", ...]`` for two Configs, sections or their dicts.
 
-    ``ignore`` (``RESUME_FREE``) names settings or whole sections that may differ. With it
-    ``train.steps`` may not when the learning rate depends on it (``optim.lr_final``).
+    ``ignore`` (``RESUME_FREE``, of whole Configs) names settings or whole sections that may differ.
+    With it ``train.steps`` may not when the learning rate depends on it (``optim.lr_final``), and
+    settings may whose mode is off in both.
     """
     a, b = settings.flat(old), settings.flat(new)
     free = set(ignore or ())
     if b.get("optim.lr_final") is not None:
         free.discard("train.steps")
+    if ignore is not None:
+        free |= settings.idle(Config, a).keys() & settings.idle(Config, b).keys()
     return [
         f"{name}: {a.get(name)} -> {b.get(name)}"
         for name in dict.fromkeys([*a, *b])

@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 
@@ -25,11 +26,14 @@ from torch import Tensor
 
 from fpdm.config import ConfigError, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME_S = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PeerError(UserError):
     """Another rank stopped, froze or failed."""
+
+    consequence = True
 
 
 class StopRequested(BaseException):
@@ -37,19 +41,24 @@ class StopRequested(BaseException):
 
 
 class StopFlag:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal ends the process at once.
+    """Turns ``SIGNALS`` into a flag; a second signal ends the process at once.
+
+    Not within ``_SAME_S``, where it is the same request: a batch system signals every process of a
+    job, and torchrun passes on to its workers what it gets itself.
 
     ``install`` from the main thread; ``restore`` puts the old handlers back.
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum, self._since = 0, 0.0
         self._interruptible = False
         self._old: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes the three signals."""
+        """Takes the signals, but for those that are ignored, as SIGHUP is under nohup."""
         for signum in SIGNALS:
+            if signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             self._old[signum] = signal.signal(signum, self._handle)
 
     def restore(self) -> None:
@@ -59,9 +68,12 @@ class StopFlag:
         self._old.clear()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signum:
-            os._exit(128 + signum)
-        self.signum = signum
+            if now - self._since > _SAME_S:
+                os._exit(128 + signum)
+            return
+        self.signum, self._since = signum, now
         if self._interruptible:
             self._interruptible = False
             raise StopRequested
@@ -90,6 +102,7 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = pick_device(device, local)
+        self._told: Exception | None = None
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with self._watch("joining"):
@@ -107,8 +120,30 @@ class Ranks:
                 "start again to resume from the newest checkpoint"
             ) from error
 
-    def agree(self, flags: Sequence[int]) -> list[int]:
-        """Element-wise maximum of ``flags`` over all ranks."""
+    def agree(self, failure: Exception | None, *flags: int) -> list[int]:
+        """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
+        the others naming it."""
+        failed, *agreed = self._maximum([0 if failure is None else self.rank + 1, *flags])
+        if failure is not None:
+            self._told = failure
+            raise failure
+        if failed:
+            raise PeerError(f"rank {failed - 1} failed, see its message; rank {self.rank} leaves")
+        return agreed
+
+    @contextmanager
+    def telling(self, flags: int) -> Iterator[None]:
+        """An error inside that this rank has alone reaches the others when they next ``agree``, on
+        so many ``flags``: they name this rank and not a lost connection."""
+        try:
+            yield
+        except Exception as error:
+            if error is not self._told and not isinstance(error, PeerError):
+                with suppress(PeerError):
+                    self._maximum([self.rank + 1, *[0] * flags])
+            raise
+
+    def _maximum(self, flags: Sequence[int]) -> list[int]:
         if self.world == 1:
             return list(flags)
         packed = torch.tensor(flags, dtype=torch.int64)

@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import sweep
-from fpdm.cli import parse_options, replace_cost, run_main, take_option
+from fpdm.cli import given_names, parse_options, replace_cost, run_main, take_option
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import open_dataset
 from fpdm.files import atomic_write, make_directory, write_problem
@@ -60,6 +59,16 @@ def is_digits(source: LoadedSource) -> bool:
     """Whether the model draws what the built-in digits are: one channel, 8 x 8, ten classes."""
     c = source.model.config
     return (c.in_channels, c.input_size, c.num_classes) == (1, 8, 10)
+
+
+def _check_digits(given: Sequence[str]) -> None:
+    """The digits' model is measured against the digits, whatever else is asked for."""
+    ignored = [n for n in given if n in ("count", "held_out") or n.startswith("data.")]
+    if ignored:
+        raise ConfigError(
+            f"--{', --'.join(ignored)}: got one with a model of the digits, which has its own "
+            "data, expected --sets alone"
+        )
 
 
 def draw(source: LoadedSource, config: SamplerConfig, labels: Sequence[int], seed: int) -> Tensor:
@@ -170,12 +179,14 @@ def command(argv: list[str]) -> int:
     if help_only:
         parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
     source = load_source(path, weights, None, choose_device(device or "auto"))
-    default = Options(source.sampler_config, _run_data(path))
+    options = Options(source.sampler_config, _run_data(path))
     # a sweep refuses a cost, which it decides itself
-    options = parse_options(default, argv if sweeping else replace_cost(argv), prog, extra)
+    options = parse_options(options, argv if sweeping else replace_cost(argv), prog, extra)
+    if is_digits(source):
+        _check_digits(given_names(argv))
     if sweeping:
         given = ["--strict"] * strict
-        given += [f"--{n}" for n in SWEPT if attrgetter(n)(options) != attrgetter(n)(default)]
+        given += [f"--{name}" for name in given_names(argv) if name in SWEPT]
         if given:
             raise ConfigError(
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"

@@ -13,6 +13,7 @@ import math
 import struct
 import sys
 import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fpdm.files import atomic_write
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MIN_SIDE = 48  # pixels; smaller images are enlarged unless the caller gives a scale
 _LINE = 96  # gray of the separators
+_MOST_POINTS = 20_000  # of an averaged curve; a picture is some 900 pixels wide
 _WINDOWS = 25  # a curve is averaged over about this part of its rows
 # 3 x 5 dots per digit, rows from the top
 _GLYPHS = (
@@ -158,20 +160,27 @@ def read_history(path: str | Path) -> dict[str, np.ndarray]:
     step that appears twice (a run resumed) counts as it was last written. Raises UserError when the
     file cannot be read.
     """
+    steps = array("d")
+    columns: dict[str, array[float]] = {}
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    step = float(row["step"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+                for name in row.keys() - columns.keys():
+                    columns[name] = array("d", [math.nan]) * len(steps)
+                for name, column in columns.items():
+                    column.append(_number(row.get(name)))
+                steps.append(step)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    rows: dict[float, dict[str, Any]] = {}
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            rows[float(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            continue
-    ordered = [rows[step] for step in sorted(rows)]
-    names = sorted({name for row in ordered for name in row})
-    return {name: np.array([_number(row.get(name)) for row in ordered]) for name in names}
+    order = np.argsort(steps, kind="stable")
+    ordered = np.array(steps)[order]
+    kept = order[np.append(ordered[1:] != ordered[:-1], True)] if len(order) else order
+    return {name: np.array(columns[name])[kept] for name in sorted(columns)}
 
 
 def _number(value: Any) -> float:
@@ -212,7 +221,7 @@ def plot_history(metrics: str | Path, path: str | Path) -> bool:
     _curve(residual, steps, history.get("residual"), "residual")
     for name in ("n", "m"):
         if name in history:
-            iterations.plot(steps, history[name], ".", markersize=3, label=name)
+            iterations.plot(*_thinned(steps, history[name]), ".", markersize=3, label=name)
     for axis, title in (
         (loss, "loss"), (residual, "relative residual"), (iterations, "iterations n, m"),
     ):  # fmt: skip
@@ -225,14 +234,28 @@ def plot_history(metrics: str | Path, path: str | Path) -> bool:
     return True
 
 
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbours where there are many more rows than pixels; each at its last step."""
+    each = -(-len(values) // _MOST_POINTS)
+    if each == 1:
+        return steps, values
+    starts = np.arange(0, len(values), each)
+    finite = np.isfinite(values)
+    count = np.add.reduceat(finite.astype(float), starts)
+    total = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    with np.errstate(invalid="ignore"):
+        return steps[np.minimum(starts + each, len(steps)) - 1], total / count
+
+
 def _curve(axis: Any, steps: np.ndarray, values: np.ndarray | None, name: str) -> None:
     """Raw values faint, their running average strong; logarithmic where every value is positive."""
     if values is None or not np.isfinite(values).any():
         return
     values = np.where(np.isfinite(values), values, math.nan)
-    decay = min(0.98, max(0.0, 1 - _WINDOWS / len(values)))
+    steps_, means = _thinned(steps, values)
+    decay = min(0.98, max(0.0, 1 - _WINDOWS / len(means)))
     marker = "." if np.isfinite(values).sum() == 1 else ""
-    (line,) = axis.plot(steps, smooth(values, decay), marker=marker, label=name)
+    (line,) = axis.plot(steps_, smooth(means, decay), marker=marker, label=name)
     axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
     if axis.get_yscale() == "linear" and np.nanmin(values) > 0:
         axis.set_yscale("log")

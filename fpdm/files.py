@@ -18,6 +18,7 @@ import shutil
 import signal
 import stat
 import time
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -393,3 +395,49 @@ def read_safetensors(
         names = ", ".join(repr(name) for name in changed[:3]) + (", ..." if changed[3:] else "")
         raise CheckpointError(f"{path}: tensor {names} damaged: its hash differs from the record")
     return tensors
+
+
+class TensorFile:
+    """A safetensors file that stays open, whose rows are read when they are asked for.
+
+    Not mapped: where a file shrinks under a map the process ends with SIGBUS, without a word.
+    Another file that takes its name is not seen. ``kinds``: dtype and shape of every tensor. Raises
+    CheckpointError, on opening for a damaged header, later for what is not there any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = _open_regular(path)
+        weakref.finalize(self, file.close)
+        header, entries = _read_header(file, path)
+        self.path, self._fd, offset = path, file.fileno(), len(header)
+        self.kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._offsets: dict[str, int] = {}
+        for name, dtype, shape, size in entries:
+            self.kinds[name], self._offsets[name] = (dtype, tuple(shape)), offset
+            offset += size
+
+    def read(self, name: str, start: int, out: np.ndarray) -> None:
+        """``out[:] = tensor[start : start + len(out)]``; contiguous, of the tensor's dtype."""
+        view = _bytes(out)
+        self._fill(view, self._offsets[name] + start * (len(view) // len(out)))
+
+    def gather(self, name: str, rows: np.ndarray, out: np.ndarray, to: np.ndarray) -> None:
+        """``out[to] = tensor[rows]``; as for ``read``."""
+        view, offset = _bytes(out), self._offsets[name]
+        size = len(view) // len(out)
+        for i, row in zip(to.tolist(), rows.tolist()):
+            self._fill(view[i * size : (i + 1) * size], offset + row * size)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        try:
+            while len(view):
+                got = os.preadv(self._fd, [view], offset)
+                if got == 0:
+                    raise CheckpointError(f"{self.path}: has shrunk since it was opened")
+                view, offset = view[got:], offset + got
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data

@@ -26,6 +26,7 @@ from fpdm.config import (
     TrainConfig,
     from_dict,
 )
+from fpdm.settings import flat, idle
 
 # name: (depth of the DiT, width D, heads H)
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
@@ -103,6 +104,24 @@ RECIPES: Mapping[str, Config] = MappingProxyType(
     {config.recipe: config for config in (_DIGITS, _IMAGENET, _UNCONDITIONAL)}
 )
 
+# the help begins with it: 80 columns; tyro joins lines that are not indented
+_ABOUT = """\
+Trains a model, with no more than the name of a RECIPE:
+    python -m fpdm.train digits                       minutes on two CPU cores
+    python -m fpdm.train digits --train.name short --train.steps 500
+    torchrun --nproc_per_node=8 -m fpdm.train imagenet256 --data.path latents/
+
+RECIPE (with --help its values stand below) is a YAML file of settings or one of
+    digits            8x8 digits, which are built in
+    imagenet256       the paper's XL/2 on latents of 256x256 ImageNet
+    unconditional256  the same on latents of one class: CelebA-HQ, FFHQ, LSUN
+
+Everything goes into runs/NAME (--train.out, --train.name; NAME: the recipe's):
+    metrics.jsonl, checkpoints/, samples/, at the end curves.png and export/
+    the same command continues a run that was stopped; Ctrl-C saves first
+
+"""
+
 
 def with_preset(config: Config, preset: str) -> Config:
     """``config`` with the architecture of ``preset``; its input, channels and classes stay. A DiT
@@ -123,14 +142,18 @@ def with_preset(config: Config, preset: str) -> Config:
     return dataclasses.replace(config, model=model, sample=sample)
 
 
-def _read(recipe: str) -> Config:
-    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture."""
+def _read(recipe: str) -> tuple[Config, list[str]]:
+    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture.
+    Beside it what the file gives and its modes ignore."""
     if recipe in RECIPES:
-        return RECIPES[recipe]
+        return RECIPES[recipe], []
     if not recipe.endswith((".yaml", ".yml")):
         near = settings.suggest(recipe, RECIPES)
         known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
-        raise ConfigError(f"unknown recipe {recipe or '(none)'}{near or known}")
+        if not recipe or recipe.startswith("-"):
+            told = f"got {recipe or 'nothing'} in place of RECIPE"
+            raise ConfigError(f"{told}{known}: python -m fpdm.train digits")
+        raise ConfigError(f"unknown recipe {recipe}{near or known}")
     path = Path(recipe)
     if not path.is_file():
         raise ConfigError(f"recipe: got {path}, expected a file")
@@ -144,9 +167,14 @@ def _read(recipe: str) -> Config:
     try:
         if preset is not None:
             config = with_preset(config, str(preset))
-        return from_dict(data | {"recipe": base}, config)
+        config = from_dict(data | {"recipe": base}, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    given = flat(data)
+    # a run's own file holds every setting; older ones lack those that are new since
+    if not flat(config).keys() - given.keys() or (path.parent / "checkpoints").is_dir():
+        return config, []
+    return config, [name for name in idle(Config, flat(config)) if name in given]
 
 
 def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
@@ -154,19 +182,22 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
 
     RECIPE is a name in ``RECIPES`` or the path of a YAML file (whole or partial); the
     preset is applied next, then the options in their order. Raises ConfigError: unknown recipe,
-    key or option (naming the nearest), bad value. ``--help`` prints the options with the recipe's
+    key or option (naming the nearest), bad value, and a setting given in the file or as an option
+    that would be ignored (``settings.used``). ``--help`` prints the options with the recipe's
     values and exits.
     """
     if recipe in ("-h", "--help"):
         recipe, argv = "digits", ["--help"]
-    config = _read(recipe)
+    config, ignored = _read(recipe)
     preset, rest = take_option("--preset", list(argv))
     if preset is not None:
         config = with_preset(config, preset)
     presets = "fpdm-{s,b,l,xl}-{2,4,8}, dit-{s,b,l,xl}-{2,4,8}, dit-xl-2-3layer"
-    extra = {
-        "RECIPE": f"{', '.join(RECIPES)} or a YAML file, whose values follow",
-        "--preset": f"NAME: architecture, before all other options: {presets}",
-    }
-    name = f"python -m fpdm.train {recipe}"
-    return parse_options(config, replace_cost(rest), name, extra, fixed=("recipe",))
+    extra = {"--preset": f"NAME: architecture, before all other options: {presets}"}
+    config = parse_options(
+        config, replace_cost(rest), "python -m fpdm.train RECIPE", extra, ("recipe",), _ABOUT
+    )
+    try:
+        return settings.used(config, ignored)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error

@@ -6,9 +6,9 @@
                 nonfinite.jsonl    skipped steps and the ids of their samples
                 checkpoints/  samples/step_*.png  curves.png  export/  tensorboard/
 
-Rows reach the kernel before the checkpoint of their step is written, and a resumed run drops the
-rows of later steps, so that ``metrics.jsonl`` of a killed and resumed run equals that of an
-uninterrupted one bit for bit.
+Rows, TensorBoard's too, reach the kernel before the checkpoint of their step is written, and a
+resumed run drops the rows of later steps, so that ``metrics.jsonl`` of a killed and resumed run
+equals that of an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.curves = root / "curves.png"
         self.export = root / "export"
+        self.board = root / "tensorboard"
         self._held = contextlib.ExitStack()
 
     def sample(self, step: int) -> Path:
@@ -96,6 +97,8 @@ class RunDirectory:
         Raises UserError when it cannot be written; then nothing of it remains."""
         data = (json.dumps(row) + "\n").encode()
         try:
+            # of a rank on another host, which may not share the file system
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
                 # a disk that is nearly full takes a part without an error
@@ -141,7 +144,7 @@ class Progress:
             mininterval=0.2 if sys.stderr.isatty() else 15.0,
         )
         self.since, self.at = time.perf_counter(), start
-        self.board = _tensorboard(directory.root, start) if train.tensorboard and shown else None
+        self.board = _tensorboard(directory.board, start) if train.tensorboard and shown else None
 
     def step(self) -> None:
         """One step is done."""
@@ -164,9 +167,12 @@ class Progress:
         }
         self.bar.set_postfix(shown, refresh=False)
         if self.board is not None:
-            for key, value in {**row, "images_per_s": rate, "peak_memory": memory}.items():
-                if key != "step" and value is not None:
-                    self.board.add_scalar(key, value, step)
+            with _told(self.directory.board):
+                for key, value in {**row, "images_per_s": rate, "peak_memory": memory}.items():
+                    if key != "step" and value is not None:
+                        self.board.add_scalar(key, value, step)
+                # its writer is a thread that may wait: a kill would leave a gap
+                self.board.flush()
 
     def say(self, line: str) -> None:
         """One line that does not tear the bar."""
@@ -177,18 +183,30 @@ class Progress:
         """Ends bar and board."""
         self.bar.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):  # told by the row that was lost
+                self.board.close()
 
 
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _tensorboard(root: Path, start: int) -> Any:
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(write_problem(path, error)) from error
+
+
+def _tensorboard(path: Path, start: int) -> Any:
+    """A writer in ``path``; what an earlier session wrote of steps after ``start`` is not shown."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+    except Exception as error:  # versions that do not fit raise errors of many kinds
+        why = " ".join(str(error).split())
         raise ConfigError(
-            "train.tensorboard: got true, expected the package tensorboard to be installed"
+            f"train.tensorboard: got true, expected the package tensorboard to be installed: {why}"
         ) from error
-    return SummaryWriter(str(root / "tensorboard"), purge_step=start + 1)
+    with _told(path):
+        return SummaryWriter(str(path), purge_step=start + 1)

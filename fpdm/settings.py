@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,8 +24,11 @@ T = TypeVar("T")
 class UserError(ValueError):
     """Something the user can mend: one line that says what was got and what was expected.
 
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status 2. ``consequence``: of an error of
+    another process, which tells the cause.
     """
+
+    consequence: ClassVar[bool] = False
 
 
 class ConfigError(UserError):
@@ -38,6 +42,7 @@ class Settings:
     """
 
     section: ClassVar[str] = ""
+    modes: ClassVar[tuple[str, ...]] = ()  # as of ``needs``, for every field
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -59,6 +64,66 @@ class Settings:
         for name in names:
             value = getattr(self, name)
             self.require(value is None or value >= bound, name, f"at least {bound}")
+
+
+def needs(default: T, *modes: str) -> T:
+    """The default of a field that does something in some modes only, of which all must be on:
+    "reuse=blend" (a field of its own section), "data.kind=images|latents", "guidance!=1",
+    "a.b=c or d.e=f"."""
+    return dataclasses.field(default=default, metadata={"needs": modes})
+
+
+def idle(kind: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings whose mode is off, by dotted name, each with the modes that are and that should be.
+
+    ``kind`` is a section or a dataclass of sections, ``values`` are its ``flat`` ones. What is not
+    among them decides nothing.
+    """
+    sections: list[Any] = [kind] if issubclass(kind, Settings) else list(hints(kind).values())
+    found: dict[str, str] = {}
+    for section in (section for section in sections if hasattr(section, "modes")):
+        for field in dataclasses.fields(section):
+            modes = (*section.modes, *field.metadata.get("needs", ()))
+            off = [why for mode in modes if (why := _off(mode, section.section, values))]
+            if off:
+                found[f"{section.section}.{field.name}"] = off[0]
+    return found
+
+
+def _off(mode: str, section: str, values: Mapping[str, Any]) -> str:
+    """How ``mode`` is off; empty when it is on."""
+    now, expected = [], []
+    for condition in mode.split(" or "):
+        name, sign, options = re.split("(!?=)", condition)
+        name = name if "." in name else f"{section}.{name}"
+        if name not in values:
+            return ""
+        value = values[name]
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        if (text in options.split("|")) == (sign == "="):
+            return ""
+        now.append(f"{name} {text}")
+        expected.append(
+            f"{name} {'' if sign == '=' else 'other than '}{options.replace('|', ' or ')}"
+        )
+    return f"with {' and '.join(now)}, expected {' or '.join(expected)}"
+
+
+def used(config: T, given: Iterable[str], *others: T) -> T:
+    """``config``, of which the user gave the settings ``given`` (dotted; of a section its fields).
+
+    Raises ConfigError for one whose mode is off, also in ``others`` that have it from here, and
+    which would be ignored; none may be said in every mode.
+    """
+    prefix = f"{config.section}." if isinstance(config, Settings) else ""
+    values = flat(config, prefix)
+    off = idle(type(config), values)
+    for other in others:
+        off = {name: off[name] for name in idle(type(other), flat(other, prefix)) if name in off}
+    for name in (prefix + name for name in given):
+        if name in off and values[name] not in (None, "none", "", []):
+            raise ConfigError(f"{name}: got {values[name]} {off[name]}")
+    return config
 
 
 def hints(cls: Any) -> dict[str, Any]:

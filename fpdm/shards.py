@@ -1,4 +1,4 @@
-"""Latents on disk: memory-mapped shards under a manifest, and their writer.
+"""Latents on disk: shards under a manifest, and their writer.
 
 A folder holds ``manifest.json`` and ``shard_00000.safetensors``, ``shard_00001.safetensors``, ...
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from fpdm.files import (
     FileRecord,
+    TensorFile,
     failpoint,
     fsync_directory,
     new_file,
@@ -119,17 +121,17 @@ class LatentShards:
     """An opened folder of shards; see ``open_latents``.
 
     ``batch`` gives x (B, C, h, w) float32 = stored latents * latent_scale / manifest.latent_scale
-    and labels (B,) int64; where ``flips`` is true the mirrored image's latents. Only touched pages
-    are read from disk.
+    and labels (B,) int64; where ``flips`` is true the mirrored image's latents. Only the rows that
+    are asked for are read from disk.
     """
 
     def __init__(
-        self, manifest: Manifest, tensors: Sequence[dict[str, Tensor]], latent_scale: float
+        self, manifest: Manifest, files: Sequence[TensorFile], labels: Tensor, latent_scale: float
     ) -> None:
         self.manifest = manifest
         self.shape = manifest.shape
         self.num_classes = manifest.num_classes
-        self._tensors = tensors
+        self._files, self._labels = files, labels
         self._factor = latent_scale / manifest.latent_scale
         self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])[:-1]
         content = f"{hashlib.sha256(manifest.to_bytes()).hexdigest()} latent_scale={latent_scale!r}"
@@ -139,27 +141,34 @@ class LatentShards:
         return self.manifest.count
 
     def batch(self, indices: np.ndarray, flips: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Rows ``indices`` (B,); raises DataError for one out of range or a flip without a copy."""
+        """Rows ``indices`` (B,); raises DataError for one out of range, one that is not there any
+        more, or a flip without a copy."""
         check_request(indices, flips, len(self))
         if flips is not None and flips.any() and not self.manifest.flip:
             raise DataError("flips: got true, expected false: the shards hold no latents_flip")
-        x = torch.empty(len(indices), *self.shape)
-        labels = torch.empty(len(indices), dtype=torch.int64)
+        stored = np.empty((len(indices), *self.shape), self.manifest.dtype)
         owner = np.searchsorted(self._starts, indices, side="right") - 1
         for i in np.unique(owner):
             at = np.flatnonzero(owner == i)
-            rows = torch.from_numpy(indices[at].astype(np.int64) - self._starts[i])
-            tensors = self._tensors[i]
-            labels[at] = tensors["labels"][rows]
+            rows = indices[at].astype(np.int64) - self._starts[i]
             mirrored = np.zeros(len(at), bool) if flips is None else flips[at]
             for name, chosen in (("latents", ~mirrored), ("latents_flip", mirrored)):
                 if chosen.any():
-                    x[at[chosen]] = tensors[name][rows[torch.from_numpy(chosen)]].float()
+                    self._gather(i, name, rows[chosen], stored, at[chosen])
+        x = torch.from_numpy(stored).float()
+        labels = self._labels[torch.from_numpy(indices.astype(np.int64))]
         return (x if self._factor == 1.0 else x.mul_(self._factor)), labels
+
+    def _gather(self, i: int, name: str, rows: np.ndarray, out: np.ndarray, to: np.ndarray) -> None:
+        try:
+            self._files[i].gather(name, rows, out, to)
+        except UserError as error:
+            first, last = self._starts[i] + rows.min(), self._starts[i] + rows.max()
+            raise DataError(f"{error} (reading {len(rows)} of rows {first}..{last})") from None
 
 
 def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
-    """Check every byte of a folder of shards and map it.
+    """Check every byte of a folder of shards and keep its files open.
 
     Raises:
         DataError: a missing, surplus, truncated or changed file, NaN or Inf, a label out of range,
@@ -175,7 +184,9 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
         raise DataError(f"{path}: got files that are not in the manifest: {listed(surplus)}")
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
 
-    def check(i: int) -> dict[str, Tensor] | DataError:
+    _allow_open_files(len(names))
+
+    def check(i: int) -> tuple[TensorFile, Tensor] | DataError:
         try:
             return _open_shard(path, manifest, manifest.shards[i], int(starts[i]))
         except DataError as error:
@@ -186,7 +197,18 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
     if errors:
         more = f" (and {len(errors) - 1} more damaged shards)" if errors[1:] else ""
         raise DataError(f"{errors[0]}{more}")
-    return LatentShards(manifest, [x for x in opened if isinstance(x, dict)], latent_scale)
+    files, labels = zip(*(x for x in opened if not isinstance(x, DataError)))
+    return LatentShards(manifest, files, torch.cat(labels), latent_scale)
+
+
+def _allow_open_files(count: int) -> None:
+    """Every shard stays open: the soft limit is often 1024, the hard one far more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -252,42 +274,51 @@ def _shard_name(i: int) -> str:
     return f"shard_{i:05d}.safetensors"
 
 
-def _open_shard(folder: Path, manifest: Manifest, shard: Shard, start: int) -> dict[str, Tensor]:
-    """Check one shard against the manifest, then map it."""
+def _open_shard(
+    folder: Path, manifest: Manifest, shard: Shard, start: int
+) -> tuple[TensorFile, Tensor]:
+    """Check one shard against the manifest, then keep it open; beside it its labels."""
     path = folder / shard.file
     rows = f"rows {start}..{start + shard.rows - 1}"
     try:
         read_safetensors(path, FileRecord(shard.size, shard.sha256, shard.crc32), keep=False)
-        tensors = map_tensors(path)
+        file = TensorFile(path)
+        expected: dict[str, tuple[Any, Any]] = {
+            "latents": (_DTYPES[manifest.dtype], (shard.rows, *manifest.shape)),
+            "labels": (torch.int64, (shard.rows,)),
+        }
+        if manifest.flip:
+            expected["latents_flip"] = expected["latents"]
+        if file.kinds.keys() != expected.keys():
+            raise DataError(f"{path}: got {sorted(file.kinds)}, expected {sorted(expected)}")
+        for name, kind in expected.items():
+            if file.kinds[name] != kind:
+                (got, shape), (dtype, wanted) = file.kinds[name], kind
+                raise DataError(f"{path}: {name}: got {got} {shape}, expected {dtype} {wanted}")
+        labels = np.empty(shard.rows, np.int64)
+        file.read("labels", 0, labels)
+        for name in (name for name in expected if name != "labels"):
+            _check_finite(file, name, shard.rows, start, manifest)
     except UserError as error:
         raise DataError(f"{error} ({rows})") from None
-    expected: dict[str, tuple[Any, Any]] = {
-        "latents": (_DTYPES[manifest.dtype], (shard.rows, *manifest.shape)),
-        "labels": (torch.int64, (shard.rows,)),
-    }
-    if manifest.flip:
-        expected["latents_flip"] = expected["latents"]
-    if tensors.keys() != expected.keys():
-        raise DataError(f"{path} ({rows}): got {sorted(tensors)}, expected {sorted(expected)}")
-    for name, (dtype, shape) in expected.items():
-        tensor = tensors[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise DataError(
-                f"{path} ({rows}): {name}: got {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {dtype} {shape}"
-            )
-        if name != "labels":
-            row = first_nonfinite(tensor.numpy())
-            if row is not None:
-                raise DataError(f"{path}: {name}: got NaN or Inf in row {start + row}")
-    outside = (tensors["labels"] < 0) | (tensors["labels"] >= manifest.num_classes)
+    outside = (labels < 0) | (labels >= manifest.num_classes)
     if outside.any():
-        row = int(outside.nonzero()[0])
+        row = int(np.flatnonzero(outside)[0])
         raise DataError(
-            f"{path}: got label {int(tensors['labels'][row])} in row {start + row}, "
+            f"{path}: got label {labels[row]} in row {start + row}, "
             f"expected 0 <= label < {manifest.num_classes}"
         )
-    return tensors
+    return file, torch.from_numpy(labels)
+
+
+def _check_finite(file: TensorFile, name: str, rows: int, first: int, manifest: Manifest) -> None:
+    step = max(1, (1 << 19) // math.prod(manifest.shape))
+    for start in range(0, rows, step):
+        part = np.empty((min(step, rows - start), *manifest.shape), manifest.dtype)
+        file.read(name, start, part)
+        row = first_nonfinite(part)
+        if row is not None:
+            raise DataError(f"{file.path}: {name}: got NaN or Inf in row {first + start + row}")
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

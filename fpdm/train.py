@@ -34,7 +34,7 @@ from fpdm.cli import run_main
 from fpdm.config import Config, ConfigError, Impl, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
-from fpdm.distributed import PeerError, Ranks, StopFlag
+from fpdm.distributed import Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.files import atomic_write
 from fpdm.kernels import implementations
@@ -98,9 +98,10 @@ class Trainer:
             self.ranks = Ranks(self.config.train.device, self.config.train.ddp_timeout_s)
             self._build_together()
             self._share()
-            self._open_log()
-            if self._loop() and self.ranks.rank == 0:
-                self._finish()
+            with self.ranks.telling(flags=2):
+                self._open_log()
+                if self._loop() and self.ranks.rank == 0:
+                    self._finish()
             self.ranks.close()
             return self.step
         finally:
@@ -112,24 +113,13 @@ class Trainer:
                     if hasattr(self, part):
                         closing.callback(getattr(self, part).close)
 
-    def _agree(self, failure: Exception | None, *flags: int) -> list[int]:
-        """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
-        the others naming it."""
-        rank = self.ranks.rank
-        failed, *agreed = self.ranks.agree([0 if failure is None else rank + 1, *flags])
-        if failure is not None:
-            raise failure
-        if failed:
-            raise PeerError(f"rank {failed - 1} failed, see its message; rank {rank} leaves")
-        return agreed
-
     def _build_together(self) -> None:
         failure: Exception | None = None
         try:
             self._build()
         except Exception as error:
             failure = error
-        self._agree(failure)
+        self.ranks.agree(failure)
 
     def _build(self) -> None:
         config, device = self.config, self.ranks.device
@@ -265,9 +255,11 @@ class Trainer:
             self.local_step(self.step)
             norm = self.optimizer.grad_norm()
             bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
+        except torch.OutOfMemoryError as error:
+            failure = ConfigError(self._too_large(error))
         except Exception as error:
             failure = error
-        found, signum = self._agree(failure, int(bad), self.stop.signum)
+        found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
         if not found and self.ranks.world > 1:
             self.ranks.sum_(self.optimizer.buffer)
             norm = self.optimizer.grad_norm()
@@ -280,6 +272,16 @@ class Trainer:
         self._row_if_due()
         self._check_nonfinite()
         return signum
+
+    def _too_large(self, error: Exception) -> str:
+        t, e = self.config.train, self.config.execution
+        return (
+            f"train.batch: got {t.batch}, out of memory on {self.ranks.device} in step "
+            f"{self.step + 1}; expected less at once: execution.recompute elementwise or full "
+            f"(now {e.recompute}) or more execution.chunks (now {e.chunks}), which a resumed run "
+            f"may change, or more train.accumulate (now {t.accumulate}): "
+            f"{str(error).split('. ')[0]}"
+        )
 
     def local_step(self, step: int) -> None:
         """Leaves the rank's share of the gradients (times the loss scale) and of the means of loss,

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import fpdm
 from fpdm import __main__ as main
 from fpdm import data, sample
 from fpdm.cli import run_main, take_option
 from fpdm.config import ConfigError, SamplerConfig
+from fpdm.distributed import PeerError
 from fpdm.recipes import load_config
 
 
@@ -79,6 +81,35 @@ def test_a_warning_is_one_line(
         assert usual == ["elsewhere"]
         exec(inside, {"text": "after the command"})
     assert usual[1:] == ["after the command"]
+
+
+def test_torchrun_is_told_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the form that ``torch.distributed.elastic`` reads; the earliest is its root cause."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def recorded(error: Exception) -> ProcessFailure:
+        code = 1
+        try:
+            code, _ = ends(capsys, raising(error))
+        except RuntimeError:
+            capsys.readouterr()
+        return ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+
+    failure = recorded(ConfigError("a.b: got 1,\n  expected 2"))
+    consequence = recorded(PeerError("rank 1 failed"))
+    told: Any = failure.message
+    assert told["message"] == "fpdm.x: error: a.b: got 1, expected 2"
+    assert ChildFailedError("x", {0: consequence, 1: failure}).get_first_failure()[0] == 1
+    assert "fpdm.x: error: a.b: got 1" in str(ChildFailedError("x", {0: failure}))
+    bug: Any = recorded(RuntimeError("a bug")).message
+    assert "Traceback" in bug["extraInfo"]["py_callstack"]
+    file.unlink()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/nowhere/at/all")
+    assert ends(capsys, raising(ConfigError("x"))) == (2, "fpdm.x: error: x\n")
+    assert ends(capsys, lambda argv: None)[0] == 0
 
 
 HOME = Path(fpdm.__file__).parent

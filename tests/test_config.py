@@ -139,7 +139,9 @@ def test_what_resembles_nothing_is_refused_without_advice() -> None:
     [
         ("digit", "unknown recipe digit; did you mean digits?"),
         ("imagenet", "did you mean imagenet256?"),
-        ("", "expected digits, imagenet256, unconditional256 or the path of a .yaml file"),
+        ("", "got nothing in place of RECIPE; expected digits, imagenet256, unconditional256 or"),
+        ("", "or the path of a .yaml file: python -m fpdm.train digits"),
+        ("--train.steps", "got --train.steps in place of RECIPE; expected digits"),
         ("nowhere/x.yaml", "expected a file"),
     ],
 )
@@ -292,6 +294,98 @@ def test_diff_names_what_a_resumed_run_may_not_change() -> None:
     assert diff(older, old, c.RESUME_FREE) == []
 
 
+def test_what_is_idle_before_and_after_may_change() -> None:
+    old = to_dict(load_config("digits"))
+    old["diffusion"]["min_snr_gamma"] = 1.0
+    old["train"]["scale_init"] = 8.0
+    assert diff(old, load_config("digits"), c.RESUME_FREE) == []
+    assert len(diff(old, load_config("digits"))) == 2
+    # control: where it is used on either side it may not
+    used = load_config("digits", ["--diffusion.loss_weight", "min_snr"])
+    assert "diffusion.min_snr_gamma: 1.0 -> 5.0" in diff(old, used, c.RESUME_FREE)
+
+
+def test_a_setting_of_a_mode_that_is_off_is_refused() -> None:
+    told = refused("--sample.reuse-gamma", "0.5")
+    assert told == "sample.reuse_gamma: got 0.5 with sample.reuse none, expected sample.reuse blend"
+    told = refused("--sample.guidance", "1", "--sample.guidance_low=0.1")
+    assert told.endswith("0.1 with sample.guidance 1, expected sample.guidance other than 1")
+    assert "with sample.solver picard, expected sample.solver anderson or broyden" in refused(
+        "--sample.window", "5"
+    )
+    half = refused("--execution.residual_dtype", "float32")
+    assert "with train.precision fp32 and sample.dtype float32, expected train.prec" in half
+    assert "with model.kind dit, expected model.kind fpdm" in refused(
+        "--preset", "dit-b-4", "--fixed_point.n_max", "3"
+    )
+    # the mode on, in either order; none; a recipe's own value of a mode that is switched off
+    argv = ["--sample.reuse_gamma", "0.3", "--sample.reuse", "blend"]
+    assert load_config("digits", argv).sample.reuse_gamma == 0.3
+    load_config("digits", ["--sample.reuse_gamma_end", "none", "--sample.guidance_channels=none"])
+    load_config("digits", ["--preset", "dit-b-4"])
+    for dtype in (["--train.precision", "bf16"], ["--sample.dtype", "bfloat16"]):
+        load_config("digits", ["--execution.residual_dtype", "float32", *dtype])
+
+
+def test_settings_of_other_data_are_refused() -> None:
+    for recipe, argv, kinds in (
+        ("digits", ("--data.path", "x"), "images or latents"),
+        ("digits", ("--data.latent_scale", "1"), "latents"),
+        ("digits", ("--data.image_size", "8"), "images"),
+        ("imagenet256", ("--data.image_size", "8"), "images"),
+        ("imagenet256", ("--data.split", "all"), "digits"),
+    ):
+        told = refused(*argv, recipe=recipe)
+        assert told.startswith(f"{argv[0][2:]}: got {argv[1]}")
+        assert told.endswith(f", expected data.kind {kinds}")
+
+
+def test_modes_name_settings_and_values_that_exist() -> None:
+    """One that is misspelt would decide nothing."""
+    known = {
+        f"{name}.{key}": hint
+        for name, section in SECTIONS.items()
+        for key, hint in settings.hints(type(section)).items()
+    }
+    modes = [
+        (name, mode)
+        for name, section in SECTIONS.items()
+        for field in dataclasses.fields(section)
+        for mode in (*section.modes, *field.metadata.get("needs", ()))
+    ]
+    assert len(modes) > 25
+    for section, mode in modes:
+        for condition in mode.split(" or "):
+            name, _, values = re.split("(!?=)", condition)
+            hint = known[name if "." in name else f"{section}.{name}"]
+            for value in values.split("|"):
+                settings.coerce(name, hint, int(value) if value.isdigit() else value)
+
+
+def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: digits\nsample: {reuse_gamma: 0.3}\n")
+    assert refused(recipe=str(path)) == (
+        f"{path}: sample.reuse_gamma: got 0.3 with sample.reuse none, expected sample.reuse blend"
+    )
+    assert load_config(str(path), ["--sample.reuse", "blend"]).sample.reuse_gamma == 0.3
+    path.write_text("recipe: digits\nsample: {reuse: blend, reuse_gamma: 0.3}\n")
+    config = load_config(str(path), ["--sample.reuse", "none"])
+    # what a run stores says everything, also what it ignores
+    stored = tmp_path / "stored.yaml"
+    stored.write_text(to_yaml(config))
+    assert load_config(str(stored)) == config
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    older = to_dict(config)
+    del older["train"]["graphs"]
+    settings_file = run / "config.yaml"
+    settings_file.write_text(settings.write_yaml(older))
+    assert load_config(str(settings_file)) == config
+    (run / "checkpoints").rmdir()
+    assert "residual_dtype: got compute with" in refused(recipe=str(settings_file))
+
+
 def test_resume_free_names_exist_and_have_reasons() -> None:
     known = {*settings.flat(Config()), *SECTIONS}
     assert set(c.RESUME_FREE) <= known
@@ -329,6 +423,24 @@ def test_help_lists_every_option_with_the_recipes_values(
     assert shown == set(settings.flat(Config())) - {"recipe"}
     assert "--preset" in text
     assert f"(default: {RECIPES['digits'].train.steps})" in text
+
+
+def test_the_first_screen_of_the_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest command, the recipes and where the outputs go, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for recipe in ("digits", "--help"):
+        with pytest.raises(SystemExit):
+            load_config(recipe, ["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        first = lines[:24]
+        assert any(line.split()[:4] == ["python", "-m", "fpdm.train", "digits"] for line in first)
+        named = {line.split()[0] for line in first if line.startswith("    ")}
+        assert set(RECIPES) <= named
+        assert any("runs/NAME" in line for line in first)
+        assert any(line.startswith("--preset") for line in first)
 
 
 def test_every_default_has_one_home() -> None:

@@ -308,6 +308,14 @@ def test_command_refuses_in_one_line(exported, tmp_path):
     assert "did you mean --sample.steps?" in run(str(exported), "--stpes", "3")
     assert "did you mean --budgets?" in run(str(exported), "--sweep", "--bugdets", "140")
     assert "sets: got 0, expected at least 1" in run(str(exported), "--sets", "0")
+    assert "--count: got one with a model of the digits" in run(str(exported), "--count", "8")
+    assert "--data.flip, --held_out: got" in run(
+        str(exported), "--sweep", "--data.flip=true", "--held_out", "x"
+    )
+    told = run(str(exported), "--sample.reuse_gamma", "0.5")
+    assert told == (
+        "sample.reuse_gamma: got 0.5 with sample.reuse none, expected sample.reuse blend"
+    )
     assert "weights: got 'best'" in run(str(exported), "--weights", "best")
 
 

@@ -132,6 +132,22 @@ def test_history_is_read_leniently(tmp_path):
         figures.read_history(tmp_path / "none.jsonl")
 
 
+def test_a_long_history_is_drawn_from_means(tmp_path, monkeypatch):
+    """Every row counts in one point, at its last step; gaps are left out."""
+    monkeypatch.setattr(figures, "_MOST_POINTS", 4)
+    steps, values = np.arange(1.0, 11.0), np.arange(10.0)
+    values[3:6], values[7] = math.nan, math.nan
+    thin, means = figures._thinned(steps, values)
+    assert thin.tolist() == [3, 6, 9, 10]
+    assert means[[0, 2, 3]].tolist() == [1.0, 7.0, 9.0]
+    assert math.isnan(means[1])
+    assert figures._thinned(steps[:4], values[:4])[1] is not means
+    assert figures._thinned(steps[:4], values[:4])[0].tolist() == [1, 2, 3, 4]
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "m.jsonl", ROWS)
+    assert figures.plot_history(tmp_path / "m.jsonl", tmp_path / "c.png")
+
+
 def test_smoothing_is_a_weighted_mean_that_skips_gaps():
     out = figures.smooth(np.array([math.nan, 4.0, math.nan, 1.0]), decay=0.5)
     assert math.isnan(out[0])

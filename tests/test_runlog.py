@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -117,6 +121,75 @@ def test_grids_in_another_dtype_than_training(
             Trainer(changed(refused, name="other")).run()
     assert not (tmp_path / "other").exists()
     assert checkpoint.load_newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def scalars(root: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(root / "tensorboard"), size_guidance={"scalars": 0})
+    shown.Reload()
+    return [(event.step, event.value) for event in shown.Scalars(name)]
+
+
+def test_tensorboard_shows_every_row_once(tmp_path: Path) -> None:
+    """Also after a kill, which loses no row, and a resume, which writes some again."""
+    pytest.importorskip("tensorboard")
+    config = small(tmp_path, steps=9, log_every=1, save_every=4, tensorboard=True)
+
+    class Killed(Trainer):
+        def local_step(self, step: int) -> None:
+            if step == 6:
+                # without a farewell, as by SIGKILL
+                os._exit(9)
+            super().local_step(step)
+
+    child = os.fork()
+    if child == 0:
+        Killed(config).run()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    root = tmp_path / "run"
+    assert [step for step, _ in scalars(root, "loss")] == [1, 2, 3, 4, 5, 6]
+    # files are read in the order of the second that their names begin with
+    time.sleep(1.0)
+    Trainer(config).run()
+    rows = [json.loads(row) for row in (root / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr"):
+        wanted = [(row["step"], row[name]) for row in rows]
+        assert scalars(root, name) == [(step, pytest.approx(value)) for step, value in wanted]
+    assert len(scalars(root, "images_per_s")) == 9
+    assert len(list((root / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_that_is_missing_or_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, steps=4, log_every=1, tensorboard=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(
+            ConfigError, match=r"train\.tensorboard: got true, expected .*installed"
+        ):
+            Trainer(config).run()
+    pytest.importorskip("tensorboard")
+    board = tmp_path / "run" / "tensorboard"
+    board.touch()
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard"):
+        Trainer(config).run()
+    board.unlink()
+
+    # the writer's thread prints what ended it
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+    class Full(Trainer):
+        def _row_if_due(self) -> None:
+            if self.step != 3:
+                return super()._row_if_due()
+            with file_limit(max(path.stat().st_size for path in board.iterdir()) + 9):
+                return super()._row_if_due()
+
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
+        Full(config).run()
 
 
 def test_a_file_system_without_locks(

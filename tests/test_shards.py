@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -119,7 +120,7 @@ def test_flip_without_mirrored_latents_is_refused(tmp_path: Path):
     refused(lambda: opened.batch(rows(2), np.array([False, True])), "flips")
 
 
-def test_opening_maps_and_copies_nothing(tmp_path: Path):
+def test_opening_copies_nothing(tmp_path: Path):
     big = np.zeros((8192, 4, 32, 32), np.float16)
     big[-1] = 3
     batch = (big, np.zeros(8192, np.int64), None)
@@ -160,7 +161,8 @@ def test_rows_past_two_gigabytes_are_addressed(tmp_path: Path):
     manifest = shards.Manifest(
         (4, 32, 32), "float16", count, 1, 1.0, False, (shards.Shard("", count, 0, "", {}),)
     )
-    opened = shards.LatentShards(manifest, [shards.map_tensors(path)], 1.0)
+    labels = torch.zeros(count, dtype=torch.int64)
+    opened = shards.LatentShards(manifest, [files.TensorFile(path)], labels, 1.0)
     x, _ = opened.batch(np.array([count - 1, count - 2]))
     assert x[0].eq(5).all()
     assert x[1].eq(0).all()
@@ -228,6 +230,57 @@ def test_truncated_files_are_found_and_named(tmp_path: Path, keep: float):
         path.write_bytes(whole[: int(keep * len(whole))])
         refused(lambda: open_latents(tmp_path / "a"), path.name)
         path.write_bytes(whole)
+
+
+def test_shards_that_change_while_they_are_open(tmp_path: Path):
+    """One that shrinks is named; one whose name another file took is still the old one."""
+    x, *_ = write(tmp_path / "a", count=64)
+    opened = open_latents(tmp_path / "a")
+    paths = sorted((tmp_path / "a").glob("*.safetensors"))
+    (tmp_path / "other").write_bytes(bytes(paths[0].stat().st_size))
+    os.replace(tmp_path / "other", paths[0])
+    assert np.array_equal(opened.batch(rows(16))[0].numpy(), x[:16])
+    size = paths[1].stat().st_size
+    # latents are the first tensors, so that rows 16 and 17 are still there
+    os.truncate(paths[1], size - 16 * 8 - 16 * 256 - 13 * 256)
+    assert np.array_equal(opened.batch(np.array([16, 17]))[0].numpy(), x[16:18])
+    refused(
+        lambda: opened.batch(np.array([40, 31, 17, 20])),
+        "shard_00001.safetensors: has shrunk since it was opened (reading 3 of rows 17..31)",
+    )
+    assert np.array_equal(opened.batch(np.arange(32, 64))[0].numpy(), x[32:])
+
+
+def test_a_map_that_shrinks_would_end_the_process(tmp_path: Path):
+    """Why shards are not mapped."""
+    write(tmp_path / "a", rows_per_shard=50)
+    path = tmp_path / "a" / "shard_00000.safetensors"
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        mapped = shards.map_tensors(path)["latents"]
+        os.truncate(path, 4096)
+        os._exit(int(mapped.sum().isfinite()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
+
+
+def test_more_shards_than_the_soft_limit_of_open_files(tmp_path: Path):
+    x, *_ = write(tmp_path / "a", count=60, rows_per_shard=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + 30, before[1]))
+        opened = open_latents(tmp_path / "a")
+        assert np.array_equal(opened.batch(rows(60))[0].numpy(), x)
+        del opened
+        assert len(os.listdir("/proc/self/fd")) <= held, "closed with the data set"
+        # control: where the hard limit forbids it, it is told
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + 30, before[1]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "_allow_open_files", lambda count: None)
+            refused(lambda: open_latents(tmp_path / "a"), "cannot be read: Too many open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_missing_and_surplus_shards(tmp_path: Path):

@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         evaluate.command(["--ks", "2"])
     with pytest.raises(ConfigError, match="--ks: got 'x'"):
         evaluate.command(["--sweep", "--ks", "x"])
-    for ignored in (["--sample.budget", "12"], ["--sets", "1"], ["--strict"]):
+    for ignored in (["--sample.budget", "12"], ["--sets", "4"], ["--strict"]):
         with pytest.raises(ConfigError, match=f"--sweep: got {ignored[0]}, expected --budgets"):
             evaluate.command(["--sweep", *ignored])
     for seeds in ("0", "3,4"):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from runs import (
+    MODEL,
     FailingTrainer,
     HashingTrainer,
     UnequalTrainer,
@@ -23,6 +31,8 @@ from runs import (
 
 from fpdm import checkpoint
 from fpdm.checkpoint import FAILPOINTS
+from fpdm.config import ConfigError, DataConfig
+from fpdm.shards import write_shards
 from fpdm.train import Trainer
 
 LIMIT = 60.0
@@ -188,10 +198,42 @@ def test_a_second_signal_exits_at_once(reference, tmp_path):
     child = start(run, tmp_path / "log", SleepyTrainer)
     wait_for(lambda: (Trainer(run).directory.root / "asleep").exists())
     os.kill(child.pid, signal.SIGTERM)
-    time.sleep(0.1)
+    time.sleep(1.2)
     assert child.exitcode is None
     os.kill(child.pid, signal.SIGTERM)
     assert finish(child, 2.0) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed(tmp_path, ignored):
+    """The run is saved, or goes on under nohup."""
+
+    class Closed(Trainer):
+        def local_step(self, step: int) -> None:
+            super().local_step(step)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        trainer = Closed(small(tmp_path, steps=4, save_every=0))
+        assert trainer.run() == (4 if ignored else 3)
+        assert checkpoint.load_newest(trainer.directory.checkpoints).step == trainer.step
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_same_signal_twice_is_one_request(reference, tmp_path):
+    """A batch system signals worker and torchrun, which passes its own on: it must still save."""
+    run, log = changed(reference[0], out=str(tmp_path), steps=10**6, save_every=0), tmp_path / "log"
+    child = start(run, log, Telling)
+    wait_for(lambda: size(Trainer(run).directory.root / "begun") > 3)
+    for _ in range(3):
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    assert finish(child) == 0, log.read_text()
+    assert "SIGTERM: saved step" in log.read_text()
 
 
 class SleepyTrainer(Trainer):
@@ -220,12 +262,73 @@ class FullDisk(Trainer):
     """No file may grow beyond 1 kB after the second checkpoint."""
 
     def save(self) -> None:
-        import resource
-
         if self.step > 8:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            no_space(1000)
         super().save()
+
+
+def no_space(size: int) -> None:
+    """No file may grow beyond ``size`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_shard_that_shrinks_loses_nothing(tmp_path):
+    """The run ends in one line, the newest checkpoint is whole, with the data back it goes on."""
+    x = np.random.default_rng(0).standard_normal((64, 4, 4, 4)).astype(np.float32)
+    write_shards(
+        [(x, np.arange(64) % 10, None)], tmp_path / "data", dtype="float16", latent_scale=1.0,
+        rows_per_shard=16,
+    )  # fmt: skip
+    model = replace(MODEL, input_size=4, in_channels=4)
+    base = small(tmp_path, steps=24, save_every=4)
+    data = DataConfig(kind="latents", path=str(tmp_path / "data"), latent_scale=1.0)
+    expected = reference_of(replace(base, model=model, data=data))
+    run = changed(expected[0], name="cut")
+    child, log = start(run, tmp_path / "log", Cut), tmp_path / "log"
+    assert finish(child) == 2
+    lines = log.read_text().strip().splitlines()
+    assert "fpdm.train: error: " in lines[-1]
+    assert "shard_00001.safetensors: has shrunk since it was opened" in lines[-1]
+    assert "Traceback" not in log.read_text()
+    assert checkpoint.load_newest(Trainer(run).directory.checkpoints).step == 8
+    # the same command says which shard, until it is back
+    assert finish(start(run, log)) == 2
+    assert "shard_00001.safetensors: got 1024 bytes" in log.read_text().strip().splitlines()[-1]
+    os.replace(tmp_path / "data.cut", tmp_path / "data" / "shard_00001.safetensors")
+    # elsewhere is as good: the fingerprint says that it is the same data
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    moved = replace(run, data=replace(data, path=str(tmp_path / "moved")))
+    resume_and_compare(moved, expected[1], log)
+
+
+class Cut(Trainer):
+    """A shard is cut to 1 kB after the tenth step."""
+
+    def local_step(self, step: int) -> None:
+        if step == 10:
+            path = Path(self.config.data.path) / "shard_00001.safetensors"
+            shutil.copy(path, f"{self.config.data.path}.cut")
+            os.truncate(path, 1024)
+        super().local_step(step)
+
+
+def test_a_batch_that_is_too_large_is_told_with_the_ways_out(tmp_path):
+    class TooLarge(Trainer):
+        def local_step(self, step: int) -> None:
+            super().local_step(step)
+            if step == 6:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0")
+
+    config = small(tmp_path, steps=8)
+    told = (
+        r"^train\.batch: got 16, out of memory on cpu in step 7; expected .*recompute elementwise"
+    )
+    with pytest.raises(ConfigError, match=told) as caught:
+        TooLarge(config).run()
+    assert str(caught.value).endswith("(now 1): CUDA out of memory")
+    execution = replace(config.execution, recompute="full", chunks=2)
+    assert Trainer(replace(config, execution=execution)).run() == 8
 
 
 # ranks
@@ -288,7 +391,85 @@ def test_killing_one_rank_ends_the_other(tmp_path, victim):
     lines = (tmp_path / f"log.{1 - victim}").read_text().splitlines()
     assert f"rank {1 - victim}: a peer stopped or froze" in lines[-1]
     assert "Traceback" not in "".join(lines)
-    assert checkpoint.load_newest(Trainer(config).directory.checkpoints) is not None
+    # the same command goes on
+    newest = checkpoint.load_newest(Trainer(config).directory.checkpoints)
+    more = changed(config, steps=newest.step + 3)
+    assert [len(hashes) for hashes in run_pair(more, tmp_path / "log")] == [3, 3]
+
+
+class PoisonedTrainer(HashingTrainer):
+    """A NaN in a sample of rank 1, step 3."""
+
+    def _micro_step(self, step, micro, n, m):
+        if step == 3 and self.ranks.rank == 1:
+            micro.x[0] = float("nan")
+        return super()._micro_step(step, micro, n, m)
+
+
+PLANTED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from runs import Trainer, run_main, small, torch
+from fpdm.settings import UserError
+
+class Planted(Trainer):
+    def local_step(self, step):
+        super().local_step(step)
+        if self.ranks.rank == 1 and step == 5:
+            raise UserError("planted")
+
+torch.set_num_threads(1)
+run_main("fpdm.train", lambda argv: Planted(small(Path({out!r}))).run() and None)
+"""
+
+
+class RowOnFullDisk(Trainer):
+    """Rank 0 cannot write the row of step 9."""
+
+    def _row_if_due(self) -> None:
+        if self.step == 9 and self.ranks.rank == 0:
+            self.directory.metrics = Path("/dev/full")
+        super()._row_if_due()
+
+
+class NoteOnFullDisk(PoisonedTrainer):
+    """Rank 1 cannot note the samples that it skips."""
+
+    def _skip(self, mine: bool) -> None:
+        if self.ranks.rank == 1:
+            self.directory.nonfinite = Path("/dev/full")
+        super()._skip(mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "what"),
+    [
+        (RowOnFullDisk, 0, "/dev/full"),
+        (FullDisk, 0, "step_0000012"),
+        (NoteOnFullDisk, 1, "/dev/full"),
+    ],
+)
+def test_a_full_disk_on_one_rank_ends_the_other(tmp_path, kind, rank, what):
+    config = pair_config(tmp_path, steps=24, save_every=4, accumulate=1)
+    children = start_pair(config, tmp_path / "log", kind)
+    assert finish(children[rank]) == 2
+    begin = time.monotonic()
+    assert finish(children[1 - rank], 10.0) == 2
+    print(f"the other left after {time.monotonic() - begin:.3f} s")
+    logs = [(tmp_path / f"log.{r}").read_text() for r in (rank, 1 - rank)]
+    lines = [log.strip().splitlines()[-1] for log in logs]
+    assert "fpdm.train: error: cannot write" in lines[0]
+    assert what in lines[0]
+    assert f"rank {rank} failed, see its message; rank {1 - rank} leaves" in lines[1]
+    assert "Traceback" not in "".join(logs)
+    # the same command goes on
+    done = checkpoint.load_newest(Trainer(config).directory.checkpoints).step
+    assert done == (8 if rank == 0 else 4)
+    root = Trainer(config).directory.root
+    for name in root.glob("hashes.*"):
+        name.unlink()
+    assert len(run_pair(config, tmp_path / "log")[0]) == 24 - done
 
 
 def test_a_failing_rank_takes_the_other_along(tmp_path):
@@ -310,13 +491,17 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_both(tmp_path):
     assert '"rank": 1' in rows[0]
 
 
-class PoisonedTrainer(HashingTrainer):
-    """A NaN in a sample of rank 1, step 3."""
-
-    def _micro_step(self, step, micro, n, m):
-        if step == 3 and self.ranks.rank == 1:
-            micro.x[0] = float("nan")
-        return super()._micro_step(step, micro, n, m)
+@pytest.mark.slow
+def test_torchrun_shows_the_cause_last(tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*argv, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    summary = done.stderr[done.stderr.index("Failures:") :]
+    assert summary.index("rank 1 failed, see its message; rank 0 leaves") < summary.index("Root")
+    last = summary.strip().splitlines()[-2]
+    assert last.split(" : ")[1] == "fpdm.train: error: planted"
 
 
 @pytest.mark.slow
