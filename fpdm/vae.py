@@ -107,7 +107,7 @@ def load_vae(name: str, device: torch.device) -> VAE:
 
 def _locate(name: str) -> tuple[str, str | None]:
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         inner = not (path / CONFIG).is_file() and (path / "vae" / CONFIG).is_file()
         return name, "vae" if inner else None
     found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?", name)
