@@ -39,6 +39,7 @@ __all__ = ["DataError", "Dataset", "Digits", "open_dataset", "stream_indices"]
 DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 _DIGITS_SHA256 = "4afc85c7930fc0114a9f0d5514db7ab0acd53712cc61ae00d698cb2fe3213f34"
 _ROUNDS = 6
+_FEWEST, _MOST = 64, 4096  # rows per shard of an encode, where nobody says
 _FOLDERS = {
     "images": "images: a folder per class, PNG, JPEG, WEBP or BMP in it",
     "latents": "latent shards, as python -m fpdm.data encode (of photos), convert-fastdit or "
@@ -275,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     encode = commands.add_parser("encode", help="photos to shards, by a VAE")
     encode.add_argument("photos", type=Path, help="folder of class folders of images")
-    _add_output(encode, 1024)
+    _add_output(encode, None)
     encode.add_argument(
         "--vae", required=True, metavar="DIR_OR_ID",
         help="of diffusers: a directory or a hub's OWNER/NAME, such as stabilityai/sd-vae-ft-ema",
@@ -311,14 +312,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_output(command: argparse.ArgumentParser, rows: int) -> None:
+def _add_output(command: argparse.ArgumentParser, rows: int | None) -> None:
     command.add_argument("out", type=Path, help="new folder of shards, for --data.path")
     command.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16",
         help="of the stored latents (default float16)",
     )  # fmt: skip
+    told = rows or f"a 256th of the photos, {_FEWEST} to {_MOST}, all that a stop can cost"
     command.add_argument(
-        "--rows-per-shard", type=int, default=rows, help=f"latents per file (default {rows})"
+        "--rows-per-shard", type=int, default=rows, help=f"latents per file (default {told})"
     )
 
 
@@ -373,6 +375,9 @@ def _encode(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae, device)
     vae.latent_size(args.image_size)
     images = ImageFolder(args.photos, args.image_size)
+    rows = args.rows_per_shard
+    if rows is None:
+        rows = min(max(len(images) // 256, _FEWEST), _MOST)
     print(
         f"photos     {len(images)} of {images.num_classes} classes, cropped to {args.image_size}\n"
         f"vae        {vae.name} ({vae.sha256}): {vae.channels} channels, 1/{vae.factor}, scaling "
@@ -383,8 +388,7 @@ def _encode(args: argparse.Namespace) -> None:
     with stoppable("the same command continues behind the last whole shard"):
         manifest, there = resume_shards(
             lambda start: encoded_batches(
-                images, vae, start, seed=args.seed, flip=args.flip, batch=args.batch,
-                rows=args.rows_per_shard,
+                images, vae, start, seed=args.seed, flip=args.flip, batch=args.batch, rows=rows
             ),
             args.out,
             {
@@ -399,7 +403,7 @@ def _encode(args: argparse.Namespace) -> None:
             },
             dtype=args.dtype,
             latent_scale=vae.scale,
-            rows_per_shard=args.rows_per_shard,
+            rows_per_shard=rows,
             num_classes=images.num_classes,
         )  # fmt: skip
     made, seconds = manifest.count - there, time.perf_counter() - began

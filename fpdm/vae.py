@@ -93,7 +93,8 @@ def load_vae(name: str, device: torch.device) -> VAE:
         raise
     except Exception as error:  # of diffusers, the hub, JSON, safetensors and torch
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        hub = "" if Path(where).is_dir() else " (no directory here; asked of the hub)"
+        hub = " (no directory here; asked of the hub, where a pipeline's is OWNER/NAME/vae)"
+        hub = "" if Path(where).is_dir() else hub
         raise ConfigError(f"vae: got {name}, which cannot be loaded{hub}: {reason}") from None
     # diffusers fills what is missing with random numbers and goes on
     wrong = [f"{kind[:-5]} {key}" for kind, keys in told.items() for key in keys]

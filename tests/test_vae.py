@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +159,27 @@ def test_where_it_may_lie(
     assert asked == [("owner/some.vae", None)] * 2 + [("owner/pipeline", "vae")] * 2
 
 
+@pytest.mark.slow
+def test_a_hub_that_was_asked_before(tiny: Path, tmp_path: Path, vae: VAE) -> None:
+    """From its cache, without network, by diffusers and huggingface_hub as they are."""
+    for name, inner in (("one", ""), ("pipeline", "vae")):
+        model, commit = tmp_path / f"models--owner--{name}", "a" * 40
+        (model / "refs").mkdir(parents=True)
+        (model / "refs" / "main").write_text(commit)
+        shutil.copytree(tiny, model / "snapshots" / commit / inner)
+    code = "import sys; from fpdm.vae import *\n"
+    code += "print(load_vae(sys.argv[1], torch.device('cpu')).sha256)"
+    env = dict(os.environ, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    for name in ("owner/one", "owner/pipeline/vae", "owner/pipeline"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], env=env, capture_output=True, text=True
+        )
+        if name == "owner/pipeline":
+            assert "where a pipeline's is OWNER/NAME/vae" in done.stderr
+        else:
+            assert done.stdout.split() == [vae.sha256], done.stderr
+
+
 def reconfigure(**changes: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         config = json.loads((path / "config.json").read_text())
@@ -231,7 +255,7 @@ def test_places_and_an_absent_package(
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", offline)
     with pytest.raises(
-        ConfigError, match=r"\(no directory here; asked of the hub\): no such thing$"
+        ConfigError, match=r"\(no directory here; asked of .*/vae\): no such thing$"
     ):
         load_vae("owner/name", CPU)
     monkeypatch.setitem(sys.modules, "diffusers", None)
