@@ -464,6 +464,7 @@ def main(argv: Sequence[str]) -> None:
         if args.report or other is not None:
             report(sampler, other, made, request, out / "report.png")
         if vae is not None:
+            sampler.release()
             batch = 1 if config.invariant else args.vae_batch
             store = make_pictures(vae, source, store, request, batch)
         if assemble(store, request.labels, request.seeds, request.columns):

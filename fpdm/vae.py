@@ -10,8 +10,9 @@ image; the rest of a picture or latent depends on its batch to rounding, as conv
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class VAE:
         """Latents (B,C,h,w) of x (B,3,H,W); ``images``: the SHA-256 of each one's file, of which
         and ``seed`` the noise is a function, in the ``domain`` ENCODE or ENCODE_FLIP of noise."""
         device = self.module.device
-        found = self.module.encode(x.to(device)).latent_dist
+        with self._fitting(len(x), "--batch"):
+            found = self.module.encode(x.to(device)).latent_dist
         words = torch.tensor([[int(h[:8], 16), int(h[8:16], 16)] for h in images], device=device)
         keys = noise.as_keys([seed]).to(device).expand(len(images))
         z = noise.normals(keys, words[:, 0], words[:, 1], domain, tuple(found.mean.shape[1:]))
@@ -63,7 +65,18 @@ class VAE:
     def decode(self, latents: Tensor, scale: float | None = None) -> Tensor:
         """Pictures (B,3,H,W) of latents that carry ``scale``, by default the VAE's own."""
         z = latents.to(self.module.device) / (scale or self.scale) + self.shift
-        return self.module.decode(z).sample
+        with self._fitting(len(z), "--vae-batch"):
+            return self.module.decode(z).sample
+
+    @contextlib.contextmanager
+    def _fitting(self, count: int, option: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"vae: got {count} images at once, too many for the memory of "
+                f"{self.module.device}, expected a smaller {option}"
+            ) from None
 
 
 def load_vae(name: str, device: torch.device) -> VAE:

@@ -115,6 +115,20 @@ def test_a_latent_is_of_seed_and_image(vae: VAE) -> None:
         assert (other - whole[3]).abs().max() > 0.1
 
 
+def test_more_than_fits(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(x: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+
+    x, hashes = pictures()
+    for name, option, work in (
+        ("encode", "--batch", lambda: vae.encode(x, 0, hashes, noise.ENCODE)),
+        ("decode", "--vae-batch", lambda: vae.decode(torch.zeros(5, 4, 8, 8))),
+    ):
+        monkeypatch.setattr(vae.module, name, full)
+        with pytest.raises(ConfigError, match=f"got 5 images at once, .* of cpu, .* {option}$"):
+            work()
+
+
 def test_shift(tmp_path: Path, vae: VAE) -> None:
     shifted = load_vae(str(save_vae(tmp_path / "shifted", shift_factor=0.5)), CPU)
     x, hashes = pictures()
