@@ -14,7 +14,7 @@ COMMANDS = {
     "sample": "[SOURCE] [--steps, --budget, ...]  images of a run or export",
     "evaluate": "[SOURCE] [--sweep]  how good they are",
     "info": "[--json]  what this machine can run",
-    "data": "convert-fastdit, verify, ...  latents and image folders",
+    "data": "encode, convert-fastdit, verify, ...  latents and image folders",
 }
 
 

@@ -2,7 +2,7 @@
 
 ``learn`` samples some images with many iterations at every timestep; allocation ``learned``
 (``budget.greedy``) then spends any budget, over any number of timesteps, where those residuals fall
-most. ``calibration.json`` lies beside the model and names its weights.
+most. The file names its weights; where it lies is the business of ``pretrained.LoadedSource``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fpdm.budget import Calibration
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
-from fpdm.files import CheckpointError, atomic_write, read_small
+from fpdm.files import CheckpointError, atomic_write, make_directory, read_small, write_problem
 from fpdm.model import FPDM
+from fpdm.settings import UserError
 
 NAME = "calibration.json"
 FORMAT = 1
@@ -57,22 +58,21 @@ def learn(
     )  # fmt: skip
 
 
-def save(calibration: Calibration, directory: str | Path) -> Path:
-    """Write it beside a model. Raises UserError when that cannot be done."""
-    path = Path(directory) / NAME
+def save(calibration: Calibration, path: Path) -> None:
+    """Write it. Raises UserError when that cannot be done."""
     body = {"format": FORMAT, **asdict(calibration)}
+    try:
+        make_directory(path.parent)
+    except OSError as error:
+        raise UserError(write_problem(path, error)) from error
     atomic_write(path, json.dumps(body, allow_nan=False).encode() + b"\n")
-    return path
 
 
-def load(directory: str | Path, digest: str) -> Calibration | None:
-    """The one beside a model, None where there is none.
+def load(path: Path, digest: str) -> Calibration:
+    """The one of the weights that ``digest`` names.
 
     Raises CheckpointError for a file that holds none, ConfigError for one of other weights.
     """
-    path = Path(directory) / NAME
-    if not path.is_file():
-        return None
     found = _parse(path)
     if found.weights != digest:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """What every command shares: options from a dataclass of settings, and how a command ends.
 
 Exit status: 0 done; 2 the user can mend it (``prog: error: ...``, one line); 1 the system refused a
-file; 130 interrupted. A traceback means a bug. Warnings of fpdm are ``prog: warning: ...``.
+file; 130 interrupted (``stoppable``: by SIGTERM too). A traceback means a bug. Warnings of fpdm are
+``prog: warning: ...``.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fpdm import settings
@@ -55,8 +58,8 @@ def run_main(
         what = f"{where}: {error.strerror}" if where else str(error.strerror)
         status = _tell(prog, f"error: {what}", 1)
         _drop_stdout()
-    except KeyboardInterrupt:
-        status = _tell(prog, "interrupted", 130)
+    except KeyboardInterrupt as error:
+        status = _tell(prog, f"interrupted{f'; {error}' if error.args else ''}", 130)
     sys.exit(status)
 
 
@@ -76,6 +79,25 @@ def _recorded(prog: str) -> Iterator[None]:
             with contextlib.suppress(OSError), open(path, "w") as file:
                 json.dump({"message": {"message": told, "extraInfo": extra}}, file)
         raise
+
+
+@contextlib.contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does, and the command's one line says ``advice`` too."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():  # others have no handlers
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

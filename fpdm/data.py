@@ -4,7 +4,7 @@
     images    a folder of class folders                             (fpdm.images)
     latents   memory-mapped, hashed shards                          (fpdm.shards)
 
-``python -m fpdm.data`` imports, checks and describes latents and image folders.
+``python -m fpdm.data`` makes latents of photos (fpdm.encode), imports, checks and describes them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import hashlib
 import math
 import os
 import re
+import shlex
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,20 +27,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm import shards
-from fpdm.cli import Parser, run_main
-from fpdm.config import DataConfig
+from fpdm.cli import Parser, run_main, stoppable
+from fpdm.config import ConfigError, DataConfig
+from fpdm.encode import encoded_batches, resume_shards
 from fpdm.images import ImageFolder, index_images
 from fpdm.shards import DataError, LatentBatch, check_request, listed
+from fpdm.vae import load_vae
 
 __all__ = ["DataError", "Dataset", "Digits", "open_dataset", "stream_indices"]
 
 DIGITS = Path(__file__).parent / "assets" / "digits.safetensors"
 _DIGITS_SHA256 = "4afc85c7930fc0114a9f0d5514db7ab0acd53712cc61ae00d698cb2fe3213f34"
 _ROUNDS = 6
+_FEWEST, _MOST = 64, 4096  # rows per shard of an encode, where nobody says
 _FOLDERS = {
     "images": "images: a folder per class, PNG, JPEG, WEBP or BMP in it",
-    "latents": "latent shards, as python -m fpdm.data convert-fastdit (or convert-lightningdit) "
-    "makes one",
+    "latents": "latent shards, as python -m fpdm.data encode (of photos), convert-fastdit or "
+    "convert-lightningdit makes one",
 }
 
 
@@ -267,8 +272,23 @@ def lightningdit_batches(folder: Path) -> Iterator[LatentBatch]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m fpdm.data", description="Import and check data.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser("python -m fpdm.data", description="Make, import and check data.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    encode = commands.add_parser("encode", help="photos to shards, by a VAE")
+    encode.add_argument("photos", type=Path, help="folder of class folders of images")
+    _add_output(encode, None)
+    encode.add_argument(
+        "--vae", required=True, metavar="DIR_OR_ID",
+        help="of diffusers: a directory or a hub's OWNER/NAME, such as stabilityai/sd-vae-ft-ema",
+    )  # fmt: skip
+    encode.add_argument("--image-size", type=int, default=256, help="of the crop (default 256)")
+    encode.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=True,
+        help="also the mirror images, for --data.flip true (default)",
+    )  # fmt: skip
+    encode.add_argument("--batch", type=int, default=16, help="photos at once (default 16)")
+    encode.add_argument("--seed", type=int, default=0, help="of the latents' noise (default 0)")
+    encode.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     fastdit = commands.add_parser("convert-fastdit", help="folders of N.npy to shards")
     fastdit.add_argument("features", type=Path, help="folder of N.npy, latents (b, C, h, w)")
     fastdit.add_argument("labels", type=Path, help="folder of N.npy, labels (b,)")
@@ -276,14 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     lightningdit.add_argument("folder", type=Path, help="of *.safetensors: latents and labels")
     stored = {fastdit: DataConfig().latent_scale, lightningdit: 1.0}
     for command, scale in stored.items():
-        command.add_argument("out", type=Path, help="new folder of shards, for --data.path")
-        command.add_argument(
-            "--dtype", choices=("float16", "float32"), default="float16",
-            help="of the stored latents (default float16)",
-        )  # fmt: skip
-        command.add_argument(
-            "--rows-per-shard", type=int, default=8192, help="latents per file (default 8192)"
-        )
+        _add_output(command, 8192)
         command.add_argument("--num-classes", type=int, help="default: the largest label + 1")
         command.add_argument(
             "--latent-scale", type=float, default=scale,
@@ -297,6 +310,18 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("latents-info", help="check and describe shards")
     info.add_argument("folder", type=Path, help="of shards")
     return parser
+
+
+def _add_output(command: argparse.ArgumentParser, rows: int | None) -> None:
+    command.add_argument("out", type=Path, help="new folder of shards, for --data.path")
+    command.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16",
+        help="of the stored latents (default float16)",
+    )  # fmt: skip
+    told = rows or f"a 256th of the photos, {_FEWEST} to {_MOST}, all that a stop can cost"
+    command.add_argument(
+        "--rows-per-shard", type=int, default=rows, help=f"latents per file (default {told})"
+    )
 
 
 def _describe(folder: Path, manifest: shards.Manifest) -> str:
@@ -340,10 +365,79 @@ def _latents_info(folder: Path) -> None:
     print(f"fingerprint {latents.fingerprint}")
 
 
+def _encode(args: argparse.Namespace) -> None:
+    from fpdm.pretrained import choose_device  # the model comes with it, for this command alone
+
+    for name, least in (("batch", 1), ("seed", 0)):
+        if not least <= getattr(args, name) < 2**64:
+            raise ConfigError(f"{name}: got {getattr(args, name)}, expected at least {least}")
+    device = choose_device(args.device)
+    vae = load_vae(args.vae, device)
+    vae.latent_size(args.image_size)
+    images = ImageFolder(args.photos, args.image_size)
+    rows = args.rows_per_shard
+    if rows is None:
+        rows = min(max(len(images) // 256, _FEWEST), _MOST)
+    print(
+        f"photos     {len(images)} of {images.num_classes} classes, cropped to {args.image_size}\n"
+        f"vae        {vae.name} ({vae.sha256}): {vae.channels} channels, 1/{vae.factor}, scaling "
+        f"factor {vae.scale:g}, on {device}",
+        flush=True,
+    )
+    began = time.perf_counter()
+    with stoppable("the same command continues behind the last whole shard"):
+        manifest, there = resume_shards(
+            lambda start: encoded_batches(
+                images, vae, start, seed=args.seed, flip=args.flip, batch=args.batch, rows=rows
+            ),
+            args.out,
+            {
+                "images": images.fingerprint,
+                "image_size": args.image_size,
+                "vae": {
+                    "name": vae.name, "sha256": vae.sha256, "shift": vae.shift,
+                },
+                "seed": args.seed,
+                "flip": args.flip,
+                "classes": images.classes,
+            },
+            dtype=args.dtype,
+            latent_scale=vae.scale,
+            rows_per_shard=rows,
+            num_classes=images.num_classes,
+        )  # fmt: skip
+    made, seconds = manifest.count - there, time.perf_counter() - began
+    rate = f" in {seconds:.3g} s, {made / seconds:.3g} images/s" if made else ""
+    print(f"encoded    {made} made, {there} were there{rate}")
+    print(f"wrote      {_describe(args.out, manifest)}")
+    print(f"train      {train_command(args.out, manifest)}")
+
+
+def train_command(folder: Path, manifest: shards.Manifest) -> str:
+    """What trains the paper's model on these shards."""
+    recipe = "imagenet256" if manifest.num_classes > 1 else "unconditional256"
+    options = {
+        "data.path": shlex.quote(str(folder)),
+        "data.flip": str(manifest.flip).lower(),
+        "data.latent_scale": manifest.latent_scale,
+        "model.in_channels": manifest.shape[0],
+        "model.input_size": manifest.shape[1],
+        "model.num_classes": manifest.num_classes,
+    }
+    words = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"python -m fpdm.train {recipe} {words}"
+
+
 def command(argv: list[str]) -> None:
-    """``python -m fpdm.data``; raises DataError."""
-    args = _parser().parse_args(argv)
-    if args.command == "verify":
+    """``python -m fpdm.data``; raises UserError."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        raise ConfigError("got no command, expected one of those above")
+    if args.command == "encode":
+        _encode(args)
+    elif args.command == "verify":
         _verify(args.folder, args.skip_broken)
     elif args.command == "latents-info":
         _latents_info(args.folder)

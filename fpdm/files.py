@@ -21,7 +21,7 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpdm.settings import UserError
+from fpdm.settings import ConfigError, UserError, flat
 
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
@@ -158,6 +158,34 @@ def make_directory(path: Path) -> None:
         fsync_directory(path.parent)
 
 
+def claim(directory: Path, settings: Mapping[str, Any], name: str = "settings.json") -> None:
+    """Take ``directory``, made when it is missing, for ``settings`` (JSON), which ``name`` in it
+    holds from then on; ConfigError names the first difference to those that are there."""
+    path = directory / name
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(
+            f"out: got the file {directory}, expected a directory, new or of these settings"
+        )
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise ConfigError(write_problem(directory, error)) from error
+    if not path.exists():
+        atomic_write(path, json.dumps(settings, indent=1).encode() + b"\n")
+        return
+    try:
+        old = flat(json.loads(path.read_bytes()))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: got no settings, expected another output directory") from error
+    new = flat(settings)
+    for key in [*new, *(key for key in old if key not in new)]:
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{key}: got {new.get(key)}, expected {old.get(key)} of {path}, or another output "
+                "directory"
+            )
+
+
 @contextlib.contextmanager
 def directory_lock(root: Path, wait_s: float) -> Iterator[str]:
     """Lock ``root`` against other writers; yields "held", "busy", or "unsupported": a file system
@@ -218,6 +246,15 @@ def new_file(path: Path) -> Iterator[Callable[[memoryview], None]]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
     return tensor.detach().flatten().view(torch.uint8).numpy().data
+
+
+def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hexadecimal digits of the SHA-256 of names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()[:16]
 
 
 def write_safetensors(

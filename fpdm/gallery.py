@@ -1,32 +1,33 @@
 """The output directory of a sampler: single images, settings, npz, grid, each whole or not at all.
 
-    NNNNNN.png     every image (NNNNNN.npy, float32, for latents: a VAE makes images of them)
-    samples.npz    arr_0 (N,h,w,C) uint8, clamp(127.5 x + 128, 0, 255) truncated; latents
-                   (N,C,h,w) float32; labels (N,) int64; seeds (N,) uint64
+    NNNNNN.png     every image
+    NNNNNN.npy     float32 (C,h,w), of a model of latents; with a VAE their pictures lie beside them
+    samples.npz    arr_0 (N,h,w,C) uint8, clamp(127.5 x + 128, 0, 255) truncated; of latents without
+                   a VAE (N,C,h,w) float32; labels (N,) int64; seeds (N,) uint64
     grid.png       the first images
     settings.json  what the images depend on
+    vae.json       what made pictures of latents
 
-A directory belongs to the settings it was begun with. samples.npz and grid.png are made from the
-single images, by whichever process finds all of them there.
+A directory belongs to the settings, and to the VAE, it was begun with. samples.npz and grid.png are
+made from the single images, by whichever process finds all of them there.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fpdm import figures
-from fpdm.config import ConfigError, ModelConfig, UserError
-from fpdm.files import atomic_write, make_directory, write_problem
-from fpdm.settings import flat
+from fpdm.config import ModelConfig, UserError
+from fpdm.files import atomic_write
 
 GRID_IMAGES = 400
 
@@ -77,29 +78,22 @@ class Store:
         return x if self.latent else (x.permute(2, 0, 1) - 127.5) / 127.5
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Take ``out`` for ``settings`` (JSON); ConfigError names the first difference to its own."""
-    path = out / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out: got the file {out}, expected a directory, new or of these images")
-    try:
-        make_directory(out)
-    except OSError as error:
-        raise ConfigError(write_problem(out, error)) from error
-    if not path.exists():
-        atomic_write(path, json.dumps(settings, indent=1).encode() + b"\n")
-        return
-    try:
-        old = flat(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: got no settings, expected another output directory") from error
-    new = flat(settings)
-    for name in [*new, *(name for name in old if name not in new)]:
-        if old.get(name) != new.get(name):
-            raise ConfigError(
-                f"{name}: got {new.get(name)}, expected {old.get(name)} of {path}, or another "
-                "output directory"
-            )
+def develop(
+    decode: Callable[[Tensor], Tensor], latents: Store, pictures: Store, ids: Sequence[int],
+    batch: int,
+) -> int:  # fmt: skip
+    """Make the missing pictures of ``ids`` from their stored latents, ``batch`` at once; how many
+    there were to make. ``decode``: (B,C,h,w) to (B,3,H,W)."""
+    missing = [i for i in ids if pictures.read(i) is None]
+    quiet = None if missing else True  # none: a bar on a terminal only
+    with tqdm(total=len(missing), unit="img", desc="decoding", disable=quiet) as bar:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            x = decode(torch.stack([latents.tensor(i) for i in part]))
+            for i, picture in zip(part, x):
+                pictures.write(i, picture)
+            bar.update(len(part))
+    return len(missing)
 
 
 def assemble(store: Store, labels: Sequence[int], seeds: Sequence[int], columns: int) -> bool:

@@ -61,7 +61,8 @@ class ImageFolder:
     s = image_size. C = 1 if every file is 8-bit gray, else 3 (alpha is dropped, EXIF rotation is
     ignored). ADM's crop: halve by box filter while the short side is at least 2 s, bicubic to short
     side s, centre crop. A true flip mirrors left and right. ``skipped`` names broken files that
-    ``index_images(accept_broken=True)`` has agreed to leave out.
+    ``index_images(accept_broken=True)`` has agreed to leave out; ``sha256`` are the files', and
+    ``classes`` the folders in the order of their numbers.
     """
 
     def __init__(self, path: Path, image_size: int) -> None:
@@ -72,14 +73,14 @@ class ImageFolder:
             raise DataError(f"{path}: got no readable image, expected at least one")
         classes = sorted({_class_of(name) for name in records})
         numbers = {name: i for i, name in enumerate(classes)}
-        self._folder, self._names = path, names
-        self._sha256 = [records[name].sha256 for name in names]
+        self._folder, self._names, self.classes = path, names, classes
+        self.sha256 = [records[name].sha256 for name in names]
         self._labels = torch.tensor([numbers[_class_of(name)] for name in names])
         self._mode = "L" if all(records[name].mode in _GRAY for name in names) else "RGB"
         self.shape = (1 if self._mode == "L" else 3, image_size, image_size)
         self.num_classes = len(classes)
         digest = hashlib.sha256(f"images {self.shape}\0".encode())
-        for name, sha256 in zip(names, self._sha256):
+        for name, sha256 in zip(names, self.sha256):
             digest.update(sha256.encode() + os.fsencode(name) + b"\0")
         self.fingerprint = digest.hexdigest()
 
@@ -107,7 +108,7 @@ class ImageFolder:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data).hexdigest() != self._sha256[index]:
+        if hashlib.sha256(data).hexdigest() != self.sha256[index]:
             raise DataError(f"{path}: got other bytes than its index says (image {index})")
         image = _centre_crop(_decode(data).convert(self._mode), self.shape[1])
         pixels = np.asarray(image, dtype=np.uint8)

@@ -34,7 +34,7 @@ PACKAGES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "diffusers",
         ("diffusers",),
-        "its schedulers (fpdm.schedulers), a VAE for latents (extra diffusers)",
+        "its schedulers, its VAE: photos to latents, latents to pictures (extra diffusers)",
     ),
     ("matplotlib", ("matplotlib",), "loss and residual curves (extra eval)"),
     ("PIL", ("pillow",), "reading image folders (extra eval)"),

@@ -7,6 +7,7 @@ state, no global generator, no host synchronisation. A sample's numbers do not d
 
     sampling   key = the sample's seed, c1 = step index in the plan, c2 = 0
     training   key = the run's seed, c1 = slot in the global batch, c2 = step
+    encoding   key = the seed, (c1, c2) = the first 64 bits of the image file's SHA-256
 
 The domain keeps streams with the same key and counters apart. B is the batch.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from fpdm.kernels import implementations
 
 SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS, GRID = range(8)
+ENCODE, ENCODE_FLIP = 8, 9
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

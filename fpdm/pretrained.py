@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from fpdm import calibration, checkpoint, interop
 from fpdm.config import ConfigError, ExecutionConfig, Impl, SamplerConfig, from_dict
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
+from fpdm.files import tensors_digest
 from fpdm.model import FPDM, DiT, build_model
 from fpdm.settings import update
 
@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent / "assets" / "digits_export"
 @dataclass(frozen=True)
 class LoadedSource:
     """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
-    directory."""
+    directory; ``latent_scale`` of its data, None where that is not known."""
 
     model: FPDM | DiT
     diffusion: Diffusion
@@ -30,22 +30,28 @@ class LoadedSource:
     name: str
     which: str
     path: Path
+    latent_scale: float | None = None
 
     def sampler(self, config: SamplerConfig) -> Sampler:
-        """A sampler, with the calibration beside the model if ``config`` wants one. Raises
-        ConfigError for settings that cannot be met."""
+        """A sampler, with the model's calibration if ``config`` wants one. Raises ConfigError for
+        settings that cannot be met."""
         found = None
         if config.allocation == "learned":
-            found = calibration.load(self.path, self.digest())
+            there = [path for path in self.calibrations() if path.is_file()]
+            found = calibration.load(there[0], self.digest()) if there else None
         return Sampler(self.model, self.diffusion, config, calibration=found)
+
+    def calibrations(self) -> list[Path]:
+        """Where its calibration may lie, a new one in the first place: the run. An export may be
+        shared or installed: nothing is written there, though one that it came with is read."""
+        beside = self.path / calibration.NAME
+        if (self.path / "checkpoints").is_dir():
+            return [beside]
+        return [Path(f"calibrations/{self.name}-{self.digest()[:8]}.json"), beside]
 
     def digest(self) -> str:
         """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
-        digest = hashlib.sha256()
-        for name, param in sorted(self.model.named_parameters()):
-            digest.update(name.encode())
-            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return tensors_digest(self.model.named_parameters())
 
 
 def load_source(
@@ -123,6 +129,7 @@ def _load_run(
     return LoadedSource(
         model.to(device), Diffusion(config.diffusion, device), config.sample,
         f"{path.resolve().name}-{found.step}", which, path,
+        config.data.latent_scale if config.data.kind == "latents" else None,
     )  # fmt: skip
 
 

@@ -7,8 +7,12 @@ is described in fpdm.gallery: a second run with the same settings makes only wha
 other settings it is refused, and whichever shard finds every image there writes samples.npz and
 grid.png.
 
+``--vae DIR_OR_ID`` makes pictures of a model's latents (fpdm.vae), now or later: the same command
+with it draws nothing again. Pictures are functions of the stored latents, to one step of 255 in
+another ``--vae-batch``, bit for bit with ``--invariant``, which decodes one by one.
+
 ``--calibrate IMAGES`` draws nothing: it learns from so many images how many iterations a timestep
-deserves and saves that beside the model, for ``--allocation learned``.
+deserves and saves that in the run, of an export in calibrations/, for ``--allocation learned``.
 """
 
 from __future__ import annotations
@@ -31,14 +35,16 @@ from tqdm import tqdm
 
 from fpdm import calibration, figures
 from fpdm.budget import Calibration
-from fpdm.cli import COST, Parser, run_main
+from fpdm.cli import COST, Parser, run_main, stoppable
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.engine import Sampler, check_labels, check_seeds
-from fpdm.gallery import GRID_IMAGES, Store, assemble, claim
+from fpdm.files import claim
+from fpdm.gallery import GRID_IMAGES, Store, assemble, develop
 from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.settings import hints, plain
+from fpdm.vae import VAE, load_vae
 
 REPORTED = 256  # images of which a report keeps every residual
 
@@ -134,6 +140,12 @@ def parser() -> argparse.ArgumentParser:
         "--graphs", choices=choices("graphs"), help="CUDA graphs; auto: where measured faster"
     )
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
+    p.add_argument(
+        "--vae", metavar="DIR_OR_ID",
+        help="of diffusers, for latents: a directory or a hub's OWNER/NAME, such as "
+        "stabilityai/sd-vae-ft-ema",
+    )  # fmt: skip
+    p.add_argument("--vae-batch", type=int, default=8, help="latents decoded at once")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
@@ -341,7 +353,7 @@ def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
 
 
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
-    """Learn an allocation from ``images`` of all classes, save it beside the model, print it."""
+    """Learn an allocation from ``images`` of all classes, save and print it."""
     if not isinstance(source.model, FPDM):
         raise ConfigError(f"calibrate: got a {source.model.config.kind}, expected an fpdm")
     labels = [i % source.model.config.num_classes for i in range(images)]
@@ -350,7 +362,9 @@ def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     found = calibration.learn(
         source.model, source.diffusion, config, labels, seeds, source.digest()
     )
-    print(f"wrote      {calibration.save(found, source.path)}")
+    path = source.calibrations()[0]
+    calibration.save(found, path)
+    print(f"wrote      {path}")
     print("\n".join(learned_table(found)))
 
 
@@ -363,6 +377,50 @@ def learned_table(found: Calibration) -> list[str]:
     return [head] + [
         f"           {t:5d}" + "".join(f"{row[k - 1]:8.0e}" for k in columns) for t, row in rows
     ]
+
+
+def choose_vae(args: argparse.Namespace, source: LoadedSource, device: torch.device) -> VAE | None:
+    """The VAE of the command line, whose latents are the model's. Raises ConfigError."""
+    if args.vae_batch < 1:
+        raise ConfigError(f"vae-batch: got {args.vae_batch}, expected at least 1")
+    if args.vae is None:
+        return None
+    channels = source.model.config.in_channels
+    if channels in (1, 3):
+        raise ConfigError(f"vae: got {args.vae}, expected none: this model draws pictures itself")
+    vae = load_vae(args.vae, device)
+    if vae.channels != channels:
+        raise ConfigError(
+            f"vae: got {args.vae} of {vae.channels} channels, expected the model's {channels}"
+        )
+    return vae
+
+
+def make_pictures(
+    vae: VAE, source: LoadedSource, latents: Store, request: Request, batch: int
+) -> Store:
+    """Decode what is missing of this process's pictures; where all of them lie."""
+    out, scale = latents.out, source.latent_scale or vae.scale
+    claim(out, {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}, "vae.json")
+    model = source.model.config
+    store = Store(out, replace(model, in_channels=3, input_size=vae.factor * model.input_size))
+    began = time.perf_counter()
+    made = develop(lambda z: vae.decode(z, scale), latents, store, request.ids, batch)
+    each = f", {1e3 * (time.perf_counter() - began) / made:.3g} ms per picture" if made else ""
+    print(f"pictures   {made} made by {vae.name}, {len(request.ids) - made} were there{each}")
+    return store
+
+
+def tell(sampler: Sampler, made: Made, told: str) -> None:
+    """What the iterations of the images that were made did."""
+    if sampler.tol:
+        mean = made.iterations.float().mean()
+        print(f"iterations mean {mean:.3g} of {sampler.plan.mean():.3g} per timestep")
+    print("\n".join(residual_table(sampler.plan.steps, made.residual)))
+    print(f"operators  {told}")
+    if sampler.graphs is not None:
+        g = sampler.graphs
+        print(f"graphs     {g.captures} captured, {g.replays} replays beside these calls")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -383,38 +441,38 @@ def main(argv: Sequence[str]) -> None:
     if args.compare is not None:
         other = source.sampler(replace(config, reuse=args.compare))
     request = make_request(args, source, config, [k for _, k in sampler.plan.steps])
+    vae = choose_vae(args, source, device)
     tag = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()[:8]
     out = Path(args.out or f"samples/{source.name}-{tag}")
     claim(out, request.settings)
+    if vae is None and (out / "vae.json").exists():
+        raise ConfigError(f"vae: got none, expected the one of {out}/vae.json: pictures are there")
     print("\n".join(describe(sampler, source, impl)), flush=True)
     implementations.reset_counters()
     store = Store(out, source.model.config)
-    made = generate(sampler, request, store)
-    told = implementations.ran(impl)
-    there = len(request.ids) - made.images
-    each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
-    print(f"images     {made.images} made, {there} were there{each}")
-    if made.images:
-        if sampler.tol:
-            ks = made.iterations
-            print(
-                f"iterations mean {ks.float().mean():.3g} of {sampler.plan.mean():.3g} per timestep"
-            )
-        print("\n".join(residual_table(sampler.plan.steps, made.residual)))
-        print(f"operators  {told}")
-        if sampler.graphs is not None:
-            g = sampler.graphs
-            print(f"graphs     {g.captures} captured, {g.replays} replays beside these calls")
-        if args.residuals:
+    with stoppable("the same command goes on with what is missing"):
+        made = generate(sampler, request, store)
+        told = implementations.ran(impl)
+        there = len(request.ids) - made.images
+        each = f", {1e3 * made.seconds / made.images:.3g} ms per image" if made.images else ""
+        print(f"images     {made.images} made, {there} were there{each}", flush=True)
+        if made.images:
+            tell(sampler, made, told)
+        if made.images and args.residuals:
             timesteps = [t for t, _ in sampler.plan.steps]
             figures.plot_residuals(made.residual, timesteps, out / "residuals.png")
-    if args.report or other is not None:
-        report(sampler, other, made, request, out / "report.png")
-    if assemble(store, request.labels, request.seeds, request.columns):
-        what = "latents: a VAE turns them into images" if store.latent else "images"
-        print(f"wrote      {out}/grid.png, samples.npz and {len(request.labels)} {what}")
-    else:
-        print(f"wrote      {len(request.ids)} images to {out}; the other shards' are not all there")
+        if args.report or other is not None:
+            report(sampler, other, made, request, out / "report.png")
+        if vae is not None:
+            sampler.release()
+            batch = 1 if config.invariant else args.vae_batch
+            store = make_pictures(vae, source, store, request, batch)
+        if assemble(store, request.labels, request.seeds, request.columns):
+            what = "latents: --vae makes pictures of them" if store.latent else "images"
+            print(f"wrote      {out}/grid.png, samples.npz and {len(request.labels)} {what}")
+        else:
+            count = len(request.ids)
+            print(f"wrote      {count} images to {out}; the other shards' are not all there")
 
 
 if __name__ == "__main__":

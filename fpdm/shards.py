@@ -21,7 +21,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,7 @@ from fpdm.files import (
 from fpdm.settings import UserError
 
 MANIFEST = "manifest.json"
+ORIGIN = "origin.json"  # of shards that fpdm.encode makes
 _VERSION = 1
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _EXPONENT = {"float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
@@ -361,6 +362,41 @@ def write_shards(
         DataError: ``out`` exists, NaN or Inf (also an overflow of float16), a label out of range, a
             batch of another shape, no rows at all, or a full disk. Rows are counted from 0.
     """
+    done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
+    partial = partial_folder(out)
+    if (partial / ORIGIN).is_file():
+        raise DataError(
+            f"{partial}: got the beginning of other shards, which the command that made it would "
+            "finish; expected another folder, or none there"
+        )
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        groups = regroup(batches, dtype, num_classes, rows_per_shard)
+        done = write_groups(groups, partial, done, num_classes)
+        if not done.count:
+            raise DataError("got no rows, expected at least one")
+        with new_file(partial / MANIFEST) as write:
+            write(memoryview(done.to_bytes()))
+        publish(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(write_problem(out, error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return done
+
+
+def partial_folder(out: Path) -> Path:
+    """Where ``out`` is built."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def empty_manifest(
+    out: Path, dtype: str, latent_scale: float, rows_per_shard: int, num_classes: int | None
+) -> Manifest:
+    """The manifest of no rows; raises DataError for settings that cannot be met."""
     if dtype not in _DTYPES or rows_per_shard < 1 or not 0 < latent_scale < math.inf:
         raise DataError(
             f"got dtype {dtype}, rows_per_shard {rows_per_shard}, latent_scale {latent_scale}; "
@@ -368,56 +404,54 @@ def write_shards(
         )
     if out.exists():
         raise DataError(f"{out}: got a name that exists, expected a new folder")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        groups = _regroup(batches, dtype, num_classes, rows_per_shard)
-        manifest = _write_groups(groups, partial, dtype, float(latent_scale), num_classes)
-        with new_file(partial / MANIFEST) as write:
-            write(memoryview(manifest.to_bytes()))
-        fsync_directory(partial)
-        failpoint("before-rename")
-        os.rename(partial, out)
-        failpoint("before-dir-fsync")
-        fsync_directory(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(write_problem(out, error)) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return manifest
+    return Manifest((0, 0, 0), dtype, 0, num_classes or 0, float(latent_scale), False, ())
 
 
-def _write_groups(
-    groups: Iterable[LatentBatch], folder: Path, dtype: str, scale: float, num_classes: int | None
+def publish(partial: Path, out: Path) -> None:
+    """The finished folder under its name, durably."""
+    fsync_directory(partial)
+    failpoint("before-rename")
+    os.rename(partial, out)
+    failpoint("before-dir-fsync")
+    fsync_directory(out.parent)
+
+
+def write_groups(
+    groups: Iterable[LatentBatch],
+    folder: Path,
+    done: Manifest,
+    num_classes: int | None,
+    keep: Callable[[Manifest], object] = lambda done: None,
 ) -> Manifest:
-    shards: list[Shard] = []
-    highest = 0
-    shape, flip = (0, 0, 0), False
+    """Write each group as a shard behind those of ``done``; the manifest with them, which ``keep``
+    is told after every one."""
     for latents, labels, mirrored in groups:
         tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels)}
         if mirrored is not None:
             tensors["latents_flip"] = torch.from_numpy(mirrored)
-        name = _shard_name(len(shards))
+        name = _shard_name(len(done.shards))
         with new_file(folder / name) as write:
             record, _ = write_safetensors(write, tensors)
-        shards.append(Shard(name, len(labels), record.size, record.sha256, record.tensors))
-        highest = max(highest, int(labels.max()))
-        shape, flip = tuple(latents.shape[1:]), mirrored is not None
-    if not shards:
-        raise DataError("got no rows, expected at least one")
-    count = sum(shard.rows for shard in shards)
-    return Manifest(shape, dtype, count, num_classes or highest + 1, scale, flip, tuple(shards))
+        shard = Shard(name, len(labels), record.size, record.sha256, record.tensors)
+        done = replace(
+            done,
+            shape=tuple(latents.shape[1:]),
+            count=done.count + len(labels),
+            num_classes=num_classes or max(done.num_classes, int(labels.max()) + 1),
+            flip=mirrored is not None,
+            shards=(*done.shards, shard),
+        )
+        keep(done)
+    return done
 
 
-def _regroup(
-    batches: Iterable[LatentBatch], dtype: str, num_classes: int | None, rows: int
+def regroup(
+    batches: Iterable[LatentBatch], dtype: str, num_classes: int | None, rows: int, seen: int = 0
 ) -> Iterator[LatentBatch]:
-    """Checked batches, cast to ``dtype``, cut and joined into groups of ``rows``."""
+    """Checked batches, cast to ``dtype``, cut and joined into groups of ``rows``; ``seen`` rows
+    came before them."""
     pending: list[LatentBatch] = []
-    held = seen = 0
+    held = 0
     first: LatentBatch | None = None
     for batch in batches:
         first = first or batch

@@ -19,7 +19,8 @@ from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.files import CheckpointError
-from fpdm.pretrained import load_source
+from fpdm.pretrained import SHIPPED, load_source
+from fpdm.settings import UserError
 
 MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
 SETTINGS = SamplerConfig(steps=5, iters=3, reuse="full", guidance=2.0, batch=4)
@@ -57,11 +58,13 @@ def test_whatever_the_allocation(changes: dict[str, Any]) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    assert load(tmp_path, FOUND.weights) is None
-    assert save(FOUND, tmp_path) == tmp_path / NAME
-    assert load(tmp_path, FOUND.weights) == FOUND
+    path = tmp_path / "new" / NAME
+    save(FOUND, path)
+    assert load(path, FOUND.weights) == FOUND
     with pytest.raises(ConfigError, match=r"got a calibration of weights 0123456789abcdef, expe"):
-        load(tmp_path, "ffff")
+        load(path, "ffff")
+    with pytest.raises(UserError, match=r"cannot write .*: .*; expected a directory"):
+        save(FOUND, path / NAME)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +85,12 @@ def test_there_and_back(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files(damage: Any, tmp_path: Path) -> None:
-    path = save(FOUND, tmp_path)
+    path = tmp_path / NAME
+    save(FOUND, path)
     found = damage(json.loads(path.read_text()))
     path.write_text(found if isinstance(found, str) else json.dumps(found))
     with pytest.raises(CheckpointError, match=r"calibration\.json: got no calibration: ") as error:
-        load(tmp_path, FOUND.weights)
+        load(path, FOUND.weights)
     assert "\n" not in str(error.value)
 
 
@@ -111,7 +115,14 @@ def source(tmp_path: Path) -> Path:
     )  # fmt: skip
 
 
-def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = sorted(source.iterdir())
     argv = [str(source), "--out", str(tmp_path / "out"), "--count", "3", "--allocation", "learned"]
 
     def refused(*more: str) -> str:
@@ -123,14 +134,16 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "got learned without a calibration, expected one (python -m fpdm.sample" in refused()
     sample.main([str(source), "--calibrate", "4"])
     told = capsys.readouterr().out
-    assert f"wrote      {source / NAME}" in told
+    digest = load_source(source).digest()
+    place = Path(f"calibrations/source-{digest[:8]}.json")
+    assert f"wrote      {place}\n" in told
+    assert sorted(source.iterdir()) == files, "an export may be shared"
     assert "after        1       2       4       8" in told
     assert not (tmp_path / "out").exists()
     sample.main(argv)
     assert "learned" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    found = calibration.load(source, load_source(source).digest())
-    assert found is not None
+    found = calibration.load(place, digest)
     assert settings["iterations"] == allocate(15, 5, "learned", found.curves(found.timesteps))
     assert sum(settings["iterations"]) == 15
     # any number of timesteps, any budget
@@ -140,12 +153,33 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "got learned with reuse full, expected one with sample.reuse=none" in refused(
         "--reuse", "none"
     )
+    # one that came with an export is read where there is no newer one
+    place.rename(source / NAME)
+    sample.main([*argv, "--steps", "2", "--out", str(tmp_path / "shared")])
+    assert "learned" in capsys.readouterr().out
     # other weights
     interop.export(
         source, MODEL, random_model(MODEL, seed=1).state_dict(), which="ema",
         diffusion=DiffusionConfig(), extra={"sample": to_dict(SETTINGS)},
     )  # fmt: skip
     assert "got a calibration of weights" in refused()
+
+
+def test_of_a_run_and_of_the_shipped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shipped = load_source()
+    assert replace(shipped, path=run).calibrations() == [run / NAME]
+    before = {path: path.stat().st_mtime_ns for path in SHIPPED.iterdir()}
+    sample.main(["--calibrate", "1", "--steps", "2", "--iters", "1"])
+    assert {path: path.stat().st_mtime_ns for path in SHIPPED.iterdir()} == before
+    place = tmp_path / "calibrations" / f"digits_export-{shipped.digest()[:8]}.json"
+    assert place.is_file()
+    sample.main(["--count", "1", "--steps", "2", "--allocation", "learned", "--out", "out"])
+    assert ", learned, " in capsys.readouterr().out
 
 
 def test_a_dit_cannot_be_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

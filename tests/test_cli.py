@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import fpdm
 from fpdm import __main__ as main
 from fpdm import data, sample
-from fpdm.cli import run_main, take_option
+from fpdm.cli import run_main, stoppable, take_option
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.distributed import PeerError
 from fpdm.recipes import load_config
@@ -55,6 +57,26 @@ def test_the_systems_error_names_the_file_and_is_status_1(
 
 def test_an_interrupt_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert ends(capsys, raising(KeyboardInterrupt())) == (130, "fpdm.x: interrupted\n")
+
+
+def test_what_to_do_about_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    """By SIGTERM too, inside; outside the handler is the old one, and other errors pass."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def stopped(argv: list[str]) -> None:
+        with stoppable("do it again"):
+            if argv[0] == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise ConfigError("x") if argv[0] == "x" else KeyboardInterrupt
+
+    for how in ("SIGTERM", "Ctrl-C"):
+        told = ends(capsys, stopped, (how,))
+        assert told == (130, "fpdm.x: interrupted; do it again\n")
+        assert signal.getsignal(signal.SIGTERM) == handler
+    assert ends(capsys, stopped, ("x",)) == (2, "fpdm.x: error: x\n")
+    # another thread has no handlers
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError):
+        pool.submit(stopped, ["x"]).result()
 
 
 def test_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from test_images import folder
 from test_shards import latents, open_latents, refused, rows
 
 from fpdm import data, shards
+from fpdm.cli import run_main
 from fpdm.config import DataConfig
 from fpdm.data import DataError, open_dataset, stream_indices
 
@@ -370,13 +371,27 @@ def test_command_line_prints_one_line_and_exits_2(tmp_path: Path):
     assert run.stderr.count("\n") == 1
 
 
+def test_no_command_is_a_mistake_that_shows_them(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        run_main("fpdm.data", data.command, [])
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert told.err == "fpdm.data: error: got no command, expected one of those above\n"
+    for name in ("encode", "convert-fastdit", "convert-lightningdit", "verify", "latents-info"):
+        assert f"\n    {name}" in told.out
+    with pytest.raises(SystemExit) as left:
+        run_main("fpdm.data", data.command, ["encod"])
+    assert left.value.code == 2
+    assert "expected one of encode, convert-fastdit" in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     data.DIGITS.write_bytes(make_digits())
     print(hashlib.sha256(make_digits()).hexdigest())
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("latents", "convert-fastdit"), ("images", "per class")]
+    ("kind", "words"), [("latents", "fpdm.data encode"), ("images", "per class")]
 )
 def test_an_absent_folder_says_what_belongs_there(kind: str, words: str) -> None:
     refused(lambda: open_dataset(DataConfig(kind=kind, path="nowhere")), "nowhere", words)  # type: ignore[arg-type]

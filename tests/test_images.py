@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -48,6 +49,8 @@ def test_images_are_sorted_cropped_and_scaled(tmp_path: Path, monkeypatch: pytes
     opened = open_images(path)
     x, y = opened.batch(rows(9))
     assert y.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert opened.classes == ["n01", "n02", "n10"]
+    assert opened.sha256[0] == hashlib.sha256(picture(seed=10)).hexdigest()
     assert (opened.shape, opened.num_classes, x.shape) == ((3, 8, 8), 3, (9, 3, 8, 8))
     assert x.min() >= -1
     assert x.max() <= 1

@@ -267,7 +267,7 @@ def test_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = npz(out)
     assert found["arr_0"].dtype == np.float32
     assert np.array_equal(found["arr_0"], x.numpy())
-    assert "VAE" in capsys.readouterr().out
+    assert "3 latents: --vae makes pictures of them" in capsys.readouterr().out
     assert pngs(out) == []
     assert np.array_equal(np.load(out / "000002.npy"), x[2].numpy())
 
@@ -492,5 +492,5 @@ def test_out_that_is_a_file(
     (tmp_path / "x").touch()
     told = complain([str(source), "--out", str(tmp_path / "x")], capsys)
     assert told.endswith(
-        f"out: got the file {tmp_path}/x, expected a directory, new or of these images\n"
+        f"out: got the file {tmp_path}/x, expected a directory, new or of these settings\n"
     )

@@ -1,0 +1,144 @@
+"""Photos to latent shards: ``python -m fpdm.data encode PHOTOS OUT --vae VAE``.
+
+ImageNet takes hours, so what stops an encode costs the shard it was at, no more: shards that are
+whole stay in ``.OUT.partial`` beside ``origin.json``, on which they depend, and the same command
+goes on behind the last good one. Batches begin anew with every shard, so that the result is, bit
+for bit, that of a run nobody stopped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fpdm import noise
+from fpdm.files import (
+    LOCK,
+    CheckpointError,
+    FileRecord,
+    atomic_write,
+    claim,
+    directory_lock,
+    read_safetensors,
+    write_problem,
+)
+from fpdm.images import ImageFolder
+from fpdm.shards import (
+    MANIFEST,
+    ORIGIN,
+    DataError,
+    LatentBatch,
+    Manifest,
+    empty_manifest,
+    partial_folder,
+    publish,
+    read_manifest,
+    regroup,
+    write_groups,
+)
+from fpdm.vae import VAE
+
+
+def encoded_batches(
+    images: ImageFolder, vae: VAE, start: int, *, seed: int, flip: bool, batch: int, rows: int
+) -> Iterator[LatentBatch]:
+    """Latents of ``images`` from number ``start``, a multiple of ``rows``, in their order, and with
+    ``flip`` of their mirror images. Gray images have three equal channels."""
+    with tqdm(
+        total=len(images), initial=start, desc="encoding", unit="img", disable=None
+    ) as bar:  # fmt: skip
+        for at, stop in cut(start, len(images), rows, batch):
+            x, labels = images.batch(np.arange(at, stop))
+            x, hashes = x.expand(-1, 3, -1, -1), images.sha256[at:stop]
+            latents = vae.encode(x, seed, hashes, noise.ENCODE).cpu().numpy()
+            mirrored = None
+            if flip:
+                mirrored = vae.encode(x.flip(-1), seed, hashes, noise.ENCODE_FLIP).cpu().numpy()
+            yield latents, labels.numpy(), mirrored
+            bar.update(stop - at)
+
+
+def cut(start: int, count: int, rows: int, batch: int) -> list[tuple[int, int]]:
+    """Parts of at most ``batch`` of start .. count - 1, anew from every multiple of ``rows``."""
+    edges = [
+        i
+        for first in range(start, count, rows)
+        for i in range(first, min(first + rows, count), batch)
+    ]
+    return list(zip(edges, [*edges[1:], count]))
+
+
+def resume_shards(
+    batches: Callable[[int], Iterable[LatentBatch]],
+    out: Path,
+    origin: Mapping[str, Any],
+    *,
+    dtype: str,
+    latent_scale: float,
+    rows_per_shard: int,
+    num_classes: int,
+) -> tuple[Manifest, int]:
+    """``shards.write_shards`` that goes on where an earlier call was stopped; the manifest, and how
+    many rows were there already.
+
+    ``origin`` (JSON) is what the rows depend on; ``batches`` makes them from a given row on, the
+    first of a shard. Every byte of what is taken up is checked first; from a damaged shard on it is
+    made again. A folder that is whole is left as it is.
+
+    Raises:
+        DataError: as ``write_shards``, or another process is at it. ConfigError: what lies there
+            has another origin or other settings; names the first difference.
+    """
+    origin = {
+        **origin, "dtype": dtype, "latent_scale": latent_scale, "rows_per_shard": rows_per_shard,
+        "num_classes": num_classes,
+    }  # fmt: skip
+    if (out / ORIGIN).is_file():
+        claim(out, origin, ORIGIN)
+        whole = read_manifest(out)
+        return whole, whole.count
+    done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
+    partial = partial_folder(out)
+    claim(partial, origin, ORIGIN)
+    with directory_lock(partial, 0.0) as state:
+        if state == "busy":
+            raise DataError(f"{out}: got another process that writes it, expected none")
+        try:
+            done = _take_up(partial, done)
+            there = done.count
+            groups = regroup(batches(there), dtype, num_classes, rows_per_shard, there)
+            done = write_groups(
+                groups, partial, done, num_classes,
+                keep=lambda done: atomic_write(partial / MANIFEST, done.to_bytes()),
+            )  # fmt: skip
+            (partial / LOCK).unlink(missing_ok=True)
+            publish(partial, out)
+        except OSError as error:
+            raise DataError(write_problem(out, error)) from error
+    return done, there
+
+
+def _take_up(partial: Path, nothing: Manifest) -> Manifest:
+    """What is whole in ``partial``, up to the first damaged shard; removes everything else."""
+    found, done = nothing, nothing
+    if (partial / MANIFEST).is_file():
+        found = read_manifest(partial)
+    for i, shard in enumerate(found.shards):
+        record = FileRecord(shard.size, shard.sha256, shard.crc32)
+        try:
+            read_safetensors(partial / shard.file, record, keep=False)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; made again from there", stacklevel=1)
+            break
+        done = replace(found, count=done.count + shard.rows, shards=found.shards[: i + 1])
+    kept = {MANIFEST, ORIGIN, LOCK, *(shard.file for shard in done.shards)}
+    for path in partial.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    return done
