@@ -89,8 +89,9 @@ class RunDirectory:
         """Drops the rows of steps after ``step``, and a row that a kill cut short."""
         for path in (self.metrics, self.timing, self.nonfinite):
             if path.exists():
-                kept = [line for line in path.read_bytes().splitlines(True) if _until(line, step)]
-                atomic_write(path, b"".join(kept))
+                with open(path, "rb") as rows:
+                    kept = (line for line in rows if _until(line, step))
+                    atomic_write(path, lambda file, kept=kept: file.writelines(kept))
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Adds one row. One write: a kill leaves a whole row, or one that ``keep_until`` drops.

@@ -352,6 +352,10 @@ def test_a_changed_run_is_refused_by_field(whole, tmp_path):
     refused(changed(config, resume="never"), "train.resume: got never")
     assert fingerprint(config) == before
     Trainer(changed(config, steps=6, save_every=1, keep=2, grid_per_class=2)).run()
+    decays = changed(replace(config, optim=replace(config.optim, lr_final=0.0)), name="decays")
+    Trainer(decays).run()
+    why = r"train\.steps: 5 -> 6 \(optim\.lr_final is reached at the last step\); expected the same"
+    refused(changed(decays, steps=6), why)
 
 
 def test_changed_data_is_refused(tmp_path, monkeypatch):
