@@ -36,7 +36,7 @@ from tqdm import tqdm
 from fpdm import calibration, figures
 from fpdm.budget import Calibration
 from fpdm.cli import COST, Parser, run_main, stoppable
-from fpdm.config import ConfigError, SamplerConfig
+from fpdm.config import ConfigError, ModelConfig, SamplerConfig
 from fpdm.engine import Sampler, check_labels, check_seeds
 from fpdm.files import claim
 from fpdm.gallery import GRID_IMAGES, Store, assemble, develop
@@ -396,14 +396,26 @@ def choose_vae(args: argparse.Namespace, source: LoadedSource, device: torch.dev
     return vae
 
 
+def claim_pictures(out: Path, vae: VAE | None, source: LoadedSource) -> float:
+    """Take ``out`` for pictures by ``vae``, or for none; the scale of the latents. Raises
+    ConfigError where pictures by another one are there."""
+    if vae is None:
+        if (out / "vae.json").exists():
+            raise ConfigError(
+                f"vae: got none, expected the one of {out}/vae.json, or another output directory"
+            )
+        return 1.0
+    scale = source.latent_scale or vae.scale
+    claim(out, {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}, "vae.json")
+    return scale
+
+
 def make_pictures(
-    vae: VAE, source: LoadedSource, latents: Store, request: Request, batch: int
+    vae: VAE, scale: float, latents: Store, model: ModelConfig, request: Request, batch: int
 ) -> Store:
     """Decode what is missing of this process's pictures; where all of them lie."""
-    out, scale = latents.out, source.latent_scale or vae.scale
-    claim(out, {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}, "vae.json")
-    model = source.model.config
-    store = Store(out, replace(model, in_channels=3, input_size=vae.factor * model.input_size))
+    size = vae.factor * model.input_size
+    store = Store(latents.out, replace(model, in_channels=3, input_size=size))
     began = time.perf_counter()
     made = develop(lambda z: vae.decode(z, scale), latents, store, request.ids, batch)
     each = f", {1e3 * (time.perf_counter() - began) / made:.3g} ms per picture" if made else ""
@@ -445,8 +457,7 @@ def main(argv: Sequence[str]) -> None:
     tag = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()[:8]
     out = Path(args.out or f"samples/{source.name}-{tag}")
     claim(out, request.settings)
-    if vae is None and (out / "vae.json").exists():
-        raise ConfigError(f"vae: got none, expected the one of {out}/vae.json: pictures are there")
+    scale = claim_pictures(out, vae, source)
     print("\n".join(describe(sampler, source, impl)), flush=True)
     implementations.reset_counters()
     store = Store(out, source.model.config)
@@ -466,7 +477,7 @@ def main(argv: Sequence[str]) -> None:
         if vae is not None:
             sampler.release()
             batch = 1 if config.invariant else args.vae_batch
-            store = make_pictures(vae, source, store, request, batch)
+            store = make_pictures(vae, scale, store, source.model.config, request, batch)
         if assemble(store, request.labels, request.seeds, request.columns):
             what = "latents: --vae makes pictures of them" if store.latent else "images"
             print(f"wrote      {out}/grid.png, samples.npz and {len(request.labels)} {what}")

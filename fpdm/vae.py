@@ -116,7 +116,9 @@ def load_vae(name: str, device: torch.device) -> VAE:
             f"vae: got {name} with {len(wrong)} tensors amiss, expected those of its config: "
             f"{', '.join(wrong[:3])}"
         )
-    return _describe(module.eval().requires_grad_(False).to(device), name)
+    # channels last: 1.2 and 1.1 times as fast on a CPU (bench/NOTES.md)
+    module = module.to(device, memory_format=torch.channels_last)
+    return _describe(module.eval().requires_grad_(False), name)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -143,6 +143,17 @@ def begun(tmp_path: Path) -> Path:
     return partial
 
 
+def test_rows_are_counted_from_the_first_of_all(tmp_path: Path) -> None:
+    """In what a continued encode refuses, too."""
+    begun(tmp_path)
+
+    def holed(start: int) -> Iterable[LatentBatch]:
+        for x, y, mirrored in rows_from(start):
+            yield np.where(np.arange(len(x))[:, None, None, None] == 2, np.nan, x), y, mirrored
+
+    refused(lambda: write(tmp_path / "out", holed), "row 18: got NaN or Inf")
+
+
 def flip_a_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
