@@ -137,7 +137,7 @@ def unroll(
     table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
-    run = walk.Run(operators, w, heads)
+    run = walk.BlockRun(operators, w, heads)
     with ops.no_autocast(x.device):
         # what keeps everything has no working set to divide
         for part in walk.parts(b, 1 if recompute == "none" else chunks):
@@ -243,7 +243,7 @@ def _backward(
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
     kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
     operators, grads = ops.resolve(impl, x.device, mod.dtype), BlockGrads(*sums) if sums else None
-    run = walk.Run(operators, BlockWeights(*weights), heads, grads, input_grad)
+    run = walk.BlockRun(operators, BlockWeights(*weights), heads, grads, input_grad)
     dx = x.new_empty(x.shape if input_grad else 0)
     di = x.new_empty(0) if i is None else torch.empty_like(i)
     with ops.no_autocast(x.device):
@@ -305,7 +305,7 @@ direct.autograd(unroll, _unroll_grad, _unroll_setup)
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockSettings:
     """How a block runs: heads, implementation, recompute mode, parts that the batch is walked in,
     whether the backward adds to the parameters' gradients in place."""
 
@@ -316,7 +316,7 @@ class Settings:
     accumulate: bool = False
 
 
-def solve(
+def s_jfb(
     x: Tensor,
     i: Tensor | None,
     u: Tensor | None,
@@ -325,7 +325,7 @@ def solve(
     weights: BlockWeights,
     n: int,
     m: int,
-    settings: Settings,
+    settings: BlockSettings,
     detach_init: bool = True,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor]:

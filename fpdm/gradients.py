@@ -13,8 +13,8 @@ any map f (``FPDM.fixed_point_map`` is one), from wherever a solver has led:
         x = solvers.solve(f, x, solvers.Anderson(), 20).x
     x = iterated(f, x, 0, 1, Gradient("implicit"))
 
-``solve`` runs them on the operators of the fixed-point block: implicit and phantom ones apply it
-once at a time, so they are for study rather than for speed.
+``iterated_block`` runs them on the operators of the fixed-point block: implicit and phantom ones
+apply it once at a time, so they are for study rather than for speed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fpdm import fixed_point, solvers
 from fpdm.block import BlockWeights
-from fpdm.fixed_point import Settings, iterate, unroll
+from fpdm.fixed_point import BlockSettings, iterate, unroll
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Map:
     mod: Tensor
     params: Sequence[Tensor]
     weights: Sequence[Tensor]
-    settings: Settings
+    settings: BlockSettings
     norms: bool
     tables: list[Tensor] = field(default_factory=list)
 
@@ -109,7 +109,7 @@ class _Map:
         return replace(self, i=i, mod=self.mod.detach(), params=params, tables=[])
 
 
-def solve(
+def iterated_block(
     x: Tensor,
     i: Tensor | None,
     u: Tensor | None,
@@ -118,18 +118,18 @@ def solve(
     weights: BlockWeights,
     n: int,
     m: int,
-    settings: Settings,
+    settings: BlockSettings,
     gradient: Gradient,
     detach_init: bool = True,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``fixed_point.solve`` with another gradient: (x_{n+m}, norms (n+m or 0,2,B)).
+    """``fixed_point.s_jfb`` with another gradient: (x_{n+m}, norms (n+m or 0,2,B)).
 
     ``implicit``: n + m - 1 iterations without gradient, then one that carries it. ``phantom``: n
     without, m damped ones with. Raises ValueError for m < 1 when gradients are on.
     """
     if gradient.kind == "unroll" or not torch.is_grad_enabled():
-        return fixed_point.solve(
+        return fixed_point.s_jfb(
             x, i, u, mod, params, weights, n, m, settings, detach_init, norms
         )  # fmt: skip
     flat = [w for w in weights if w is not None]

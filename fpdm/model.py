@@ -10,7 +10,7 @@ works. The module holds no state beside its parameters and draws no random numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fpdm import fixed_point, gradients
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
-from fpdm.fixed_point import Settings, SolveStats
+from fpdm.exports import WEIGHTS, compare, read_export
+from fpdm.fixed_point import BlockSettings, SolveStats
 from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
@@ -40,7 +41,7 @@ class Modulation(NamedTuple):
     final: Tensor
 
 
-class Solution(NamedTuple):
+class Solved(NamedTuple):
     """``output`` (B,2C,h,w), ``solution`` (B,T,D) the last iterate, ``stats`` or None."""
 
     output: Tensor
@@ -170,9 +171,9 @@ class _Transformer(nn.Module):
         if init is not None and tuple(init.shape) != tokens:
             raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
 
-    def _settings(self, w: WeightView) -> Settings:
+    def _settings(self, w: WeightView) -> BlockSettings:
         e = self.execution
-        return Settings(self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate)
+        return BlockSettings(self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate)
 
     def residual_dtype(self, w: WeightView) -> torch.dtype:
         """dtype of the iterates under the weights ``w``."""
@@ -199,7 +200,7 @@ class _Transformer(nn.Module):
     def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
-        out, _ = fixed_point.solve(
+        out, _ = fixed_point.s_jfb(
             h, None, None, vectors, params, w.block(name), 0, 1, self._settings(w),
             detach_init=False,
         )  # fmt: skip
@@ -255,9 +256,6 @@ class FPDM(_Transformer):
 
         Raises CheckpointError for a damaged export, ConfigError for another kind of model.
         """
-        # interop builds models, so it can only be reached from here when called
-        from fpdm.interop import from_pretrained
-
         model = from_pretrained(directory)
         if not isinstance(model, cls):
             raise ConfigError(f"{directory}: got a {model.config.kind} export, expected fpdm")
@@ -331,7 +329,7 @@ class FPDM(_Transformer):
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
         names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
         names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
-        out, norms = gradients.solve(
+        out, norms = gradients.iterated_block(
             x, i, u, vectors, [w.params[name] for name in names],
             w.block("block_fixed_point", injected=True), n, m, self._settings(w), gradient,
             detach_init, stats,
@@ -367,7 +365,7 @@ class FPDM(_Transformer):
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
         init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
         stats: bool = True, gradient: Gradient = S_JFB,
-    ) -> Solution:  # fmt: skip
+    ) -> Solved:  # fmt: skip
         """Like ``forward``, and also the solution and the residual of every iteration and sample;
         ``gradient`` chooses another one than S-JFB's (fpdm.gradients)."""
         if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
@@ -384,7 +382,7 @@ class FPDM(_Transformer):
             start, self._inject(h, w), mod.fp, no_grad_iters, iters, w, detach_init, stats,
             gradient,
         )  # fmt: skip
-        return Solution(self.decode(z, mod, weights=w), z, found)
+        return Solved(self.decode(z, mod, weights=w), z, found)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
@@ -428,3 +426,32 @@ class DiT(_Transformer):
 def build_model(config: ModelConfig, execution: ExecutionConfig | None = None) -> FPDM | DiT:
     """The model that ``config.kind`` names, initialised."""
     return (FPDM if config.kind == "fpdm" else DiT)(config, execution)
+
+
+def model_of(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    where: str,
+    execution: ExecutionConfig | None = None,
+) -> FPDM | DiT:
+    """The model of ``config`` with the state dict ``state`` in published names, on the CPU.
+
+    Raises CheckpointError, which begins with ``where``, for other names or shapes and for NaN or
+    Inf, before anything of the claimed size is allocated.
+    """
+    with torch.device("meta"):
+        compare(build_model(config, execution), state, where)
+    model = build_model(config, execution)
+    model.load_state_dict(dict(state), strict=True)
+    return model
+
+
+def from_pretrained(path: str | Path, execution: ExecutionConfig | None = None) -> FPDM | DiT:
+    """The model of an export (fpdm.exports), on the CPU, its weights checked against the stored
+    hash.
+
+    Raises CheckpointError for an export that is missing, damaged, or of another architecture than
+    its ``config.json`` says, ConfigError for a setting in there that cannot be met.
+    """
+    found = read_export(path)
+    return model_of(found.model, found.state(), str(found.path / WEIGHTS), execution)
