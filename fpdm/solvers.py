@@ -7,10 +7,12 @@
 dX, dR: the last ``window`` differences of x and of r. Sources: Walker & Ni 2011 (Anderson, type
 II), Broyden 1965 with the Sherman-Morrison update. Every sample has its own history, coefficients
 and restarts: none sees its batch-mates. Inner products and coefficients are float32 or wider,
-whatever the iterate's dtype; histories have the iterate's. Nothing here waits for the device.
+whatever the iterate's dtype; histories have the iterate's. Nothing here waits for the device, but
+for ``solve`` under a tolerance.
 
 A solver is told x and f(x) and proposes the next point; who evaluates f, and how often, is the
-caller's affair, so a captured graph may do it.
+caller's affair, so a captured graph may do it. ``solve`` is the plain loop; the sampler's own, on
+static buffers and with compaction, decides by the same ``mark`` and ``proceed`` (fpdm.stopping).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+LAG = {"cpu": 0, "cuda": 1}  # evaluations between a decision and its reading
 
 
 class Solver(Protocol):
@@ -35,12 +39,20 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Solution:
-    """x (B,...): f of the best iterate that was evaluated. residual (k,B) float32: of every
-    iterate x_j, by default |f(x_j) - x_j| / |f(x_j)|. best (B,) int64: the j of x."""
+    """What ``solve`` found for B samples in k evaluations of f.
+
+    x            (B,...) in the iterate's dtype: f of the best iterate x_j that was evaluated, a
+                 point one evaluation past it
+    residual     (k,B) float32, float64 for float64: of every iterate x_j, by default
+                 |f(x_j) - x_j| / |f(x_j)|; NaN from when the sample was done
+    best         (B,) int64: the j of x
+    evaluations  (B,) int64: how many a sample took until it was done, k where it never was
+    """
 
     x: Tensor
     residual: Tensor
     best: Tensor
+    evaluations: Tensor
 
 
 def relative_residual(x: Tensor, fx: Tensor) -> Tensor:
@@ -62,22 +74,93 @@ def solve(
     solver: Solver,
     evaluations: int,
     residual: Callable[[Tensor, Tensor], Tensor] = relative_residual,
+    tol: float | None = None,
 ) -> Solution:
-    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate, the
-    one with the least ``residual`` of x and f(x).
+    """At most ``evaluations`` >= 1 of ``f`` from x (B,...), fewer when every sample is done.
 
-    Raises ValueError for fewer than one evaluation.
+    A sample is done by the evaluation whose ``residual``, of x and f(x), is at most ``tol``, in the
+    unit of ``residual``: by default relative, |f(x) - x| / |f(x)|. Without ``tol`` none is. Its
+    result is f of its best iterate, the one with the least residual: with ``tol``, the one that met
+    it. It keeps that result: f is still called on the whole batch, since it may depend on the row,
+    but for a sample that is done this has no effect. What a sample gets, and after how many
+    evaluations, does not depend on its batch-mates beyond the rounding of f itself.
+
+    A residual of NaN meets no tolerance. One below what rounding lets the iterate's dtype reach,
+    about 2 eps, is not met either: the sample runs to the cap.
+
+    Device: with ``tol`` the host reads after every evaluation how many samples go on. On a GPU it
+    reads the number of the evaluation before: it waits for that one with another queued behind it,
+    and launches one more than is needed. Without ``tol`` nothing waits, and the call can be
+    captured in a CUDA graph if f can.
+
+    Gradients are f's own business: under ``torch.no_grad()`` nothing is kept, and
+    ``gradients.iterated`` attaches a gradient to the result.
+
+    Raises ValueError for fewer than one evaluation, and for a ``tol`` that is negative or NaN.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations: got {evaluations}, expected at least 1")
-    residuals, keeper = [], Best(x)
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol: got {tol}, expected none or a number of at least 0")
+    residuals, best = [], Best(x)
+    done, count = torch.zeros_like(best.index, dtype=torch.bool), torch.zeros_like(best.index)
+    left = count.new_full((1,), len(count))
+    flag = Flag(left) if tol is not None else None
     for j in range(evaluations):
-        fx = f(x)
-        residuals.append(residual(x, fx))
-        keeper.offer(fx, residuals[-1])
-        if j + 1 < evaluations:
-            x = solver.advance(x, fx)
-    return Solution(keeper.x, torch.stack(residuals), keeper.index)
+        before, fx = done.clone(), f(x)
+        r = residual(x, fx).masked_fill(before, torch.nan)
+        residuals.append(r)
+        best.offer(fx, r)
+        mark(done, count, r, evaluations, tol, left)
+        if j + 1 == evaluations or (flag is not None and flag.read(j) == 0):
+            break
+        x = solver.advance(x, fx) if flag is None else proceed(solver, best, x, fx, before, done)
+    return Solution(best.x, torch.stack(residuals), best.index, count)
+
+
+def mark(
+    done: Tensor, count: Tensor, r: Tensor, cap: int | Tensor, tol: float | None, left: Tensor
+) -> None:
+    """After an evaluation with residuals r (n,), in place: one more in ``count`` (n,) int64 where a
+    sample was not done before, ``done`` (n,) bool where r <= tol or the ``cap`` is reached, and in
+    ``left`` (1,) int64 how many go on. Without ``tol`` only the cap ends a sample."""
+    count.add_(~done)
+    ended = count >= cap
+    done.logical_or_(ended if tol is None else (r <= tol) | ended)
+    torch.sum(~done, dim=0, keepdim=True, out=left)
+
+
+def proceed(
+    solver: Solver, best: Best, x: Tensor, fx: Tensor, before: Tensor, done: Tensor
+) -> Tensor:
+    """The next point (n,...): the solver's where a sample goes on, the best f(x) so far where it is
+    ``done`` (n,) now, x where it was ``before`` (n,)."""
+    ahead = solver.advance(x, fx)
+    ahead = torch.where(_rows(done, x), best.x, ahead)
+    return torch.where(_rows(before, x), x, ahead)
+
+
+class Flag:
+    """Reads ``left`` (1,) int64, the samples that go on, on the host: ``LAG`` evaluations late, so
+    that on a GPU the host waits for nothing without work behind it in the queue."""
+
+    def __init__(self, left: Tensor):
+        self.left, self.lag = left, LAG.get(left.device.type, 0)
+        pinned = left.is_cuda
+        self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
+
+    def read(self, j: int) -> int | None:
+        """Samples that go on after evaluation j - lag; None while there is no such evaluation."""
+        self.host[j % 2].copy_(self.left, non_blocking=bool(self.events))
+        if self.events:
+            self.events[j % 2].record()
+        if j < self.lag:
+            return None
+        ready = (j - self.lag) % 2
+        if self.events:
+            self.events[ready].synchronize()
+        return int(self.host[ready])
 
 
 class Best:
@@ -86,8 +169,9 @@ class Best:
 
     def __init__(self, like: Tensor):
         b, device = like.shape[0], like.device
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.x = torch.empty_like(like)
-        self.residual = torch.full((b,), torch.inf, dtype=torch.float32, device=device)
+        self.residual = torch.full((b,), torch.inf, dtype=wide, device=device)
         self.index = torch.full((b,), -1, dtype=torch.int64, device=device)
         self.count = 0
 
