@@ -7,6 +7,7 @@ come before a CUDA graph is captured; ``Driver.prepare`` loads everything.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -155,16 +156,20 @@ def _stream(pointer: int) -> Any:
 
 
 def missing(device: torch.device) -> list[str]:
-    """Why kernels cannot be loaded on ``device``, without importing CuPy or touching the device
-    more than for its capability; empty when they can."""
-    import importlib.util
+    """Why kernels cannot be loaded on ``device``; empty when they can.
 
+    On a CUDA device CuPy is imported and asks the driver how many there are: an installation that
+    is broken, or made for a newer CUDA than the driver's, says so here and not at the first launch.
+    """
     reasons = []
-    if importlib.util.find_spec("cupy") is None:
+    installed = importlib.util.find_spec("cupy") is not None
+    if not installed:
         reasons.append("cupy is not installed (extra cuda12 or cuda13)")
     if device.type != "cuda" or not torch.cuda.is_available():
         reasons.append(f"got {device.type}, expected a CUDA device")
         return reasons
+    if installed and (problem := _cupy_problem()):
+        reasons.append(problem)
     capability = torch.cuda.get_device_capability(device)
     arch = cuda_compile.architecture(capability)
     if capability < (7, 0):
@@ -176,3 +181,18 @@ def missing(device: torch.device) -> list[str]:
     except cuda_compile.CompileError as error:
         reasons.append(f"no cubins for {arch} in the package, and {error}")
     return reasons
+
+
+def _cupy_problem() -> str | None:
+    """What of CuPy fails that ``Driver`` needs."""
+    try:
+        import cupy
+
+        needed = (cupy.cuda.function, "Module"), (cupy.cuda.driver, "funcSetAttribute")
+        for module, name in needed:
+            getattr(module, name)
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        told = " ".join(str(error).split())
+        return f"cupy is installed and cannot be used: {type(error).__name__}: {told[:200]}"
+    return None
