@@ -30,15 +30,29 @@ from fpdm import fixed_point, solvers
 from fpdm.block import BlockWeights
 from fpdm.fixed_point import BlockSettings, iterate, unroll
 
+KINDS = ("unroll", "implicit", "phantom")
+
 
 @dataclass(frozen=True)
 class Gradient:
-    """How the m iterations are differentiated: ``unroll`` is S-JFB. ``iters``: evaluations of J^T
-    that ``implicit`` spends on w (Anderson); ``damping``: b of ``phantom``."""
+    """How the m iterations are differentiated: ``unroll`` is S-JFB.
+
+    ``iters``: evaluations of J^T that ``implicit`` spends on w (Anderson), at least 1. ``damping``:
+    the b of ``phantom``, 0 < b <= 1. Raises ValueError for other values.
+    """
 
     kind: Literal["unroll", "implicit", "phantom"] = "unroll"
     iters: int = 10
     damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"gradient: got {self.kind!r}, expected {', '.join(KINDS)}")
+        if self.iters < 1 or not 0 < self.damping <= 1:
+            raise ValueError(
+                f"gradient: got iters {self.iters}, damping {self.damping}, expected iters of at "
+                "least 1 and 0 < damping <= 1"
+            )
 
 
 S_JFB = Gradient()

@@ -148,18 +148,34 @@ class _Transformer(nn.Module):
         return self._linear(s, f"{name}.adaLN_modulation.1", w)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
-        """Shapes and kinds at the boundary; values only where reading them does not wait."""
-        c, b = self.config, x.shape[0]
-        want = (b, c.in_channels, c.input_size, c.input_size)
-        if tuple(x.shape) != want or not x.is_floating_point():
-            raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected {want} floating point")
+        """Shapes and kinds at the boundary; ``_check_values`` has the rest."""
+        b = x.shape[0]
+        self._check_image(x)
         for name, value in (("t", t), ("y", y)):
             if tuple(value.shape) != (b,) or value.is_floating_point():
                 got = f"{tuple(value.shape)} {value.dtype}"
                 raise ValueError(f"{name}: got {got}, expected ({b},) integers")
-        for name, value, most in (("t", t, None), ("y", y, c.num_classes)):
+        if init is not None:
+            self._check_tokens("init", init, b)
+
+    def _check_image(self, x: Tensor) -> None:
+        c = self.config
+        want = (x.shape[0], c.in_channels, c.input_size, c.input_size)
+        if tuple(x.shape) != want or not x.is_floating_point():
+            raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected {want} floating point")
+
+    def _check_tokens(self, name: str, z: Tensor, batch: int) -> None:
+        want = (batch, self.config.tokens, self.config.hidden_size)
+        if tuple(z.shape) != want:
+            raise ValueError(f"{name}: got {tuple(z.shape)}, expected {want}")
+
+    def _check_values(self, y: Tensor, t: Tensor | None = None) -> None:
+        """Labels and timesteps, where reading them does not wait."""
+        c = self.config
+        for name, value, most in (("y", y, c.num_classes), ("t", t, None)):
             # not of a fake or compiled tensor, which has none
-            if type(value) is Tensor and value.device.type == "cpu" and b and not _compiling():
+            plain = type(value) is Tensor and value.device.type == "cpu" and not _compiling()
+            if plain and value is not None and len(value) and not value.is_floating_point():
                 read = value.numpy()
                 low, high = int(read.min()), int(read.max())
                 if low < 0 or (most is not None and high > most):
@@ -167,9 +183,6 @@ class _Transformer(nn.Module):
                         "at least 0" if most is None else f"0..{most} ({most} is the null label)"
                     )
                     raise ValueError(f"{name}: got {low if low < 0 else high}, expected {bound}")
-        tokens = (b, c.tokens, c.hidden_size)
-        if init is not None and tuple(init.shape) != tokens:
-            raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
 
     def _settings(self, w: WeightView) -> BlockSettings:
         e = self.execution
@@ -199,6 +212,7 @@ class _Transformer(nn.Module):
 
     def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
+        _check_dtype(vectors, w)
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
         out, _ = fixed_point.s_jfb(
             h, None, None, vectors, params, w.block(name), 0, 1, self._settings(w),
@@ -220,11 +234,22 @@ class _Transformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
 
 
-def _of_fixed_point(mod: Modulation | Tensor) -> Tensor:
+def _of_fixed_point(mod: Modulation | Tensor, w: WeightView) -> Tensor:
     """The vectors (B,6D) of the fixed-point block."""
     vectors = mod.fp if isinstance(mod, Modulation) else mod
-    assert vectors is not None
+    if vectors is None:
+        raise ValueError(
+            "mod: got none for the fixed-point block, expected all of modulation(t, y), or "
+            "modulation_pp(y)._replace(fp=modulation_fp(t, y))"
+        )
+    _check_dtype(vectors, w)
     return vectors
+
+
+def _check_dtype(vectors: Tensor, w: WeightView) -> None:
+    if vectors.dtype != w.dtype:
+        told = "made with the same weights, under the same autocast"
+        raise ValueError(f"mod: got {vectors.dtype}, expected {w.dtype}: {told}")
 
 
 class FPDM(_Transformer):
@@ -266,6 +291,7 @@ class FPDM(_Transformer):
     ) -> Modulation:
         """Vectors of pre, post and final; ``t`` (B,) is needed only when they see the timestep."""
         w = self.view(weights, y)
+        self._check_values(y, t)
         c = self._label(y, w)
         if self.config.pre_post_timestep_conditioning:
             if t is None:
@@ -282,6 +308,7 @@ class FPDM(_Transformer):
     def modulation_fp(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
         """Vectors (B,6D) of the fixed-point block: rows may mix timesteps, one GEMM for all."""
         w = self.view(weights, y)
+        self._check_values(y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         return self._vectors(s, "block_fixed_point", w)
 
@@ -293,6 +320,7 @@ class FPDM(_Transformer):
     def encode(self, x: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
         """x (B,C,h,w) -> h (B,T,D), through the pre blocks."""
         w = self.view(weights, x)
+        self._check_image(x)
         h = self._tokens(x, w)
         for index, vectors in enumerate(mod.pre):
             h = self._run(h, f"blocks_pre.{index}", vectors, w)
@@ -307,6 +335,7 @@ class FPDM(_Transformer):
     ) -> Tensor:
         """``decode`` before its tokens become an image: (B,T,p p 2C)."""
         w = self.view(weights, z)
+        self._check_tokens("z", z, len(z))
         for index, vectors in enumerate(mod.post):
             z = self._run(z, f"blocks_post.{index}", vectors, w)
         return self._final(z, mod.final, w)
@@ -346,9 +375,14 @@ class FPDM(_Transformer):
         iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
         accumulate, as a trainer's do, every backward through f adds to the parameters' gradients.
         """
-        w, vectors = self.view(weights, h), _of_fixed_point(mod)
-        injected = self._inject(h, w)
-        return lambda x: self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+        w = self.view(weights, h)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
+
+        def f(x: Tensor) -> Tensor:
+            self._check_tokens("x", x, len(h))
+            return self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+
+        return f
 
     @torch.no_grad()
     def iterate(
@@ -357,8 +391,11 @@ class FPDM(_Transformer):
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
         """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
         stats)."""
+        if iters < 0:
+            raise ValueError(f"iters: got {iters}, expected at least 0")
+        self._check_tokens("x0", x0, len(h))
         w = self.view(weights, h)
-        injected, vectors = self._inject(h, w), _of_fixed_point(mod)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
         return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
 
     def solve(
@@ -406,6 +443,7 @@ class DiT(_Transformer):
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
         """All vectors of one timestep; the blocks' stand under ``pre``."""
         w = self.view(weights, y)
+        self._check_values(y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         blocks = [self._vectors(s, f"blocks.{i}", w) for i in range(self.config.depth)]
         return Modulation(blocks, None, [], self._vectors(s, "final_layer", w))

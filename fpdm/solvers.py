@@ -96,12 +96,19 @@ def solve(
     Gradients are f's own business: under ``torch.no_grad()`` nothing is kept, and
     ``gradients.iterated`` attaches a gradient to the result.
 
-    Raises ValueError for fewer than one evaluation, and for a ``tol`` that is negative or NaN.
+    Raises ValueError for fewer than one evaluation, for a ``tol`` that is negative or NaN, for x
+    without a dimension beside the samples', and for a solver that is no new one.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations: got {evaluations}, expected at least 1")
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol: got {tol}, expected none or a number of at least 0")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B,...), a sample to a row")
+    calls: int = getattr(solver, "calls", 0)
+    if isinstance(solver, type) or calls:
+        what = "one with the history of another solve" if calls else "a class"
+        raise ValueError(f"solver: got {what}, expected a new one, such as Anderson()")
     residuals, best = [], Best(x)
     done, count = torch.zeros_like(best.index, dtype=torch.bool), torch.zeros_like(best.index)
     left = count.new_full((1,), len(count))
@@ -188,6 +195,11 @@ class Best:
         self.x, self.residual, self.index = self.x[rows], self.residual[rows], self.index[rows]
 
 
+def _check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1")
+
+
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
 
@@ -226,6 +238,7 @@ class Anderson:
     def __init__(
         self, window: int = 3, damping: float = 1.0, ridge: float = 1e-6, restart: float = 2.0
     ):
+        _check_window(window)
         self.window, self.damping, self.ridge, self.restart = window, damping, ridge, restart
         self.calls = 0
 
@@ -300,6 +313,7 @@ class Broyden:
     """
 
     def __init__(self, window: int = 8, damping: float = 1.0, restart: float = 2.0):
+        _check_window(window)
         self.window, self.damping, self.restart = window, damping, restart
         self.calls = 0
         # of the last call; empty before the first
@@ -363,21 +377,29 @@ def make(name: str, window: int, damping: float) -> Solver:
 def spectral_radius(
     f: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 30, seed: int = 0
 ) -> Tensor:
-    """Largest |eigenvalue| of df/dx at x per sample, (B,), by power iteration on J^T.
+    """Largest |eigenvalue| of df/dx at x (B,...) per sample, by power iteration on J^T; (B,) in the
+    dtype of x.
 
-    ``f`` must be differentiable by autograd, as ``FPDM.fixed_point_map`` is. The estimate is the
-    geometric mean of the growth over the last half of the iterations, so that a pair of complex
-    eigenvalues does not make it swing. Below 1 the plain iteration converges near x; the iterations
-    it needs grow as 1 / -log of it.
+    ``f`` must be differentiable by autograd, as ``FPDM.fixed_point_map`` is; every iteration is one
+    backward through one evaluation of it. The estimate is the geometric mean of the growth over the
+    last half of the ``iterations``, so that a pair of complex eigenvalues does not make it swing.
+    ``seed`` draws the first vector. Below 1 the plain iteration converges near x; the iterations it
+    needs grow as 1 / -log of it. 0 where J is 0.
+
+    Raises ValueError for fewer than one iteration.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations: got {iterations}, expected at least 1")
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(x.shape, generator=generator).to(x)
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # a copy, as x may be an inference tensor
+        leaf = x.detach().clone().requires_grad_()
         fx = f(leaf)
-    growth = []
-    for _ in range(iterations):
-        v = v / torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (x.dim() - 1))
-        (v,) = torch.autograd.grad(fx, leaf, v, retain_graph=True)
-        growth.append(torch.linalg.vector_norm(v.flatten(1), dim=1))
+        growth = []
+        for _ in range(iterations):
+            size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (x.dim() - 1))
+            v = v / size.clamp_min(torch.finfo(v.dtype).tiny)
+            (v,) = torch.autograd.grad(fx, leaf, v, retain_graph=True)
+            growth.append(torch.linalg.vector_norm(v.flatten(1), dim=1))
     return torch.stack(growth[iterations // 2 :]).log().mean(0).exp()

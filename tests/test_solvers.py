@@ -340,6 +340,36 @@ def test_bad_requests() -> None:
         solvers.make("newton", 3, 1.0)
 
 
+def test_a_solver_that_cannot_serve_is_refused() -> None:
+    x, f = torch.ones(2, 3), torch.cos
+    used = solvers.Anderson()
+    solvers.solve(f, x, used, 3)
+    for bad, told in (
+        (used, "one with the history of another solve"),
+        (solvers.Anderson, "a class"),
+    ):
+        with pytest.raises(ValueError, match=f"solver: got {told}, expected a new one"):
+            solvers.solve(f, x, bad, 3)  # type: ignore[arg-type]
+    for kind in (solvers.Anderson, solvers.Broyden):
+        with pytest.raises(ValueError, match="window: got 0, expected at least 1"):
+            kind(window=0)
+    with pytest.raises(ValueError, match=r"x: got shape \(4,\), expected \(B,...\)"):
+        solvers.solve(f, torch.ones(4), solvers.Picard(), 3)
+    with pytest.raises(ValueError, match="iterations: got 0, expected at least 1"):
+        solvers.spectral_radius(f, x, 0)
+
+
+def test_the_spectral_radius_of_a_constant_is_zero() -> None:
+    found = solvers.spectral_radius(lambda v: 0.0 * v, torch.ones(2, 3), 6)
+    assert found.tolist() == [0.0, 0.0]
+
+
+def test_the_spectral_radius_takes_what_inference_mode_made() -> None:
+    with torch.inference_mode():
+        found = solvers.spectral_radius(lambda v: 0.5 * v, torch.ones(2, 3), 6)
+    torch.testing.assert_close(found, torch.full((2,), 0.5))
+
+
 # the trained digits model
 
 TIMESTEPS = (999, 900, 800, 700, 600, 500, 400, 300, 200, 50)
