@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fpdm import fixed_point, gradients
+from fpdm import fixed_point, gradients, operands
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
 from fpdm.exports import WEIGHTS, compare, read_export
 from fpdm.fixed_point import BlockSettings, SolveStats
@@ -29,11 +29,9 @@ from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 FREQUENCIES = 256
 
 
-_compiling = torch.compiler.is_compiling
-
-
 class Modulation(NamedTuple):
-    """adaLN vectors in the compute dtype: (B,6D) per block, (B,2D) for the final layer."""
+    """adaLN vectors in the compute dtype: (B,6D) for every block of ``pre`` and ``post`` and for
+    the fixed-point block ``fp`` (shift, scale, gate, twice), (B,2D) for the final layer."""
 
     pre: list[Tensor]
     fp: Tensor | None
@@ -42,7 +40,8 @@ class Modulation(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """``output`` (B,2C,h,w), ``solution`` (B,T,D) the last iterate, ``stats`` or None."""
+    """What ``FPDM.solve`` returns: ``output`` (B,2C,h,w) in the compute dtype; ``solution`` (B,T,D)
+    in the iterate's: the last iterate; ``stats``: residuals, None where none were asked for."""
 
     output: Tensor
     solution: Tensor
@@ -121,7 +120,8 @@ class _Transformer(nn.Module):
                 nn.init.xavier_uniform_(param.view(param.shape[0], -1), generator=generator)
 
     def view(self, weights: WeightView | None, like: Tensor) -> WeightView:
-        """``weights``, or this model's parameters in the autocast dtype, else their own."""
+        """``weights`` if given; else this model's parameters, cast where they are used: to
+        autocast's dtype where it is on for the device of ``like``, else not at all."""
         if weights is not None:
             return weights
         dtype = self.pos_embed.dtype
@@ -146,43 +146,6 @@ class _Transformer(nn.Module):
     def _vectors(self, s: Tensor, name: str, w: WeightView) -> Tensor:
         """Of s = silu(c), which is the same for all blocks that see c."""
         return self._linear(s, f"{name}.adaLN_modulation.1", w)
-
-    def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
-        """Shapes and kinds at the boundary; ``_check_values`` has the rest."""
-        b = x.shape[0]
-        self._check_image(x)
-        for name, value in (("t", t), ("y", y)):
-            if tuple(value.shape) != (b,) or value.is_floating_point():
-                got = f"{tuple(value.shape)} {value.dtype}"
-                raise ValueError(f"{name}: got {got}, expected ({b},) integers")
-        if init is not None:
-            self._check_tokens("init", init, b)
-
-    def _check_image(self, x: Tensor) -> None:
-        c = self.config
-        want = (x.shape[0], c.in_channels, c.input_size, c.input_size)
-        if tuple(x.shape) != want or not x.is_floating_point():
-            raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected {want} floating point")
-
-    def _check_tokens(self, name: str, z: Tensor, batch: int) -> None:
-        want = (batch, self.config.tokens, self.config.hidden_size)
-        if tuple(z.shape) != want:
-            raise ValueError(f"{name}: got {tuple(z.shape)}, expected {want}")
-
-    def _check_values(self, y: Tensor, t: Tensor | None = None) -> None:
-        """Labels and timesteps, where reading them does not wait."""
-        c = self.config
-        for name, value, most in (("y", y, c.num_classes), ("t", t, None)):
-            # not of a fake or compiled tensor, which has none
-            plain = type(value) is Tensor and value.device.type == "cpu" and not _compiling()
-            if plain and value is not None and len(value) and not value.is_floating_point():
-                read = value.numpy()
-                low, high = int(read.min()), int(read.max())
-                if low < 0 or (most is not None and high > most):
-                    bound = (
-                        "at least 0" if most is None else f"0..{most} ({most} is the null label)"
-                    )
-                    raise ValueError(f"{name}: got {low if low < 0 else high}, expected {bound}")
 
     def _settings(self, w: WeightView) -> BlockSettings:
         e = self.execution
@@ -212,7 +175,7 @@ class _Transformer(nn.Module):
 
     def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
-        _check_dtype(vectors, w)
+        operands.check_vectors(vectors, w.dtype)
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
         out, _ = fixed_point.s_jfb(
             h, None, None, vectors, params, w.block(name), 0, 1, self._settings(w),
@@ -242,14 +205,8 @@ def _of_fixed_point(mod: Modulation | Tensor, w: WeightView) -> Tensor:
             "mod: got none for the fixed-point block, expected all of modulation(t, y), or "
             "modulation_pp(y)._replace(fp=modulation_fp(t, y))"
         )
-    _check_dtype(vectors, w)
+    operands.check_vectors(vectors, w.dtype)
     return vectors
-
-
-def _check_dtype(vectors: Tensor, w: WeightView) -> None:
-    if vectors.dtype != w.dtype:
-        told = "made with the same weights, under the same autocast"
-        raise ValueError(f"mod: got {vectors.dtype}, expected {w.dtype}: {told}")
 
 
 class FPDM(_Transformer):
@@ -289,9 +246,11 @@ class FPDM(_Transformer):
     def modulation_pp(
         self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None
     ) -> Modulation:
-        """Vectors of pre, post and final; ``t`` (B,) is needed only when they see the timestep."""
+        """Vectors of pre, post and final for labels y (B,) int64; ``fp`` is None. ``t`` (B,) is
+        needed only where pre and post see the timestep (``pre_post_timestep_conditioning``). Raises
+        ValueError without it there, and for a label that does not exist."""
         w = self.view(weights, y)
-        self._check_values(y, t)
+        operands.check_values(self.config, y, t)
         c = self._label(y, w)
         if self.config.pre_post_timestep_conditioning:
             if t is None:
@@ -306,28 +265,33 @@ class FPDM(_Transformer):
         )
 
     def modulation_fp(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
-        """Vectors (B,6D) of the fixed-point block: rows may mix timesteps, one GEMM for all."""
+        """Vectors (B,6D) of the fixed-point block for timesteps t (B,) and labels y (B,) int64: the
+        rows may mix timesteps, one GEMM for all. Raises ValueError for a label that does not
+        exist."""
         w = self.view(weights, y)
-        self._check_values(y, t)
+        operands.check_values(self.config, y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         return self._vectors(s, "block_fixed_point", w)
 
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
-        """All vectors of one timestep."""
+        """All vectors for timesteps t (B,) of the training schedule and labels y (B,) int64:
+        ``modulation_pp`` and ``modulation_fp`` in one."""
         w = self.view(weights, y)
         return self.modulation_pp(y, t, weights=w)._replace(fp=self.modulation_fp(t, y, weights=w))
 
     def encode(self, x: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
-        """x (B,C,h,w) -> h (B,T,D), through the pre blocks."""
+        """x (B,C,h,w) -> h (B,T,D) in the iterate's dtype, through the pre blocks. Raises
+        ValueError for another shape, and for vectors in another dtype than the weights'."""
         w = self.view(weights, x)
-        self._check_image(x)
+        operands.check_image(self.config, x)
         h = self._tokens(x, w)
         for index, vectors in enumerate(mod.pre):
             h = self._run(h, f"blocks_pre.{index}", vectors, w)
         return h
 
     def decode(self, z: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
-        """z (B,T,D) -> (B,2C,h,w), through the post blocks and the final layer."""
+        """z (B,T,D) -> (B,2C,h,w) in the compute dtype, through the post blocks and the final
+        layer: C prediction channels, C variance fractions. Raises ValueError as ``encode``."""
         return self.unpatchify(self.decode_tokens(z, mod, weights=weights))
 
     def decode_tokens(
@@ -335,7 +299,7 @@ class FPDM(_Transformer):
     ) -> Tensor:
         """``decode`` before its tokens become an image: (B,T,p p 2C)."""
         w = self.view(weights, z)
-        self._check_tokens("z", z, len(z))
+        operands.check_tokens(self.config, "z", z, len(z))
         for index, vectors in enumerate(mod.post):
             z = self._run(z, f"blocks_post.{index}", vectors, w)
         return self._final(z, mod.final, w)
@@ -369,7 +333,9 @@ class FPDM(_Transformer):
         self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None
     ) -> Callable[[Tensor], Tensor]:
         """f of x* = f(x*) for the injected h (B,T,D) of ``encode`` and one timestep's vectors:
-        x (B,T,D) -> f(x), differentiable by autograd in x, h, ``mod`` and the parameters.
+        x (B,T,D) -> f(x) (B,T,D), differentiable by autograd in x, h, ``mod`` and the parameters.
+        Raises ValueError for ``mod`` without the fixed-point block's vectors or in another dtype
+        than the weights', and f for an x of another shape.
 
         What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
         iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
@@ -379,7 +345,7 @@ class FPDM(_Transformer):
         injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
 
         def f(x: Tensor) -> Tensor:
-            self._check_tokens("x", x, len(h))
+            operands.check_tokens(self.config, "x", x, len(h))
             return self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
 
         return f
@@ -389,11 +355,13 @@ class FPDM(_Transformer):
         self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
         *, weights: WeightView | None = None,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
-        """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
-        stats)."""
+        """``iters`` >= 0 fixed-point iterations from x0 (B,T,D) without gradient: (x (B,T,D), stats
+        or None). h (B,T,D), of ``encode``, is injected at every one; ``mod`` holds its timestep's
+        vectors, or is those of the fixed-point block (B,6D). x0 is h, or for reuse an earlier
+        timestep's x. Raises ValueError for other shapes and dtypes, and for ``iters`` below 0."""
         if iters < 0:
             raise ValueError(f"iters: got {iters}, expected at least 0")
-        self._check_tokens("x0", x0, len(h))
+        operands.check_tokens(self.config, "x0", x0, len(h))
         w = self.view(weights, h)
         injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
         return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
@@ -403,13 +371,16 @@ class FPDM(_Transformer):
         init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
         stats: bool = True, gradient: Gradient = S_JFB,
     ) -> Solved:  # fmt: skip
-        """Like ``forward``, and also the solution and the residual of every iteration and sample;
-        ``gradient`` chooses another one than S-JFB's (fpdm.gradients)."""
+        """Like ``forward``, and also the solution and, with ``stats``, the residual of every
+        iteration and sample; ``gradient`` chooses another one than S-JFB's (fpdm.gradients). Raises
+        ValueError as the class says."""
         if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
             raise ValueError(
                 f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
             )
-        self._check(x, t, y, init)
+        operands.check_inputs(self.config, x, t, y)
+        if init is not None:
+            operands.check_tokens(self.config, "init", init, len(x))
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self.encode(x, mod, weights=w)
@@ -443,7 +414,7 @@ class DiT(_Transformer):
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
         """All vectors of one timestep; the blocks' stand under ``pre``."""
         w = self.view(weights, y)
-        self._check_values(y, t)
+        operands.check_values(self.config, y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         blocks = [self._vectors(s, f"blocks.{i}", w) for i in range(self.config.depth)]
         return Modulation(blocks, None, [], self._vectors(s, "final_layer", w))
@@ -451,8 +422,8 @@ class DiT(_Transformer):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None
     ) -> Tensor:
-        """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w)."""
-        self._check(x, t, y)
+        """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w), as ``FPDM.forward`` without iterations."""
+        operands.check_inputs(self.config, x, t, y)
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self._tokens(x, w)

@@ -31,10 +31,11 @@ class Solver(Protocol):
     """Proposes the next point from (x, f(x)); may keep a history with one row per sample."""
 
     def advance(self, x: Tensor, fx: Tensor) -> Tensor:
-        """The next point (B,...), from x and f(x) of the same shape."""
+        """The next point (B,...), from x and f(x) of the same shape and dtype, as which it returns.
+        Called once per evaluation, always with the same samples in the same rows."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the samples ``rows`` (indices), in that order."""
+        """Keep only the samples ``rows`` (n,) int64, in that order."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Best:
         self.count = 0
 
     def offer(self, fx: Tensor, residual: Tensor) -> None:
-        """Takes the samples of ``fx`` that are no worse than what is held."""
+        """Takes the samples of fx (B,...) whose ``residual`` (B,) is no worse than what is held."""
         better = (residual <= self.residual) | (self.index < 0)
         self.x = torch.where(_rows(better, fx), fx, self.x)
         self.residual = torch.where(better, residual.nan_to_num(torch.inf), self.residual)
@@ -209,7 +210,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Picard:
-    """x + b (f(x) - x); b = 1 is the plain iteration."""
+    """x + b (f(x) - x) with damping b, 0 < b <= 1; b = 1 is the plain iteration. Keeps nothing."""
 
     def __init__(self, damping: float = 1.0):
         self.damping = damping
@@ -230,7 +231,7 @@ class Anderson:
     has not fallen to ``fall`` of its last mark for ``patience`` calls, until it does: where the
     map creeps along a slow manifold, combinations of past steps keep a sample there that plain
     steps carry out. The first ``delay`` steps are plain too: one difference alone predicts little.
-    Memory: 2 window + 2 iterates.
+    Memory: 2 window + 2 iterates. Raises ValueError for a window below 1.
     """
 
     delay, patience, fall = 2, 2, 0.95

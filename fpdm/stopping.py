@@ -78,7 +78,8 @@ def propose(
 
 
 def collect(w: Watch, slots: Tensor, z: Tensor) -> None:
-    """Write what the ``slots`` hold to their rows: solution and iterations."""
+    """Write what the ``slots`` (m,) int64 hold, iterates z (n,T,D) and counts, to ``result`` and
+    ``used`` of their rows."""
     rows = w.rows[slots]
     w.result.index_copy_(0, rows, z[slots])
     w.used.index_copy_(0, rows, w.count[slots])
