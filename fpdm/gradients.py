@@ -67,14 +67,24 @@ def iterated(
     detach_init: bool = True,
     constant: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """x (B,...) after x <- f(x), n times without gradient and m times with.
+    """x (B,...) after x <- f(x), n >= 0 times without gradient and m >= 0 times with.
 
-    f is any map that autograd differentiates in x and in what else it uses. ``implicit`` runs all
-    but the last time without gradient, when x is to be near a fixed point; its backward asks
-    ``constant`` for J, by default f itself. With gradients disabled all n + m run plainly. Raises
-    ValueError for m < 1 with implicit and phantom when gradients are on.
+    ``f`` is any map that autograd differentiates in x and in what else it uses; its result has the
+    shape and dtype of x. The gradient of the result reaches both as ``gradient`` says; x itself
+    only with ``detach_init=False`` (never with ``implicit``).
+
+        unroll     through the m applications
+        phantom    through m damped ones, x <- (1 - b) x + b f(x)
+        implicit   n + m - 1 applications carry none, the last one carries w, solved for in the
+                   backward: x is to be near a fixed point. J is that of ``constant``, by default of
+                   f: the same map with everything but x detached spares the backward its gradients
+
+    With gradients disabled all n + m run plainly. Raises ValueError for negative n or m, and for
+    m = 0 with implicit and phantom when gradients are on.
     """
     grad = torch.is_grad_enabled()
+    if n < 0 or m < 0:
+        raise ValueError(f"n, m: got {n}, {m}, expected at least 0")
     if grad and m < 1 and gradient.kind != "unroll":
         raise ValueError(f"iters: got {m}, expected at least 1 with the {gradient.kind} gradient")
     if grad and gradient.kind == "implicit":
@@ -137,7 +147,8 @@ def iterated_block(
     detach_init: bool = True,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``fixed_point.s_jfb`` with another gradient: (x_{n+m}, norms (n+m or 0,2,B)).
+    """``fixed_point.s_jfb``, whose operands these are, with another gradient: (x_{n+m} (B,T,D),
+    norms (n+m or 0,2,B)).
 
     ``implicit``: n + m - 1 iterations without gradient, then one that carries it. ``phantom``: n
     without, m damped ones with. Raises ValueError for m < 1 when gradients are on.

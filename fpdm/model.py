@@ -141,7 +141,12 @@ class _Transformer(nn.Module):
         return hidden.to(self.pos_embed.dtype)
 
     def _label(self, y: Tensor, w: WeightView) -> Tensor:
-        return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
+        try:
+            return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
+        except IndexError:
+            # on a CPU; reading them beforehand would be for nothing in a sampler
+            operands.check_values(self.config, y)
+            raise
 
     def _vectors(self, s: Tensor, name: str, w: WeightView) -> Tensor:
         """Of s = silu(c), which is the same for all blocks that see c."""
@@ -250,7 +255,6 @@ class FPDM(_Transformer):
         needed only where pre and post see the timestep (``pre_post_timestep_conditioning``). Raises
         ValueError without it there, and for a label that does not exist."""
         w = self.view(weights, y)
-        operands.check_values(self.config, y, t)
         c = self._label(y, w)
         if self.config.pre_post_timestep_conditioning:
             if t is None:
@@ -269,7 +273,6 @@ class FPDM(_Transformer):
         rows may mix timesteps, one GEMM for all. Raises ValueError for a label that does not
         exist."""
         w = self.view(weights, y)
-        operands.check_values(self.config, y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         return self._vectors(s, "block_fixed_point", w)
 
@@ -414,7 +417,6 @@ class DiT(_Transformer):
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
         """All vectors of one timestep; the blocks' stand under ``pre``."""
         w = self.view(weights, y)
-        operands.check_values(self.config, y, t)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         blocks = [self._vectors(s, f"blocks.{i}", w) for i in range(self.config.depth)]
         return Modulation(blocks, None, [], self._vectors(s, "final_layer", w))

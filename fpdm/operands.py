@@ -15,13 +15,14 @@ _compiling = torch.compiler.is_compiling
 
 
 def check_inputs(config: ModelConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
-    """x as ``check_image`` wants it, t and y (B,) integers."""
+    """x as ``check_image`` wants it, t and y (B,) integers as ``check_values`` does."""
     check_image(config, x)
     b = x.shape[0]
     for name, value in (("t", t), ("y", y)):
         if tuple(value.shape) != (b,) or value.is_floating_point():
             got = f"{tuple(value.shape)} {value.dtype}"
             raise ValueError(f"{name}: got {got}, expected ({b},) integers")
+    check_values(config, y, t)
 
 
 def check_image(config: ModelConfig, x: Tensor) -> None:

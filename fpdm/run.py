@@ -76,7 +76,13 @@ def initial_iterate(
 
 
 class Run:
-    """One batch on its way: walks the launch plan on a workspace."""
+    """One batch on its way: walks the launch plan of ``sampler`` on ``workspace``, through the
+    graphs of ``cache`` (None: eagerly).
+
+    ``labels`` and ``seeds`` are of the B samples, at most the workspace's. ``stats``, of these
+    samples, is filled. ``start`` (B,C,h,w) replaces the start noise of the seeds, ``step_noise``
+    (S,B,C,h,w) the noise of every step.
+    """
 
     def __init__(
         self,

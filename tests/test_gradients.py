@@ -132,6 +132,12 @@ def test_a_gradient_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> Non
         Gradient(**wrong)
 
 
+def test_fewer_than_no_iterations_are_refused() -> None:
+    for n, m in ((-1, 1), (2, -1)):
+        with pytest.raises(ValueError, match=f"n, m: got {n}, {m}, expected at least 0"):
+            iterated(torch.cos, torch.ones(1, 2), n, m)
+
+
 KINDS = (Gradient(), Gradient("implicit", 40), Gradient("phantom", damping=0.7))
 
 

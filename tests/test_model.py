@@ -280,8 +280,6 @@ STUMBLES: dict[str, tuple[Any, str]] = {
     "a label that is none": (
         lambda m, x, h, mod: m.modulation(TIMES, torch.tensor([3, 11])),
         r"y: got 11, expected 0\.\.10 \(10 is the null label\)"),
-    "a timestep before the first": (
-        lambda m, x, h, mod: m.modulation_fp(torch.tensor([3, -1]), LABELS), "t: got -1, expected"),
 }  # fmt: skip
 LABELS, TIMES = torch.tensor([3, 10]), torch.tensor([999, 0])
 
