@@ -68,4 +68,4 @@ if not TYPE_CHECKING:  # to a type checker this would say that every name exists
 
 def __dir__() -> list[str]:
     """The public names, loaded or not."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

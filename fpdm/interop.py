@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpdm.config import ExecutionConfig
 from fpdm.exports import CONFIG, WEIGHTS, export, infer_config, load_strict, read_export
 from fpdm.files import CheckpointError, read_safetensors
 from fpdm.model import FPDM, DiT, from_pretrained, model_of
@@ -37,8 +38,10 @@ def load_official(
     source: str | Path | Mapping[str, Any],
     pre_post_timestep_conditioning: bool = False,
     num_heads: int | None = None,
+    execution: ExecutionConfig | None = None,
 ) -> FPDM | DiT:
-    """A model from a published-layout state dict, the architecture inferred from its shapes.
+    """A model from a published-layout state dict, the architecture inferred from its shapes; on the
+    CPU, to run as ``execution`` says.
 
     ``source``: a ``.pt`` file or mapping, either a bare state dict or ``{model, ema, args, ...}``
     (the EMA is taken when present), or a safetensors file. Two things leave no trace in the
@@ -57,7 +60,7 @@ def load_official(
     heads = args.get("num_heads") or num_heads
     if num_heads not in (None, heads):
         raise CheckpointError(f"{where}: got num_heads={num_heads}, expected {heads} (its args)")
-    return model_of(infer_config(state, bool(flag), heads, where), state, where)
+    return model_of(infer_config(state, bool(flag), heads, where), state, where, execution)
 
 
 def _read_weights(path: Path) -> Mapping[str, Any]:

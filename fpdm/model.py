@@ -238,12 +238,15 @@ class FPDM(_Transformer):
         self.initialize()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> FPDM:
-        """The model of an export (``config.json`` + ``model.safetensors``), hash verified.
+    def from_pretrained(
+        cls, directory: str | Path, execution: ExecutionConfig | None = None
+    ) -> FPDM:
+        """The model of an export (``config.json`` + ``model.safetensors``), hash verified, on the
+        CPU, to run as ``execution`` says.
 
         Raises CheckpointError for a damaged export, ConfigError for another kind of model.
         """
-        model = from_pretrained(directory)
+        model = from_pretrained(directory, execution)
         if not isinstance(model, cls):
             raise ConfigError(f"{directory}: got a {model.config.kind} export, expected fpdm")
         return model

@@ -162,7 +162,7 @@ class Flag:
         """Samples that go on after evaluation j - lag; None while there is no such evaluation."""
         self.host[j % 2].copy_(self.left, non_blocking=bool(self.events))
         if self.events:
-            self.events[j % 2].record()
+            self.events[j % 2].record(torch.cuda.current_stream(self.left.device))
         if j < self.lag:
             return None
         ready = (j - self.lag) % 2

@@ -146,3 +146,32 @@ def test_type_checkers_may_look_up() -> None:
     of = sources()
     of["fpdm.block"] += "\nif TYPE_CHECKING:\n    from fpdm.engine import Sampler\n"
     assert violations(of) == []
+
+
+# a state of a run and a calibration are both read and written
+FILES = {"save", "load"}
+
+
+def twins(of: Sources) -> set[str]:
+    """Public names that two modules define: classes anywhere, functions of the library. What a
+    command calls its own is nobody else's business, and implementations share their operators'."""
+    seen: set[str] = set()
+    found: set[str] = set()
+    for module, text in of.items():
+        own = module.startswith("fpdm.kernels") or module.removeprefix("fpdm.") in ALONE
+        for node in ast.parse(text).body:
+            wanted = ast.ClassDef if own else (ast.ClassDef, ast.FunctionDef)
+            if isinstance(node, wanted) and not node.name.startswith("_"):
+                (found if node.name in seen else seen).add(node.name)
+    return found - FILES
+
+
+ALONE = (*COMMANDS, "__main__", "fpdm")
+
+
+def test_a_public_name_means_one_thing() -> None:
+    of = sources()
+    assert twins(of) == set()
+    of["fpdm.walk"] += "\n\nclass Run:\n    pass\n"
+    of["fpdm.gradients"] += "\n\ndef solve() -> None:\n    pass\n"
+    assert twins(of) == {"Run", "solve"}

@@ -65,8 +65,8 @@ def test_the_package_alone_loads_nothing_and_a_name_what_it_needs() -> None:
 
 
 def test_public_names_are_those_of_their_modules() -> None:
+    assert dir(fpdm) == sorted(fpdm.__all__)
     for name in fpdm.__all__:
-        assert name in dir(fpdm)
         found = getattr(fpdm, name)
         if isinstance(found, type) or callable(found):
             assert getattr(sys.modules[found.__module__], name) is found

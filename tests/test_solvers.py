@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fpdm import solvers
-from fpdm.config import DiffusionConfig
+from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.data import Digits
 from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
 from fpdm.model import FPDM
+from fpdm.noise import SAMPLE_INIT, as_keys, normals
 from fpdm.weights import PreparedWeights
 
 MAKERS: dict[str, Callable[[], solvers.Solver]] = {
@@ -459,6 +461,24 @@ def test_the_digits_stop_one_by_one(trained: Trained) -> None:
     assert torch.equal((~found.residual.isnan()).sum(0), used)
     assert len(found.residual) == used.max() <= 20
     assert len(used.unique()) > 1
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_a_solve_takes_what_the_sampler_takes(trained: Trained, name: str) -> None:
+    """One decides as the other: evaluations of a loop of one's own are the sampler's iterations."""
+    labels, tol = [3, 7, 1], 1e-3
+    config = SamplerConfig(steps=1, iters=40, tol=tol, guidance=1.0, solver=name)  # type: ignore[arg-type]
+    sampler = Sampler(trained.model, Diffusion(DiffusionConfig(beta_end=0.006)), config)
+    theirs = sampler.sample(labels, [0, 1, 2]).stats.iterations.flatten()
+    x = normals(as_keys([0, 1, 2]), 0, 0, SAMPLE_INIT, (1, 8, 8))
+    with torch.no_grad():
+        mod = trained.model.modulation(torch.full((3,), 999), torch.tensor(labels))
+        h = trained.model.encode(x, mod)
+        f = trained.model.fixed_point_map(h, mod)
+        solver = solvers.make(name, config.window, config.damping)
+        ours = solvers.solve(f, h, solver, 40, tol=tol)
+    assert torch.equal(ours.evaluations, theirs)
+    assert len(theirs.unique()) > 1
 
 
 def agree(runs: dict[str, solvers.Solution], exact: Tensor) -> bool:

@@ -26,7 +26,7 @@ Load = Callable[[str, tuple[int, int]], Binary]
 STATIC_LIMIT = 48 * 1024  # bytes of dynamic shared memory that need no opt-in
 
 
-class Backend(Protocol):
+class Launcher(Protocol):
     """What the launchers need of a device, or of its stand-in."""
 
     def entry(self, kernel: Kernel, device: torch.device) -> Entry:
@@ -61,11 +61,11 @@ class Driver:
         self._lock = threading.Lock()
 
     def entry(self, kernel: Kernel, device: torch.device) -> Entry:
-        """See Backend. Loads the kernel's module; raises LaunchError inside a capture."""
+        """See Launcher. Loads the kernel's module; raises LaunchError inside a capture."""
         return self._function(kernel, _index(device))[1]
 
     def shared_limit(self, device: torch.device) -> int:
-        """See Backend: 96 KB on Volta, 64 KB on Turing, more on newer ones."""
+        """See Launcher: 96 KB on Volta, 64 KB on Turing, more on newer ones."""
         return _shared_limit(_index(device))
 
     def prepare(self, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Driver:
         arguments: Sequence[Argument],
         device: torch.device,
     ) -> None:
-        """See Backend. The struct is copied at the launch, so graphs may capture it."""
+        """See Launcher. The struct is copied at the launch, so graphs may capture it."""
         import numpy
 
         index = _index(device)
