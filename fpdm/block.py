@@ -46,8 +46,9 @@ SAVED = {
 
 
 class BlockWeights(NamedTuple):
-    """Weights of one block in the compute dtype; the last four only with injection (W1 = [A |
-    E])."""
+    """Weights of one block in the compute dtype, (out,in) as torch's Linear has them: qkv (3D,D),
+    proj (D,D), fc1 (4D,D), fc2 (D,4D), each with its bias. Only with injection, W1 = [A | E]:
+    inj_a, inj_e (2D,D), views of W1, inj_w2 (D,2D) and its bias; b1 is in u."""
 
     qkv: Tensor
     qkv_bias: Tensor
@@ -64,7 +65,8 @@ class BlockWeights(NamedTuple):
 
 
 class BlockGrads(NamedTuple):
-    """Accumulators (float32 for half-precision compute) for the parameters, W1 whole."""
+    """Sums of the parameters' gradients in the parameters' shapes, W1 (2D,2D) whole: float32, or
+    float64 for float64 parameters. Gradients are added to them."""
 
     qkv: Tensor
     qkv_bias: Tensor
@@ -82,7 +84,9 @@ class BlockGrads(NamedTuple):
 
 @dataclass
 class Activations:
-    """What one application of the block produces; None where it was not kept."""
+    """What one application of the block produces, (B,T,width D) with the widths of ``WIDTHS``;
+    z and z2 (z') in the residual dtype, the rest in the compute dtype; None where it was not
+    kept. The names are the ledger's: y2 = adaLN(z'), h and gh before and after the second GELU."""
 
     pre: Tensor | None = None
     a: Tensor | None = None
@@ -193,9 +197,10 @@ def step_forward(
     norms: Tensor | None = None,
     kept: Collection[str] = (),
 ) -> Tensor:
-    """f(x) into ``out``; every intermediate into the buffers of ``acts``.
+    """f(x) into ``out``, which is returned; every intermediate into the buffers of ``acts``.
 
-    x, out (B,T,D) residual dtype; u (B,T,2D) or None; mod (B,6D) compute dtype; ``norms`` (2,B)
+    ``ops`` is an operator set (kernels.implementations.resolve). x, out (B,T,D) residual dtype; u
+    (B,T,2D), or None without injection, and mod (B,6D) in the compute dtype; ``norms`` (2,B)
     receives |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2,
     never with x. Only the buffers named in ``kept`` are read again: a fused operator need not
     fill the others.
@@ -219,8 +224,8 @@ def step_forward(
 
 
 def has_loop(ops: Any, residual: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether the operators iterate, solve and unroll in one call (fpdm.kernels.cpu_loop) for
-    these."""
+    """Whether the operators iterate, solve and unroll in one call each (fpdm.kernels.cpu_loop) for
+    iterates of dtype ``residual`` and operators of dtype ``compute``."""
     return hasattr(ops, "loops") and ops.loops(residual, compute)
 
 
@@ -275,7 +280,8 @@ class Scratch:
 
 
 def next_iterate(ops: Any, z: Tensor, acts: Activations, mod: Tensor, out: Tensor) -> Tensor:
-    """f(x) again from what the element-wise ledger keeps: (z + g1 p) + g2 r, bit for bit."""
+    """f(x) (B,T,D) again into ``out``, from z (B,T,D) and the p and r of ``acts`` that the
+    element-wise ledger keeps: (z + g1 p) + g2 r, bit for bit."""
     _, _, g1, _, _, g2 = modulation(mod)
     ops.gate_residual(z, acts.p, g1, out=out)
     return ops.gate_residual(out, acts.r, g2, out=out)
@@ -293,12 +299,13 @@ def step_backward(
     dmod: Tensor,
     s: Scratch,
 ) -> Tensor:
-    """Gradient with respect to z (x without injection), in place of ``g`` (B,T,D), the gradient
-    with respect to f(x).
+    """Gradient with respect to z (x without injection), in place of ``g`` (B,T,D) in the residual
+    dtype, the gradient with respect to f(x); ``g`` is returned.
 
-    Accumulates parameter gradients into ``grads`` (None: frozen weights) and modulation gradients
-    into ``dmod`` (B,6D). ``acts`` is what the ledger kept; the gaps are recomputed here, each just
-    before its use. ``injection_backward`` goes on from z to x.
+    z (B,T,D), mod (B,6D) and ``w`` as in ``step_forward``; ``s`` is overwritten. Accumulates
+    parameter gradients into ``grads`` (None: frozen weights) and modulation gradients into ``dmod``
+    (B,6D). ``acts`` is what the ledger kept; the gaps are recomputed here, each just before its
+    use. ``injection_backward`` goes on from z to x.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     ds1, da1, dg1, ds2, da2, dg2 = modulation(dmod)

@@ -50,7 +50,8 @@ class Samples:
 
 
 def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> list[int]:
-    """Labels as integers in 0..num_classes-1; ConfigError names the first that is not."""
+    """``labels``, a sequence or a tensor (B,), as integers in 0..num_classes-1. Raises ConfigError
+    that names the first that is not."""
     values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -61,7 +62,8 @@ def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> list[int]:
 
 
 def check_seeds(seeds: Sequence[int] | Tensor, count: int) -> list[int]:
-    """``count`` seeds, integers in [0, 2^64); ConfigError names the first that is not."""
+    """``seeds``, a sequence or a tensor, as ``count`` integers in [0, 2^64). Raises ConfigError for
+    another number of them, and names the first that is no such integer."""
     # elements of a tensor do not compare with 2^64
     values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if len(values) != count:

@@ -28,8 +28,8 @@ from fpdm.kernels.direct import call
 
 @dataclass(frozen=True)
 class SolveStats:
-    """``residual`` (k,B) float32: |x_{j+1} - x_j| / |x_{j+1}| per iteration and sample, those
-    without gradient first; ``iterations``: k."""
+    """``residual`` (k,B) float32: |f(x_j) - x_j| / |f(x_j)| of iteration j and sample, Euclidean
+    norms over tokens and width, those without gradient first; ``iterations``: k."""
 
     residual: Tensor
     iterations: int
@@ -119,7 +119,9 @@ def unroll(
     ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights``
     are their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the
     gradient of u flows to i, E and b1 in the backward. Forward and backward walk the batch in
-    ``chunks`` parts, one after another, which divides their working sets.
+    ``chunks`` parts, one after another, which divides their working sets. Raises ValueError for
+    i without u or the reverse, and for an m that the block cannot have.
+
     With ``accumulate`` the backward adds the gradients of ``params`` to the ``.grad`` that they
     have, in place, and autograd is given none: no second buffer of their size.
     """
@@ -137,7 +139,7 @@ def unroll(
     table, out = _norm_table(x, m, norms), x.new_empty(x.shape)
     operators, w = ops.resolve(impl, x.device, mod.dtype), BlockWeights(*weights)
     kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
-    run = walk.Run(operators, w, heads)
+    run = walk.BlockRun(operators, w, heads)
     with ops.no_autocast(x.device):
         # what keeps everything has no working set to divide
         for part in walk.parts(b, 1 if recompute == "none" else chunks):
@@ -243,7 +245,7 @@ def _backward(
     dmod = torch.zeros(mod.shape, dtype=ops.accumulator(mod.dtype), device=mod.device)
     kept = walk.Kept(x.contiguous(), i, u, mod, xs, residual, compute, recompute)
     operators, grads = ops.resolve(impl, x.device, mod.dtype), BlockGrads(*sums) if sums else None
-    run = walk.Run(operators, BlockWeights(*weights), heads, grads, input_grad)
+    run = walk.BlockRun(operators, BlockWeights(*weights), heads, grads, input_grad)
     dx = x.new_empty(x.shape if input_grad else 0)
     di = x.new_empty(0) if i is None else torch.empty_like(i)
     with ops.no_autocast(x.device):
@@ -305,9 +307,11 @@ direct.autograd(unroll, _unroll_grad, _unroll_setup)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a block runs: heads, implementation, recompute mode, parts that the batch is walked in,
-    whether the backward adds to the parameters' gradients in place."""
+class BlockSettings:
+    """How a block runs: ``heads`` of attention; ``impl`` and ``recompute`` as in ExecutionConfig;
+    ``chunks``, the parts of the batch that the m iterations walk one after the other;
+    ``accumulate``, whether their backward adds to the parameters' ``.grad`` in place (see
+    ``weights.WeightView``)."""
 
     heads: int
     impl: str
@@ -316,7 +320,7 @@ class Settings:
     accumulate: bool = False
 
 
-def solve(
+def s_jfb(
     x: Tensor,
     i: Tensor | None,
     u: Tensor | None,
@@ -325,14 +329,31 @@ def solve(
     weights: BlockWeights,
     n: int,
     m: int,
-    settings: Settings,
+    settings: BlockSettings,
     detach_init: bool = True,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """S-JFB: n iterations without gradient, then m with. Returns (x_{n+m}, norms (n+m or 0,2,B)).
+    """S-JFB (paper section 3.3): x_{j+1} = f(x_j; u, c), n times without gradient, then m with.
 
-    With gradients disabled all n + m run in the loop that keeps nothing. The iterate that enters
-    the m iterations is detached (``detach_init``), also when n = 0.
+    x         (B,T,D) the first iterate x_0, in the residual dtype: that of the stream from block to
+              block, the compute dtype unless ``residual_dtype`` keeps it in float32
+    i         (B,T,D) the injection W_p h + b_p in the compute dtype; None: a block without one
+    u         (B,T,2D) E i + b1 in the compute dtype, taken as a constant: its gradient goes through
+              i, and to E and b1 of ``params``. None where i is, and i is None where weights are
+              folded, which only works without gradient
+    mod       (B,6D) the block's adaLN vectors for its timesteps, in the compute dtype
+    params    the parameters in their own dtype, in the order of ``block.BlockGrads``: eight of the
+              block, with injection also W1, b1, W2, b2. They receive the gradient
+    weights   their copies in the compute dtype, which the operators read
+    n, m      at least 0; with m = 0, or gradients disabled, all n + m run in the loop that keeps
+              nothing. Without injection (pre and post blocks) n = 0, m = 1
+
+    The iterate that enters the m iterations is detached (``detach_init``), also when n = 0.
+    Returns (x_{n+m} (B,T,D), and with ``norms`` |f(x) - x| and |f(x)| of every iteration and
+    sample, (n+m,2,B) float32 or float64, else (0,2,B)).
+
+    Raises ValueError for u without i or the reverse when gradients are on, LaunchError (UserError)
+    for operands that the chosen implementation cannot take, ImplError where it cannot run.
     """
     flat = [w for w in weights if w is not None]
     constant = None if u is None else u.detach()

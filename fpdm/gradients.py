@@ -13,8 +13,8 @@ any map f (``FPDM.fixed_point_map`` is one), from wherever a solver has led:
         x = solvers.solve(f, x, solvers.Anderson(), 20).x
     x = iterated(f, x, 0, 1, Gradient("implicit"))
 
-``solve`` runs them on the operators of the fixed-point block: implicit and phantom ones apply it
-once at a time, so they are for study rather than for speed.
+``iterated_block`` runs them on the operators of the fixed-point block: implicit and phantom ones
+apply it once at a time, so they are for study rather than for speed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,31 @@ from torch import Tensor
 
 from fpdm import fixed_point, solvers
 from fpdm.block import BlockWeights
-from fpdm.fixed_point import Settings, iterate, unroll
+from fpdm.fixed_point import BlockSettings, iterate, unroll
+
+KINDS = ("unroll", "implicit", "phantom")
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """How the m iterations are differentiated: ``unroll`` is S-JFB. ``iters``: evaluations of J^T
-    that ``implicit`` spends on w (Anderson); ``damping``: b of ``phantom``."""
+    """How the m iterations are differentiated: ``unroll`` is S-JFB.
+
+    ``iters``: evaluations of J^T that ``implicit`` spends on w (Anderson), at least 1. ``damping``:
+    the b of ``phantom``, 0 < b <= 1. Raises ValueError for other values.
+    """
 
     kind: Literal["unroll", "implicit", "phantom"] = "unroll"
     iters: int = 10
     damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"gradient: got {self.kind!r}, expected {', '.join(KINDS)}")
+        if self.iters < 1 or not 0 < self.damping <= 1:
+            raise ValueError(
+                f"gradient: got iters {self.iters}, damping {self.damping}, expected iters of at "
+                "least 1 and 0 < damping <= 1"
+            )
 
 
 S_JFB = Gradient()
@@ -53,14 +67,24 @@ def iterated(
     detach_init: bool = True,
     constant: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """x (B,...) after x <- f(x), n times without gradient and m times with.
+    """x (B,...) after x <- f(x), n >= 0 times without gradient and m >= 0 times with.
 
-    f is any map that autograd differentiates in x and in what else it uses. ``implicit`` runs all
-    but the last time without gradient, when x is to be near a fixed point; its backward asks
-    ``constant`` for J, by default f itself. With gradients disabled all n + m run plainly. Raises
-    ValueError for m < 1 with implicit and phantom when gradients are on.
+    ``f`` is any map that autograd differentiates in x and in what else it uses; its result has the
+    shape and dtype of x. The gradient of the result reaches both as ``gradient`` says; x itself
+    only with ``detach_init=False`` (never with ``implicit``).
+
+        unroll     through the m applications
+        phantom    through m damped ones, x <- (1 - b) x + b f(x)
+        implicit   n + m - 1 applications carry none, the last one carries w, solved for in the
+                   backward: x is to be near a fixed point. J is that of ``constant``, by default of
+                   f: the same map with everything but x detached spares the backward its gradients
+
+    With gradients disabled all n + m run plainly. Raises ValueError for negative n or m, and for
+    m = 0 with implicit and phantom when gradients are on.
     """
     grad = torch.is_grad_enabled()
+    if n < 0 or m < 0:
+        raise ValueError(f"n, m: got {n}, {m}, expected at least 0")
     if grad and m < 1 and gradient.kind != "unroll":
         raise ValueError(f"iters: got {m}, expected at least 1 with the {gradient.kind} gradient")
     if grad and gradient.kind == "implicit":
@@ -89,7 +113,7 @@ class _Map:
     mod: Tensor
     params: Sequence[Tensor]
     weights: Sequence[Tensor]
-    settings: Settings
+    settings: BlockSettings
     norms: bool
     tables: list[Tensor] = field(default_factory=list)
 
@@ -109,7 +133,7 @@ class _Map:
         return replace(self, i=i, mod=self.mod.detach(), params=params, tables=[])
 
 
-def solve(
+def iterated_block(
     x: Tensor,
     i: Tensor | None,
     u: Tensor | None,
@@ -118,18 +142,19 @@ def solve(
     weights: BlockWeights,
     n: int,
     m: int,
-    settings: Settings,
+    settings: BlockSettings,
     gradient: Gradient,
     detach_init: bool = True,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``fixed_point.solve`` with another gradient: (x_{n+m}, norms (n+m or 0,2,B)).
+    """``fixed_point.s_jfb``, whose operands these are, with another gradient: (x_{n+m} (B,T,D),
+    norms (n+m or 0,2,B)).
 
     ``implicit``: n + m - 1 iterations without gradient, then one that carries it. ``phantom``: n
     without, m damped ones with. Raises ValueError for m < 1 when gradients are on.
     """
     if gradient.kind == "unroll" or not torch.is_grad_enabled():
-        return fixed_point.solve(
+        return fixed_point.s_jfb(
             x, i, u, mod, params, weights, n, m, settings, detach_init, norms
         )  # fmt: skip
     flat = [w for w in weights if w is not None]

@@ -10,16 +10,17 @@ works. The module holds no state beside its parameters and draws no random numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fpdm import fixed_point, gradients
+from fpdm import fixed_point, gradients, operands
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
-from fpdm.fixed_point import Settings, SolveStats
+from fpdm.exports import WEIGHTS, compare, read_export
+from fpdm.fixed_point import BlockSettings, SolveStats
 from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
@@ -28,11 +29,9 @@ from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 FREQUENCIES = 256
 
 
-_compiling = torch.compiler.is_compiling
-
-
 class Modulation(NamedTuple):
-    """adaLN vectors in the compute dtype: (B,6D) per block, (B,2D) for the final layer."""
+    """adaLN vectors in the compute dtype: (B,6D) for every block of ``pre`` and ``post`` and for
+    the fixed-point block ``fp`` (shift, scale, gate, twice), (B,2D) for the final layer."""
 
     pre: list[Tensor]
     fp: Tensor | None
@@ -40,8 +39,9 @@ class Modulation(NamedTuple):
     final: Tensor
 
 
-class Solution(NamedTuple):
-    """``output`` (B,2C,h,w), ``solution`` (B,T,D) the last iterate, ``stats`` or None."""
+class Solved(NamedTuple):
+    """What ``FPDM.solve`` returns: ``output`` (B,2C,h,w) in the compute dtype; ``solution`` (B,T,D)
+    in the iterate's: the last iterate; ``stats``: residuals, None where none were asked for."""
 
     output: Tensor
     solution: Tensor
@@ -120,7 +120,8 @@ class _Transformer(nn.Module):
                 nn.init.xavier_uniform_(param.view(param.shape[0], -1), generator=generator)
 
     def view(self, weights: WeightView | None, like: Tensor) -> WeightView:
-        """``weights``, or this model's parameters in the autocast dtype, else their own."""
+        """``weights`` if given; else this model's parameters, cast where they are used: to
+        autocast's dtype where it is on for the device of ``like``, else not at all."""
         if weights is not None:
             return weights
         dtype = self.pos_embed.dtype
@@ -140,39 +141,20 @@ class _Transformer(nn.Module):
         return hidden.to(self.pos_embed.dtype)
 
     def _label(self, y: Tensor, w: WeightView) -> Tensor:
-        return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
+        try:
+            return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
+        except IndexError:
+            # on a CPU; reading them beforehand would be for nothing in a sampler
+            operands.check_values(self.config, y)
+            raise
 
     def _vectors(self, s: Tensor, name: str, w: WeightView) -> Tensor:
         """Of s = silu(c), which is the same for all blocks that see c."""
         return self._linear(s, f"{name}.adaLN_modulation.1", w)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor, init: Tensor | None = None) -> None:
-        """Shapes and kinds at the boundary; values only where reading them does not wait."""
-        c, b = self.config, x.shape[0]
-        want = (b, c.in_channels, c.input_size, c.input_size)
-        if tuple(x.shape) != want or not x.is_floating_point():
-            raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected {want} floating point")
-        for name, value in (("t", t), ("y", y)):
-            if tuple(value.shape) != (b,) or value.is_floating_point():
-                got = f"{tuple(value.shape)} {value.dtype}"
-                raise ValueError(f"{name}: got {got}, expected ({b},) integers")
-        for name, value, most in (("t", t, None), ("y", y, c.num_classes)):
-            # not of a fake or compiled tensor, which has none
-            if type(value) is Tensor and value.device.type == "cpu" and b and not _compiling():
-                read = value.numpy()
-                low, high = int(read.min()), int(read.max())
-                if low < 0 or (most is not None and high > most):
-                    bound = (
-                        "at least 0" if most is None else f"0..{most} ({most} is the null label)"
-                    )
-                    raise ValueError(f"{name}: got {low if low < 0 else high}, expected {bound}")
-        tokens = (b, c.tokens, c.hidden_size)
-        if init is not None and tuple(init.shape) != tokens:
-            raise ValueError(f"init: got {tuple(init.shape)}, expected {tokens}")
-
-    def _settings(self, w: WeightView) -> Settings:
+    def _settings(self, w: WeightView) -> BlockSettings:
         e = self.execution
-        return Settings(self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate)
+        return BlockSettings(self.config.num_heads, e.impl, e.recompute, e.chunks, w.accumulate)
 
     def residual_dtype(self, w: WeightView) -> torch.dtype:
         """dtype of the iterates under the weights ``w``."""
@@ -198,8 +180,9 @@ class _Transformer(nn.Module):
 
     def _run(self, h: Tensor, name: str, vectors: Tensor, w: WeightView) -> Tensor:
         """One pre or post block: the unrolled operator with m = 1 and no injection."""
+        operands.check_vectors(vectors, w.dtype)
         params = [w.params[f"{name}.{key}"] for key in BLOCK_KEYS]
-        out, _ = fixed_point.solve(
+        out, _ = fixed_point.s_jfb(
             h, None, None, vectors, params, w.block(name), 0, 1, self._settings(w),
             detach_init=False,
         )  # fmt: skip
@@ -219,10 +202,15 @@ class _Transformer(nn.Module):
         return torch.einsum("nhwpqc->nchpwq", o).reshape(-1, c, side * p, side * p)
 
 
-def _of_fixed_point(mod: Modulation | Tensor) -> Tensor:
+def _of_fixed_point(mod: Modulation | Tensor, w: WeightView) -> Tensor:
     """The vectors (B,6D) of the fixed-point block."""
     vectors = mod.fp if isinstance(mod, Modulation) else mod
-    assert vectors is not None
+    if vectors is None:
+        raise ValueError(
+            "mod: got none for the fixed-point block, expected all of modulation(t, y), or "
+            "modulation_pp(y)._replace(fp=modulation_fp(t, y))"
+        )
+    operands.check_vectors(vectors, w.dtype)
     return vectors
 
 
@@ -250,15 +238,15 @@ class FPDM(_Transformer):
         self.initialize()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> FPDM:
-        """The model of an export (``config.json`` + ``model.safetensors``), hash verified.
+    def from_pretrained(
+        cls, directory: str | Path, execution: ExecutionConfig | None = None
+    ) -> FPDM:
+        """The model of an export (``config.json`` + ``model.safetensors``), hash verified, on the
+        CPU, to run as ``execution`` says.
 
         Raises CheckpointError for a damaged export, ConfigError for another kind of model.
         """
-        # interop builds models, so it can only be reached from here when called
-        from fpdm.interop import from_pretrained
-
-        model = from_pretrained(directory)
+        model = from_pretrained(directory, execution)
         if not isinstance(model, cls):
             raise ConfigError(f"{directory}: got a {model.config.kind} export, expected fpdm")
         return model
@@ -266,7 +254,9 @@ class FPDM(_Transformer):
     def modulation_pp(
         self, y: Tensor, t: Tensor | None = None, *, weights: WeightView | None = None
     ) -> Modulation:
-        """Vectors of pre, post and final; ``t`` (B,) is needed only when they see the timestep."""
+        """Vectors of pre, post and final for labels y (B,) int64; ``fp`` is None. ``t`` (B,) is
+        needed only where pre and post see the timestep (``pre_post_timestep_conditioning``). Raises
+        ValueError without it there, and for a label that does not exist."""
         w = self.view(weights, y)
         c = self._label(y, w)
         if self.config.pre_post_timestep_conditioning:
@@ -282,26 +272,32 @@ class FPDM(_Transformer):
         )
 
     def modulation_fp(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Tensor:
-        """Vectors (B,6D) of the fixed-point block: rows may mix timesteps, one GEMM for all."""
+        """Vectors (B,6D) of the fixed-point block for timesteps t (B,) and labels y (B,) int64: the
+        rows may mix timesteps, one GEMM for all. Raises ValueError for a label that does not
+        exist."""
         w = self.view(weights, y)
         s = nn.functional.silu(self._time(t, w) + self._label(y, w))
         return self._vectors(s, "block_fixed_point", w)
 
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:
-        """All vectors of one timestep."""
+        """All vectors for timesteps t (B,) of the training schedule and labels y (B,) int64:
+        ``modulation_pp`` and ``modulation_fp`` in one."""
         w = self.view(weights, y)
         return self.modulation_pp(y, t, weights=w)._replace(fp=self.modulation_fp(t, y, weights=w))
 
     def encode(self, x: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
-        """x (B,C,h,w) -> h (B,T,D), through the pre blocks."""
+        """x (B,C,h,w) -> h (B,T,D) in the iterate's dtype, through the pre blocks. Raises
+        ValueError for another shape, and for vectors in another dtype than the weights'."""
         w = self.view(weights, x)
+        operands.check_image(self.config, x)
         h = self._tokens(x, w)
         for index, vectors in enumerate(mod.pre):
             h = self._run(h, f"blocks_pre.{index}", vectors, w)
         return h
 
     def decode(self, z: Tensor, mod: Modulation, *, weights: WeightView | None = None) -> Tensor:
-        """z (B,T,D) -> (B,2C,h,w), through the post blocks and the final layer."""
+        """z (B,T,D) -> (B,2C,h,w) in the compute dtype, through the post blocks and the final
+        layer: C prediction channels, C variance fractions. Raises ValueError as ``encode``."""
         return self.unpatchify(self.decode_tokens(z, mod, weights=weights))
 
     def decode_tokens(
@@ -309,6 +305,7 @@ class FPDM(_Transformer):
     ) -> Tensor:
         """``decode`` before its tokens become an image: (B,T,p p 2C)."""
         w = self.view(weights, z)
+        operands.check_tokens(self.config, "z", z, len(z))
         for index, vectors in enumerate(mod.post):
             z = self._run(z, f"blocks_post.{index}", vectors, w)
         return self._final(z, mod.final, w)
@@ -331,7 +328,7 @@ class FPDM(_Transformer):
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
         names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
         names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
-        out, norms = gradients.solve(
+        out, norms = gradients.iterated_block(
             x, i, u, vectors, [w.params[name] for name in names],
             w.block("block_fixed_point", injected=True), n, m, self._settings(w), gradient,
             detach_init, stats,
@@ -342,39 +339,54 @@ class FPDM(_Transformer):
         self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None
     ) -> Callable[[Tensor], Tensor]:
         """f of x* = f(x*) for the injected h (B,T,D) of ``encode`` and one timestep's vectors:
-        x (B,T,D) -> f(x), differentiable by autograd in x, h, ``mod`` and the parameters.
+        x (B,T,D) -> f(x) (B,T,D), differentiable by autograd in x, h, ``mod`` and the parameters.
+        Raises ValueError for ``mod`` without the fixed-point block's vectors or in another dtype
+        than the weights', and f for an x of another shape.
 
         What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
         iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
         accumulate, as a trainer's do, every backward through f adds to the parameters' gradients.
         """
-        w, vectors = self.view(weights, h), _of_fixed_point(mod)
-        injected = self._inject(h, w)
-        return lambda x: self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+        w = self.view(weights, h)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
+
+        def f(x: Tensor) -> Tensor:
+            operands.check_tokens(self.config, "x", x, len(h))
+            return self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+
+        return f
 
     @torch.no_grad()
     def iterate(
         self, x0: Tensor, h: Tensor, mod: Modulation | Tensor, iters: int, stats: bool = False,
         *, weights: WeightView | None = None,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
-        """``iters`` fixed-point iterations from x0 without gradient, h injected: (x (B,T,D),
-        stats)."""
+        """``iters`` >= 0 fixed-point iterations from x0 (B,T,D) without gradient: (x (B,T,D), stats
+        or None). h (B,T,D), of ``encode``, is injected at every one; ``mod`` holds its timestep's
+        vectors, or is those of the fixed-point block (B,6D). x0 is h, or for reuse an earlier
+        timestep's x. Raises ValueError for other shapes and dtypes, and for ``iters`` below 0."""
+        if iters < 0:
+            raise ValueError(f"iters: got {iters}, expected at least 0")
+        operands.check_tokens(self.config, "x0", x0, len(h))
         w = self.view(weights, h)
-        injected, vectors = self._inject(h, w), _of_fixed_point(mod)
+        injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
         return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
 
     def solve(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
         init: Tensor | None = None, *, weights: WeightView | None = None, detach_init: bool = True,
         stats: bool = True, gradient: Gradient = S_JFB,
-    ) -> Solution:  # fmt: skip
-        """Like ``forward``, and also the solution and the residual of every iteration and sample;
-        ``gradient`` chooses another one than S-JFB's (fpdm.gradients)."""
+    ) -> Solved:  # fmt: skip
+        """Like ``forward``, and also the solution and, with ``stats``, the residual of every
+        iteration and sample; ``gradient`` chooses another one than S-JFB's (fpdm.gradients). Raises
+        ValueError as the class says."""
         if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
             raise ValueError(
                 f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
             )
-        self._check(x, t, y, init)
+        operands.check_inputs(self.config, x, t, y)
+        if init is not None:
+            operands.check_tokens(self.config, "init", init, len(x))
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self.encode(x, mod, weights=w)
@@ -384,7 +396,7 @@ class FPDM(_Transformer):
             start, self._inject(h, w), mod.fp, no_grad_iters, iters, w, detach_init, stats,
             gradient,
         )  # fmt: skip
-        return Solution(self.decode(z, mod, weights=w), z, found)
+        return Solved(self.decode(z, mod, weights=w), z, found)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
@@ -415,8 +427,8 @@ class DiT(_Transformer):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, *, weights: WeightView | None = None
     ) -> Tensor:
-        """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w)."""
-        self._check(x, t, y)
+        """x (B,C,h,w), t (B,), y (B,) -> (B,2C,h,w), as ``FPDM.forward`` without iterations."""
+        operands.check_inputs(self.config, x, t, y)
         w = self.view(weights, x)
         mod = self.modulation(t, y, weights=w)
         h = self._tokens(x, w)
@@ -428,3 +440,32 @@ class DiT(_Transformer):
 def build_model(config: ModelConfig, execution: ExecutionConfig | None = None) -> FPDM | DiT:
     """The model that ``config.kind`` names, initialised."""
     return (FPDM if config.kind == "fpdm" else DiT)(config, execution)
+
+
+def model_of(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    where: str,
+    execution: ExecutionConfig | None = None,
+) -> FPDM | DiT:
+    """The model of ``config`` with the state dict ``state`` in published names, on the CPU.
+
+    Raises CheckpointError, which begins with ``where``, for other names or shapes and for NaN or
+    Inf, before anything of the claimed size is allocated.
+    """
+    with torch.device("meta"):
+        compare(build_model(config, execution), state, where)
+    model = build_model(config, execution)
+    model.load_state_dict(dict(state), strict=True)
+    return model
+
+
+def from_pretrained(path: str | Path, execution: ExecutionConfig | None = None) -> FPDM | DiT:
+    """The model of an export (fpdm.exports), on the CPU, its weights checked against the stored
+    hash.
+
+    Raises CheckpointError for an export that is missing, damaged, or of another architecture than
+    its ``config.json`` says, ConfigError for a setting in there that cannot be met.
+    """
+    found = read_export(path)
+    return model_of(found.model, found.state(), str(found.path / WEIGHTS), execution)

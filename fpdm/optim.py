@@ -202,7 +202,8 @@ class AdamWEMA:
             self.prepared.refresh()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Live tensors: model (state dict), ema, optim (step, exp_avg.*, exp_avg_sq.*)."""
+        """Live tensors, no copies: model (state dict), ema (trainable parameters by name), optim
+        (step (), exp_avg.*, exp_avg_sq.*), all float32. Raises RuntimeError inside ``swapped``."""
         if self._swapped:
             raise RuntimeError("state() inside swapped(): the model holds the average")
         optim: dict[str, Tensor] = {"step": torch.tensor(float(self.updates))}
@@ -214,8 +215,8 @@ class AdamWEMA:
 
     @torch.no_grad()
     def load_state(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restores ``state()`` bit for bit. Nothing is written unless every tensor fits; the error
-        is a ``UserError`` that names the first differences."""
+        """Restores ``state()`` bit for bit. Nothing is written unless every tensor fits: raises
+        UserError that names the first differences, and RuntimeError inside ``swapped``."""
         targets = self.state()
         wrong = _differences(targets, groups)
         if wrong:

@@ -35,7 +35,7 @@ from fpdm.kernels import implementations, ops
 from fpdm.model import FPDM
 from fpdm.noise import SAMPLE_INIT, SAMPLE_STEP, as_keys, normals
 from fpdm.plan import Launch, bucket, groups
-from fpdm.solvers import Best, Solver
+from fpdm.solvers import LAG, Best, Flag, Solver
 from fpdm.weights import PROJECTION
 from fpdm.workspace import Workspace
 
@@ -76,7 +76,13 @@ def initial_iterate(
 
 
 class Run:
-    """One batch on its way: walks the launch plan on a workspace."""
+    """One batch on its way: walks the launch plan of ``sampler`` on ``workspace``, through the
+    graphs of ``cache`` (None: eagerly).
+
+    ``labels`` and ``seeds`` are of the B samples, at most the workspace's. ``stats``, of these
+    samples, is filled. ``start`` (B,C,h,w) replaces the start noise of the seeds, ``step_noise``
+    (S,B,C,h,w) the noise of every step.
+    """
 
     def __init__(
         self,
@@ -112,7 +118,7 @@ class Run:
         if isinstance(sampler.model, FPDM):
             self.ops = implementations.resolve(self.impl, device, sampler.dtype)
             self.block = sampler.weights.block("block_fixed_point", injected=True)
-            self.flag = stopping.Flag(w.watch.left) if w.watch is not None else None
+            self.flag = Flag(w.watch.left) if w.watch is not None else None
         # one launch from tokens to the next timestep, where there is such a kernel
         self.fused: Any = None
         if self.block is not None and self.impl in implementations.TRITON:
@@ -264,7 +270,7 @@ class Run:
         """The solve of n slots as one call on the host, collected, where that can be had."""
         w, block = self.w, self.block
         x, other, u, mod = self._operands(n)
-        direct = self.s.solver is None and self.cache is None and stopping.LAG[x.device.type] == 0
+        direct = self.s.solver is None and self.cache is None and LAG[x.device.type] == 0
         if block is None or not (direct and has_loop(self.ops, x.dtype, mod.dtype)):
             return False
         self.ops.solve(

@@ -7,10 +7,12 @@
 dX, dR: the last ``window`` differences of x and of r. Sources: Walker & Ni 2011 (Anderson, type
 II), Broyden 1965 with the Sherman-Morrison update. Every sample has its own history, coefficients
 and restarts: none sees its batch-mates. Inner products and coefficients are float32 or wider,
-whatever the iterate's dtype; histories have the iterate's. Nothing here waits for the device.
+whatever the iterate's dtype; histories have the iterate's. Nothing here waits for the device, but
+for ``solve`` under a tolerance.
 
 A solver is told x and f(x) and proposes the next point; who evaluates f, and how often, is the
-caller's affair, so a captured graph may do it.
+caller's affair, so a captured graph may do it. ``solve`` is the plain loop; the sampler's own, on
+static buffers and with compaction, decides by the same ``mark`` and ``proceed`` (fpdm.stopping).
 """
 
 from __future__ import annotations
@@ -22,25 +24,36 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LAG = {"cpu": 0, "cuda": 1}  # evaluations between a decision and its reading
+
 
 class Solver(Protocol):
     """Proposes the next point from (x, f(x)); may keep a history with one row per sample."""
 
     def advance(self, x: Tensor, fx: Tensor) -> Tensor:
-        """The next point (B,...), from x and f(x) of the same shape."""
+        """The next point (B,...), from x and f(x) of the same shape and dtype, as which it returns.
+        Called once per evaluation, always with the same samples in the same rows."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the samples ``rows`` (indices), in that order."""
+        """Keep only the samples ``rows`` (n,) int64, in that order."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """x (B,...): f of the best iterate that was evaluated. residual (k,B) float32: of every
-    iterate x_j, by default |f(x_j) - x_j| / |f(x_j)|. best (B,) int64: the j of x."""
+    """What ``solve`` found for B samples in k evaluations of f.
+
+    x            (B,...) in the iterate's dtype: f of the best iterate x_j that was evaluated, a
+                 point one evaluation past it
+    residual     (k,B) float32, float64 for float64: of every iterate x_j, by default
+                 |f(x_j) - x_j| / |f(x_j)|; NaN from when the sample was done
+    best         (B,) int64: the j of x
+    evaluations  (B,) int64: how many a sample took until it was done, k where it never was
+    """
 
     x: Tensor
     residual: Tensor
     best: Tensor
+    evaluations: Tensor
 
 
 def relative_residual(x: Tensor, fx: Tensor) -> Tensor:
@@ -62,22 +75,100 @@ def solve(
     solver: Solver,
     evaluations: int,
     residual: Callable[[Tensor, Tensor], Tensor] = relative_residual,
+    tol: float | None = None,
 ) -> Solution:
-    """``evaluations`` >= 1 of ``f`` from x (B,...); a sample's result is f of its best iterate, the
-    one with the least ``residual`` of x and f(x).
+    """At most ``evaluations`` >= 1 of ``f`` from x (B,...), fewer when every sample is done.
 
-    Raises ValueError for fewer than one evaluation.
+    A sample is done by the evaluation whose ``residual``, of x and f(x), is at most ``tol``, in the
+    unit of ``residual``: by default relative, |f(x) - x| / |f(x)|. Without ``tol`` none is. Its
+    result is f of its best iterate, the one with the least residual: with ``tol``, the one that met
+    it. It keeps that result: f is still called on the whole batch, since it may depend on the row,
+    but for a sample that is done this has no effect. What a sample gets, and after how many
+    evaluations, does not depend on its batch-mates beyond the rounding of f itself.
+
+    A residual of NaN meets no tolerance. One below what rounding lets the iterate's dtype reach,
+    about 2 eps, is not met either: the sample runs to the cap.
+
+    Device: with ``tol`` the host reads after every evaluation how many samples go on. On a GPU it
+    reads the number of the evaluation before: it waits for that one with another queued behind it,
+    and launches one more than is needed. Without ``tol`` nothing waits, and the call can be
+    captured in a CUDA graph if f can.
+
+    Gradients are f's own business: under ``torch.no_grad()`` nothing is kept, and
+    ``gradients.iterated`` attaches a gradient to the result.
+
+    Raises ValueError for fewer than one evaluation, for a ``tol`` that is negative or NaN, for x
+    without a dimension beside the samples', and for a solver that is no new one.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations: got {evaluations}, expected at least 1")
-    residuals, keeper = [], Best(x)
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol: got {tol}, expected none or a number of at least 0")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B,...), a sample to a row")
+    calls: int = getattr(solver, "calls", 0)
+    if isinstance(solver, type) or calls:
+        what = "one with the history of another solve" if calls else "a class"
+        raise ValueError(f"solver: got {what}, expected a new one, such as Anderson()")
+    residuals, best = [], Best(x)
+    done, count = torch.zeros_like(best.index, dtype=torch.bool), torch.zeros_like(best.index)
+    left = count.new_full((1,), len(count))
+    flag = Flag(left) if tol is not None else None
     for j in range(evaluations):
-        fx = f(x)
-        residuals.append(residual(x, fx))
-        keeper.offer(fx, residuals[-1])
-        if j + 1 < evaluations:
-            x = solver.advance(x, fx)
-    return Solution(keeper.x, torch.stack(residuals), keeper.index)
+        before, fx = done.clone(), f(x)
+        r = residual(x, fx).masked_fill(before, torch.nan)
+        residuals.append(r)
+        best.offer(fx, r)
+        mark(done, count, r, evaluations, tol, left)
+        if j + 1 == evaluations or (flag is not None and flag.read(j) == 0):
+            break
+        x = solver.advance(x, fx) if flag is None else proceed(solver, best, x, fx, before, done)
+    return Solution(best.x, torch.stack(residuals), best.index, count)
+
+
+def mark(
+    done: Tensor, count: Tensor, r: Tensor, cap: int | Tensor, tol: float | None, left: Tensor
+) -> None:
+    """After an evaluation with residuals r (n,), in place: one more in ``count`` (n,) int64 where a
+    sample was not done before, ``done`` (n,) bool where r <= tol or the ``cap`` is reached, and in
+    ``left`` (1,) int64 how many go on. Without ``tol`` only the cap ends a sample."""
+    count.add_(~done)
+    ended = count >= cap
+    done.logical_or_(ended if tol is None else (r <= tol) | ended)
+    torch.sum(~done, dim=0, keepdim=True, out=left)
+
+
+def proceed(
+    solver: Solver, best: Best, x: Tensor, fx: Tensor, before: Tensor, done: Tensor
+) -> Tensor:
+    """The next point (n,...): the solver's where a sample goes on, the best f(x) so far where it is
+    ``done`` (n,) now, x where it was ``before`` (n,)."""
+    ahead = solver.advance(x, fx)
+    ahead = torch.where(_rows(done, x), best.x, ahead)
+    return torch.where(_rows(before, x), x, ahead)
+
+
+class Flag:
+    """Reads ``left`` (1,) int64, the samples that go on, on the host: ``LAG`` evaluations late, so
+    that on a GPU the host waits for nothing without work behind it in the queue."""
+
+    def __init__(self, left: Tensor):
+        self.left, self.lag = left, LAG.get(left.device.type, 0)
+        pinned = left.is_cuda
+        self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
+
+    def read(self, j: int) -> int | None:
+        """Samples that go on after evaluation j - lag; None while there is no such evaluation."""
+        self.host[j % 2].copy_(self.left, non_blocking=bool(self.events))
+        if self.events:
+            self.events[j % 2].record(torch.cuda.current_stream(self.left.device))
+        if j < self.lag:
+            return None
+        ready = (j - self.lag) % 2
+        if self.events:
+            self.events[ready].synchronize()
+        return int(self.host[ready])
 
 
 class Best:
@@ -86,13 +177,14 @@ class Best:
 
     def __init__(self, like: Tensor):
         b, device = like.shape[0], like.device
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.x = torch.empty_like(like)
-        self.residual = torch.full((b,), torch.inf, dtype=torch.float32, device=device)
+        self.residual = torch.full((b,), torch.inf, dtype=wide, device=device)
         self.index = torch.full((b,), -1, dtype=torch.int64, device=device)
         self.count = 0
 
     def offer(self, fx: Tensor, residual: Tensor) -> None:
-        """Takes the samples of ``fx`` that are no worse than what is held."""
+        """Takes the samples of fx (B,...) whose ``residual`` (B,) is no worse than what is held."""
         better = (residual <= self.residual) | (self.index < 0)
         self.x = torch.where(_rows(better, fx), fx, self.x)
         self.residual = torch.where(better, residual.nan_to_num(torch.inf), self.residual)
@@ -104,6 +196,11 @@ class Best:
         self.x, self.residual, self.index = self.x[rows], self.residual[rows], self.index[rows]
 
 
+def _check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1")
+
+
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
 
@@ -113,7 +210,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Picard:
-    """x + b (f(x) - x); b = 1 is the plain iteration."""
+    """x + b (f(x) - x) with damping b, 0 < b <= 1; b = 1 is the plain iteration. Keeps nothing."""
 
     def __init__(self, damping: float = 1.0):
         self.damping = damping
@@ -134,7 +231,7 @@ class Anderson:
     has not fallen to ``fall`` of its last mark for ``patience`` calls, until it does: where the
     map creeps along a slow manifold, combinations of past steps keep a sample there that plain
     steps carry out. The first ``delay`` steps are plain too: one difference alone predicts little.
-    Memory: 2 window + 2 iterates.
+    Memory: 2 window + 2 iterates. Raises ValueError for a window below 1.
     """
 
     delay, patience, fall = 2, 2, 0.95
@@ -142,6 +239,7 @@ class Anderson:
     def __init__(
         self, window: int = 3, damping: float = 1.0, ridge: float = 1e-6, restart: float = 2.0
     ):
+        _check_window(window)
         self.window, self.damping, self.ridge, self.restart = window, damping, ridge, restart
         self.calls = 0
 
@@ -216,6 +314,7 @@ class Broyden:
     """
 
     def __init__(self, window: int = 8, damping: float = 1.0, restart: float = 2.0):
+        _check_window(window)
         self.window, self.damping, self.restart = window, damping, restart
         self.calls = 0
         # of the last call; empty before the first
@@ -279,21 +378,29 @@ def make(name: str, window: int, damping: float) -> Solver:
 def spectral_radius(
     f: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 30, seed: int = 0
 ) -> Tensor:
-    """Largest |eigenvalue| of df/dx at x per sample, (B,), by power iteration on J^T.
+    """Largest |eigenvalue| of df/dx at x (B,...) per sample, by power iteration on J^T; (B,) in the
+    dtype of x.
 
-    ``f`` must be differentiable by autograd, as ``FPDM.fixed_point_map`` is. The estimate is the
-    geometric mean of the growth over the last half of the iterations, so that a pair of complex
-    eigenvalues does not make it swing. Below 1 the plain iteration converges near x; the iterations
-    it needs grow as 1 / -log of it.
+    ``f`` must be differentiable by autograd, as ``FPDM.fixed_point_map`` is; every iteration is one
+    backward through one evaluation of it. The estimate is the geometric mean of the growth over the
+    last half of the ``iterations``, so that a pair of complex eigenvalues does not make it swing.
+    ``seed`` draws the first vector. Below 1 the plain iteration converges near x; the iterations it
+    needs grow as 1 / -log of it. 0 where J is 0.
+
+    Raises ValueError for fewer than one iteration.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations: got {iterations}, expected at least 1")
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(x.shape, generator=generator).to(x)
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # a copy, as x may be an inference tensor
+        leaf = x.detach().clone().requires_grad_()
         fx = f(leaf)
-    growth = []
-    for _ in range(iterations):
-        v = v / torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (x.dim() - 1))
-        (v,) = torch.autograd.grad(fx, leaf, v, retain_graph=True)
-        growth.append(torch.linalg.vector_norm(v.flatten(1), dim=1))
+        growth = []
+        for _ in range(iterations):
+            size = torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (x.dim() - 1))
+            v = v / size.clamp_min(torch.finfo(v.dtype).tiny)
+            (v,) = torch.autograd.grad(fx, leaf, v, retain_graph=True)
+            growth.append(torch.linalg.vector_norm(v.flatten(1), dim=1))
     return torch.stack(growth[iterations // 2 :]).log().mean(0).exp()

@@ -13,13 +13,13 @@ when the host learns of it changes results by no more than the rounding of other
 the host reads at once, and takes the slots that go on to the front whenever one is done: nothing
 is carried along, so nothing needs freezing; with csrc/cpu a solve is one call that does the same
 (``cpu_loop.solve``). On a GPU it reads the flag of iteration j - 1 after it
-has launched iteration j, so that it waits for nothing without work behind it in the queue, and
-compacts in buckets (``plan.bucket``), few shapes for few graphs: those of a bucket that are done
-are carried along until the next smaller one. A solve of so few slots that compaction saves nothing
-(``LOOP_ROWS``) is one launch under graphs=on, where torch captures conditional WHILE nodes (2.14):
-the device repeats the iteration until no slot goes on, and the host learns nothing. Not measured
-yet, so graphs=auto leaves it alone. Two branches of a sample stop apart: each is a fixed-point
-problem of its own.
+has launched iteration j (``solvers.Flag``), so that it waits for nothing without work behind it,
+and compacts in buckets (``plan.bucket``), few shapes for few graphs: those of a bucket that are
+done are carried along until the next smaller one. A solve of so few slots that compaction saves
+nothing (``LOOP_ROWS``) is one launch under graphs=on, where torch captures conditional WHILE nodes
+(2.14): the device repeats the iteration until no slot goes on, and the host learns nothing. Not
+measured yet, so graphs=auto leaves it alone. Two branches of a sample stop apart: each is a
+fixed-point problem of its own.
 
 n slots, R rows of the batch, all tensors of ``workspace.Watch``.
 """
@@ -31,10 +31,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpdm.solvers import Best, Solver
+from fpdm.solvers import Best, Solver, mark, proceed
 from fpdm.workspace import Watch
 
-LAG = {"cpu": 0, "cuda": 1}  # iterations between a decision and its reading
 LOOP_ROWS = 2  # most slots of a loop that ends on the device: more are worth compacting
 
 
@@ -63,10 +62,7 @@ def decide(
 
 
 def _mark(w: Watch, n: int, r: Tensor, tol: float) -> None:
-    done, count = w.done[:n], w.count[:n]
-    count.add_(~done)
-    done.logical_or_((r <= tol) | (count >= w.cap[:n]))
-    torch.sum(~done, dim=0, keepdim=True, out=w.left)
+    mark(w.done[:n], w.count[:n], r, w.cap[:n], tol, w.left)
 
 
 def propose(
@@ -74,17 +70,16 @@ def propose(
 ) -> None:
     """``decide`` for a solver: ``dst`` = f(src) becomes its next point, or where a slot is done now
     the best f(x) so far."""
-    before = w.done[:n].clone().view(-1, 1, 1)
+    before = w.done[:n].clone()
     best.offer(dst, r)
     _mark(w, n, r, tol)
     # copies: a solver may keep what it is given, and these buffers are written again
-    ahead = solver.advance(src.clone(), dst.clone())
-    ahead = torch.where(w.done[:n].view(-1, 1, 1), best.x, ahead)
-    dst.copy_(torch.where(before, src, ahead))
+    dst.copy_(proceed(solver, best, src.clone(), dst.clone(), before, w.done[:n]))
 
 
 def collect(w: Watch, slots: Tensor, z: Tensor) -> None:
-    """Write what the ``slots`` hold to their rows: solution and iterations."""
+    """Write what the ``slots`` (m,) int64 hold, iterates z (n,T,D) and counts, to ``result`` and
+    ``used`` of their rows."""
     rows = w.rows[slots]
     w.result.index_copy_(0, rows, z[slots])
     w.used.index_copy_(0, rows, w.count[slots])
@@ -100,25 +95,3 @@ def compact(w: Watch, n: int, m: int, z: Tensor, others: Sequence[Tensor]) -> Te
         buffer[:m] = buffer.index_select(0, stay)
     w.slots[:, :m] = w.slots.index_select(1, stay)
     return stay
-
-
-class Flag:
-    """Reads ``left`` on the host, ``lag`` iterations late."""
-
-    def __init__(self, left: Tensor):
-        self.left, self.lag = left, LAG[left.device.type]
-        pinned = left.is_cuda
-        self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
-        self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
-
-    def read(self, j: int) -> int | None:
-        """Slots that go on after iteration j - lag; None while there is no such iteration."""
-        self.host[j % 2].copy_(self.left, non_blocking=True)
-        if self.events:
-            self.events[j % 2].record()
-        if j < self.lag:
-            return None
-        ready = (j - self.lag) % 2
-        if self.events:
-            self.events[ready].synchronize()
-        return int(self.host[ready])

@@ -64,8 +64,11 @@ class Kept(NamedTuple):
         return self.i is not None
 
 
-class Run(NamedTuple):
-    """How forward and backward run: the same for every part of the batch."""
+class BlockRun(NamedTuple):
+    """How forward and backward run, the same for every part of the batch: the operator set ``ops``
+    (fpdm.kernels.implementations.resolve), weights ``w`` in the compute dtype, ``heads``, the
+    accumulators of the parameters' gradients (None: frozen weights), and whether dL/dx_0 is
+    wanted."""
 
     ops: Any
     w: BlockWeights
@@ -100,7 +103,7 @@ def parts(batch: int, chunks: int) -> list[slice]:
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
-def forward(run: Run, k: Kept, part: slice, out: Tensor, table: Tensor) -> None:
+def forward(run: BlockRun, k: Kept, part: slice, out: Tensor, table: Tensor) -> None:
     """The m iterations of a part: what they keep into ``k``, x_m into its rows of ``out`` (B,T,D),
     the norms into those of ``table`` (m or 0,2,B)."""
     x = k.x[part]
@@ -113,7 +116,7 @@ def forward(run: Run, k: Kept, part: slice, out: Tensor, table: Tensor) -> None:
 
 
 def _forward(
-    run: Run, k: _Part, work: Activations, between: list[Tensor], out: Tensor, table: Tensor
+    run: BlockRun, k: _Part, work: Activations, between: list[Tensor], out: Tensor, table: Tensor
 ) -> None:
     m, src = len(k.slots), k.x
     norms = table.new_empty(table.shape[1:]) if len(table) else None
@@ -131,7 +134,7 @@ def _forward(
         src = dst
 
 
-def backward(run: Run, k: Kept, part: slice, g: Tensor, dmod: Tensor, di: Tensor) -> None:
+def backward(run: BlockRun, k: Kept, part: slice, g: Tensor, dmod: Tensor, di: Tensor) -> None:
     """The m iterations of a part from the last to the first: ``g`` (b,T,D) becomes dx_0, ``di``
     (b,T,D) is written where there is an injection, ``dmod`` (b,6D) added to."""
     scratch = Scratch.like(g, k.mod.dtype)
@@ -152,7 +155,7 @@ def backward(run: Run, k: Kept, part: slice, g: Tensor, dmod: Tensor, di: Tensor
 
 
 def _backward(
-    run: Run, k: _Part, g: Tensor, dmod: Tensor, du: Tensor | None, scratch: Scratch
+    run: BlockRun, k: _Part, g: Tensor, dmod: Tensor, du: Tensor | None, scratch: Scratch
 ) -> None:
     for j in range(len(k.slots) - 1, -1, -1):
         acts = k.slots[j]
@@ -167,7 +170,7 @@ def _backward(
             injection_backward(run.ops, g, x, run.w, acts, run.grads, scratch, du, wants_dx)
 
 
-def _iterate_before(run: Run, k: _Part, j: int, scratch: Scratch) -> Tensor:
+def _iterate_before(run: BlockRun, k: _Part, j: int, scratch: Scratch) -> Tensor:
     """x_j: given, kept, or rebuilt from what iteration j - 1 kept."""
     if j == 0:
         return k.x
@@ -187,7 +190,7 @@ def _again(x: Tensor, mod: Tensor, injected: bool) -> Kept:
     )
 
 
-def _forward_again(run: Run, x: Tensor, k: _Part, s: Scratch) -> Activations:
+def _forward_again(run: BlockRun, x: Tensor, k: _Part, s: Scratch) -> Activations:
     again = _again(x, k.mod, k.u is not None)
     kept = _Part.of(again, slice(None)).slots[0]
     work = Activations(a=s.wide(2), y1=s.d0, z2=s.e, y2=s.d0, gh=s.wide(4))
@@ -196,7 +199,7 @@ def _forward_again(run: Run, x: Tensor, k: _Part, s: Scratch) -> Activations:
     return kept
 
 
-def _injection_gradients(run: Run, i: Tensor, du: Tensor, di: Tensor) -> None:
+def _injection_gradients(run: BlockRun, i: Tensor, du: Tensor, di: Tensor) -> None:
     """Through u = E i + b1: ``di``, and dE, db1 into the accumulators."""
     wide, grads = du.to(i.dtype), run.grads
     if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:

@@ -61,7 +61,9 @@ class WeightView:
     parameters have, in place, instead of returning them for autograd to add. Same sums, one buffer
     and two passes over it less. Any backward through the model then writes them, also one that asks
     for other inputs, and ``torch.autograd.grad`` and gradient hooks do not see them. A block with a
-    parameter that is frozen or has no dense gradient yet goes through autograd as always.
+    parameter that is frozen or has no dense gradient yet goes through autograd as always. A
+    backward that is interrupted (Ctrl-C, out of memory) leaves a half-finished sum in ``.grad``:
+    what catches the error must zero the gradients, and repeat the whole step.
     """
 
     accumulate = False
@@ -71,16 +73,18 @@ class WeightView:
         self.packed: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
-        """The parameter in the compute dtype, without gradient."""
+        """The parameter ``name`` in the compute dtype, in its own shape, without gradient: the
+        copy, or a cast made now."""
         copy = self.copies.get(name)
         return self.params[name].detach().to(self.dtype) if copy is None else copy
 
     def linear(self, name: str) -> tuple[Tensor, Tensor]:
-        """(weight, bias) of a Linear in the compute dtype."""
+        """(weight (out,in), bias (out,)) of the Linear ``name`` in the compute dtype."""
         return self.get(f"{name}.weight"), self.get(f"{name}.bias")
 
     def injection(self) -> tuple[Tensor, Tensor]:
-        """(E, b1) of u = E i + b1; folded: (E W_p, E b_p + b1) of u = E W_p h + (E b_p + b1)."""
+        """(E (2D,D), b1 (2D,)) of u = E i + b1; folded: (E W_p, E b_p + b1), of the same shapes, of
+        u = E W_p h + (E b_p + b1)."""
         if self.folded:
             return self.copies["fold.weight"], self.copies["fold.bias"]
         return self.halves()[1], self.get(f"{FC1}.bias")
@@ -96,7 +100,8 @@ class WeightView:
         return "fold.weight" in self.copies
 
     def block(self, name: str, injected: bool = False) -> BlockWeights:
-        """The block ``name``; with the injection MLP when ``injected``."""
+        """Weights of the block ``name`` in the compute dtype; with the injection's when
+        ``injected``. Without gradients they may be packed for csrc/cpu."""
         packed = self._usable()
 
         def operand(key: str) -> Tensor:

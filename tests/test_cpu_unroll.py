@@ -184,7 +184,7 @@ def test_a_signal_ends_the_walk() -> None:
     x, u, mod, w = operands(1, 16, 48, torch.float32)
     m, slots = 40_000, x.new_empty(40_000, 0)
     kept = walk.Kept(x, x, u, mod, x.new_zeros(m - 1, *x.shape), slots, slots, "full")
-    run = walk.Run(OPS, w, 4)
+    run = walk.BlockRun(OPS, w, 4)
     out, dmod = torch.empty_like(x), torch.zeros(1, 6 * 48)
     for step in (
         lambda: walk.forward(run, kept, slice(0, 1), out, torch.empty(0, 2, 1)),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fpdm.kernels import cuda, cuda_compile, cuda_driver, cuda_kernels
+from fpdm.kernels import cuda, cuda_compile, cuda_driver, cuda_kernels, implementations
 from fpdm.kernels.cuda_compile import Binary, CompileError, Entry
 
 
@@ -145,6 +145,58 @@ def test_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told is not None
     assert "got cpu, expected a CUDA device" in told
     assert "got bfloat16, expected a compute dtype of float16 or float32" in told
+
+
+def broken_cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A cupy whose import runs ``text``, on a machine with a V100."""
+    (tmp_path / "cupy.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(cuda_compile, "compiler_version", lambda: "12.9")
+
+
+USABLE = """
+from types import SimpleNamespace as N
+cuda = N(function=N(Module=1), driver=N(funcSetAttribute=1), runtime=N(getDeviceCount=lambda: 1))
+"""
+BROKEN = {
+    "raise ImportError('libnvrtc.so.11.2:\\ncannot open shared object file')":
+        "ImportError: libnvrtc.so.11.2: cannot open shared object file",
+    "raise RuntimeError('CuPy is not correctly installed')": "RuntimeError: CuPy is not correctly",
+    "cuda = None": "AttributeError: ",
+    USABLE + "def fail(): raise OSError('cudaErrorInsufficientDriver')\n"
+    "cuda.runtime.getDeviceCount = fail": "OSError: cudaErrorInsufficientDriver",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_cupy_says_so_before_a_launch(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; auto takes the reference, an explicit request is refused with the reason."""
+    broken_cupy(tmp_path, monkeypatch, text)
+    device = torch.device("cuda", 0)
+    told = cuda.unavailable(device, torch.float16)
+    assert told is not None
+    assert f"cupy is installed and cannot be used: {BROKEN[text]}" in told
+    assert "\n" not in told
+    assert implementations.choose("auto", device, torch.float16) == "reference"
+    with pytest.raises(implementations.ImplError, match="cupy is installed and cannot be used"):
+        implementations.choose("cuda", device, torch.float16)
+
+
+def test_a_good_cupy_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_cupy(tmp_path, monkeypatch, USABLE)
+    device = torch.device("cuda", 0)
+    assert cuda.unavailable(device, torch.float16) is None
+    assert implementations.choose("auto", device, torch.float16) == "cuda"
+
+
+def test_cupy_is_not_imported_for_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_cupy(tmp_path, monkeypatch, "raise ImportError('imported')")
+    assert cuda.unavailable(torch.device("cpu"), None) == "got cpu, expected a CUDA device"
 
 
 def test_nothing_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from bench import published as plain
 from fpdm.block import BlockWeights
 from fpdm.config import ModelConfig
 from fpdm.fixed_point import (
-    Settings,
+    BlockSettings,
     iterate,
-    solve,
+    s_jfb,
     unroll,
     unroll_backward,
     unroll_backward_,
@@ -50,9 +50,9 @@ def run(p: dict[str, Any], n: int, m: int, recompute: str, **kwargs: Any) -> Ten
     a, e = w1.detach().chunk(2, dim=1)
     u = torch.nn.functional.linear(p["i"], e, b1).detach()
     weights = BlockWeights(*(q.detach() for q in p["params"][:8]), a, e, w2.detach(), b2.detach())
-    out, _ = solve(
-        p["x"], p["i"], u, p["mod"], p["params"], weights, n, m, Settings(2, "auto", recompute),
-        **kwargs,
+    settings = BlockSettings(2, "auto", recompute)
+    out, _ = s_jfb(
+        p["x"], p["i"], u, p["mod"], p["params"], weights, n, m, settings, **kwargs
     )  # fmt: skip
     return out
 

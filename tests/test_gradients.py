@@ -124,6 +124,20 @@ def test_no_iteration_with_gradient_is_refused(contraction: FPDM) -> None:
         run(contraction, 0, 3, gradient=Gradient("implicit"))
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "implict"}, {"iters": 0}, {"damping": 0.0}, {"damping": 1.5}]
+)
+def test_a_gradient_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^gradient: got .*, expected "):
+        Gradient(**wrong)
+
+
+def test_fewer_than_no_iterations_are_refused() -> None:
+    for n, m in ((-1, 1), (2, -1)):
+        with pytest.raises(ValueError, match=f"n, m: got {n}, {m}, expected at least 0"):
+            iterated(torch.cos, torch.ones(1, 2), n, m)
+
+
 KINDS = (Gradient(), Gradient("implicit", 40), Gradient("phantom", damping=0.7))
 
 

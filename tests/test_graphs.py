@@ -13,7 +13,7 @@ import torch
 from recorder import NotStatic, RecordingBackend, eager, make, network
 from torch import Tensor
 
-from fpdm import engine, graphs, run, steps, stopping
+from fpdm import engine, graphs, run, solvers, steps
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -54,7 +54,7 @@ def test_replays_equal_eager(case: str, monkeypatch: pytest.MonkeyPatch) -> None
     kind, config = CASES[case]
     model = network(kind)
     # who is compacted when decides the shapes, and shapes the rounding: late for both, as on a GPU
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
     plain, (s, backend) = eager(config, model), make(config, model, monkeypatch)
     assert plain.graphs is None
     assert s.graphs is not None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
-from fpdm import run, stopping
+from fpdm import run, solvers
 from fpdm.batches import Draws
 from fpdm.config import ConfigError, DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
@@ -353,7 +353,7 @@ def test_loops_that_end_on_the_device(
     assert s.graphs.loops
     assert any(e.graph for key, e in s.graphs.entries.items() if key.piece == "solve")
     reads: list[int] = []
-    monkeypatch.setattr(stopping.Flag, "read", lambda self, j: reads.append(j))
+    monkeypatch.setattr(solvers.Flag, "read", lambda self, j: reads.append(j))
     s.sample(LABELS, SEEDS)
     assert reads == []
     sizes = []

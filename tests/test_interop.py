@@ -20,7 +20,7 @@ from conftest import EXTRA, TINY, TINY_DIT, published, worst_relative
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpdm.config import DiffusionConfig, ModelConfig, UserError
+from fpdm.config import DiffusionConfig, ExecutionConfig, ModelConfig, UserError
 from fpdm.files import CheckpointError
 from fpdm.interop import (
     export,
@@ -30,7 +30,7 @@ from fpdm.interop import (
     load_strict,
     read_export,
 )
-from fpdm.model import build_model
+from fpdm.model import FPDM, build_model
 
 Golden = dict[str, Tensor]
 FLAG = "fixed_point_pre_post_timestep_conditioning"
@@ -47,6 +47,17 @@ def check_tiny(model: torch.nn.Module, golden: Golden) -> None:
 
 
 # architecture
+
+
+def test_a_model_runs_as_it_is_told_to(tiny: Golden, tmp_path: Path) -> None:
+    """``execution`` is no part of a file: whoever reads it says."""
+    told = ExecutionConfig(impl="reference", recompute="full")
+    state = fpdm_state(tiny)
+    assert load_official(state, num_heads=4, execution=told).execution == told
+    path = make_export(tmp_path / "a", state, TINY)
+    assert from_pretrained(path, told).execution == told
+    assert FPDM.from_pretrained(path, told).execution == told
+    assert FPDM.from_pretrained(path).execution == ExecutionConfig()
 
 
 def test_architecture_is_read_from_shapes(tiny: Golden, extra: Golden) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from recorder import eager, make, network
 
-from fpdm import run, stopping
+from fpdm import run, solvers, stopping
 from fpdm.config import ModelConfig, SamplerConfig
 from fpdm.engine import Sampler
 
@@ -40,7 +40,7 @@ def looped(
     config = replace(BUSY, batch=rows // 2, invariant=rows <= 2, **LOOPS[case])
     monkeypatch.setattr(stopping, "LOOP_ROWS", rows)
     monkeypatch.setattr(run, "bucket", lambda _: rows)  # the same rows to the end
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
     plain, (s, _) = eager(config, model), make(config, model, monkeypatch)
     for seeds in (SEEDS, range(4), SEEDS):
         want, found = plain.sample(LABELS, seeds), s.sample(LABELS, seeds, stats=statistics)
@@ -65,7 +65,7 @@ def test_loops_equal_what_the_host_follows(
     assert any(key.piece == "solve" for key in s.graphs.entries)
     # a loop for every shape that came twice: from now on the host reads nothing
     reads: list[int] = []
-    monkeypatch.setattr(stopping.Flag, "read", lambda self, j: reads.append(j))
+    monkeypatch.setattr(solvers.Flag, "read", lambda self, j: reads.append(j))
     found = s.sample(LABELS, SEEDS)
     assert reads == []
     assert len(found.stats.iterations[:, 0].unique()) > (case != "odd cap")
@@ -112,7 +112,7 @@ def test_loops_only_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> No
     """A failed one costs a warning, and no other graph; auto and solvers have none."""
     model = network(SMALL)
     config = replace(BUSY, invariant=True)
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
     want = eager(config, model).sample(LABELS, SEEDS).x
     s, backend = make(config, model, monkeypatch)
     backend.fail_loops = True

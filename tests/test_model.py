@@ -3,6 +3,8 @@ float64."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import (
@@ -253,3 +255,41 @@ def test_values_out_of_range_are_named(kind: str, change: dict, match: str) -> N
     assert model(**given).shape == (2, 2, 4, 4)
     with pytest.raises(ValueError, match=match):
         model(**given | {name: torch.tensor(values) for name, values in change.items()})
+
+
+STUMBLES: dict[str, tuple[Any, str]] = {
+    "an image of other channels": (
+        lambda m, x, h, mod: m.encode(x[:, :1], mod), r"x: got \(2, 1, 8, 8\) .* expected \(2, 4"),
+    "tokens of another width": (
+        lambda m, x, h, mod: m.decode(h[..., :3], mod), r"z: got .* expected \(2, 16, 48\)"),
+    "a start for another batch": (
+        lambda m, x, h, mod: m.iterate(h[:1], h, mod, 2), r"x0: got \(1, 16, 48\), expected"),
+    "a point of another batch": (
+        lambda m, x, h, mod: m.fixed_point_map(h, mod)(h[:1]), r"x: got \(1, 16, 48\), expected"),
+    "fewer than no iterations": (
+        lambda m, x, h, mod: m.iterate(h, h, mod, -1), "iters: got -1, expected at least 0"),
+    "vectors without the timestep": (
+        lambda m, x, h, mod: m.iterate(h, h, m.modulation_pp(LABELS), 2),
+        "mod: got none for the fixed-point block"),
+    "vectors in another dtype": (
+        lambda m, x, h, mod: m.iterate(h, h, mod.fp.double(), 2),
+        "mod: got torch.float64, expected torch.float32: made with the same weights"),
+    "pre vectors in another dtype": (
+        lambda m, x, h, mod: m.encode(x, mod._replace(pre=[v.half() for v in mod.pre])),
+        "mod: got torch.float16, expected torch.float32"),
+    "a label that is none": (
+        lambda m, x, h, mod: m.modulation(TIMES, torch.tensor([3, 11])),
+        r"y: got 11, expected 0\.\.10 \(10 is the null label\)"),
+}  # fmt: skip
+LABELS, TIMES = torch.tensor([3, 10]), torch.tensor([999, 0])
+
+
+@pytest.mark.parametrize("name", STUMBLES)
+def test_a_loop_of_ones_own_is_told_what_is_wrong(name: str) -> None:
+    model = random_model(TINY)
+    with torch.no_grad():
+        x, mod = torch.randn(2, 4, 8, 8), model.modulation(TIMES, LABELS)
+        h = model.encode(x, mod)
+        call, message = STUMBLES[name]
+        with pytest.raises(ValueError, match=message):
+            call(model, x, h, mod)

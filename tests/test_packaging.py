@@ -16,8 +16,9 @@ HEAVY = {"tyro", "yaml", "triton", "cupy", "matplotlib", "PIL", "diffusers", "te
          "sklearn", "flash_attn"}  # fmt: skip
 
 
-def imported(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+def modules(statement: str) -> set[str]:
+    """What is loaded after ``statement`` in a new process."""
+    code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -27,6 +28,10 @@ def imported(statement: str) -> set[str]:
         timeout=60,
     )
     return set(done.stdout.split())
+
+
+def imported(statement: str) -> set[str]:
+    return {name.split(".")[0] for name in modules(statement)}
 
 
 def test_the_library_imports_nothing_optional() -> None:
@@ -43,6 +48,55 @@ def test_settings_need_no_torch_and_the_probe_bites() -> None:
     loaded = imported(f"import fpdm.recipes; fpdm.recipes.load_config('digits', {argv})")
     assert "tyro" in loaded
     assert "torch" not in loaded
+
+
+def test_the_package_alone_loads_nothing_and_a_name_what_it_needs() -> None:
+    loaded = modules("import fpdm; dir(fpdm); fpdm.__version__; fpdm.__all__")
+    assert not {name for name in loaded if name.startswith("fpdm.")}
+    assert not loaded & {"torch", "numpy", *HEAVY}
+    # settings are as light through the package as from their module
+    loaded = modules("import fpdm; fpdm.ModelConfig(); fpdm.SamplerConfig(iters=4)")
+    assert {name for name in loaded if name.startswith("fpdm.")} == {"fpdm.config", "fpdm.settings"}
+    assert not loaded & {"torch", "numpy", *HEAVY}
+    # control: the probe sees what a model needs
+    loaded = modules("import fpdm; fpdm.FPDM")
+    assert loaded & {"torch", "fpdm.model", "fpdm.engine"} == {"torch", "fpdm.model"}
+    assert not loaded & HEAVY
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    assert dir(fpdm) == sorted(fpdm.__all__)
+    for name in fpdm.__all__:
+        found = getattr(fpdm, name)
+        if isinstance(found, type) or callable(found):
+            assert getattr(sys.modules[found.__module__], name) is found
+    assert fpdm.solvers is sys.modules["fpdm.solvers"]
+    assert fpdm.gradients is sys.modules["fpdm.gradients"]
+    space: dict[str, object] = {}
+    exec("from fpdm import *", space)
+    assert set(fpdm.__all__) <= set(space)
+    with pytest.raises(AttributeError, match="module 'fpdm' has no attribute 'FPMD'"):
+        fpdm.FPMD  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
+    """mypy knows every name, and what it is."""
+    program = tmp_path / "program.py"
+    lines = [f"fpdm.{name}" for name in fpdm.__all__]
+    program.write_text("\n".join([
+        "import fpdm", *lines, "reveal_type(fpdm.FPDM.from_pretrained('a'))",
+        "reveal_type(fpdm.solvers.relative_residual)", "fpdm.FPMD",
+    ]))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports", "silent", str(program)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    told = done.stdout.splitlines()
+    assert any('"fpdm.model.FPDM"' in line for line in told), done.stdout + done.stderr
+    assert any("def (x: torch._tensor.Tensor" in line for line in told)
+    errors = [line for line in told if " error: " in line]
+    assert len(errors) == 1, errors
+    assert 'no attribute "FPMD"' in errors[0]
 
 
 def project() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fpdm import solvers
-from fpdm.config import DiffusionConfig
+from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.data import Digits
 from fpdm.diffusion import Diffusion
+from fpdm.engine import Sampler
 from fpdm.model import FPDM
+from fpdm.noise import SAMPLE_INIT, as_keys, normals
 from fpdm.weights import PreparedWeights
 
 MAKERS: dict[str, Callable[[], solvers.Solver]] = {
@@ -144,6 +147,161 @@ def test_a_growing_residual_forgets_the_history(name: str) -> None:
     assert (fx - exact).norm() > 1e-3
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_tolerance_ends_each_sample_on_its_own(name: str) -> None:
+    """Contractions of 0.1 to 0.9: evaluations differ, and are the first that meet the tolerance."""
+    f, exact = spread(6, 12)
+    start, tol = torch.zeros_like(exact), 1e-6
+    free = solvers.solve(f, start, MAKERS[name](), 200)
+    calls: list[Tensor] = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x)
+        return f(x)
+
+    found = solvers.solve(counted, start, MAKERS[name](), 200, tol=tol)
+    used = found.evaluations
+    first = (free.residual <= tol).to(torch.uint8).argmax(0)
+    assert torch.equal(used, first + 1)
+    assert torch.equal(found.best, first)
+    assert len(used.unique()) > 2
+    assert len(calls) == len(found.residual) == int(used.max())
+    for sample, k in enumerate(used.tolist()):
+        mine = found.residual[:, sample]
+        assert torch.equal(mine[:k], free.residual[:k, sample])
+        assert mine[k - 1] <= tol
+        assert mine[k:].isnan().all()
+        assert torch.equal(found.x[sample], f(calls[k - 1])[sample])
+        # it stays where it is
+        assert all(torch.equal(x[sample], found.x[sample]) for x in calls[k:])
+
+
+def spread(b: int, n: int) -> tuple[Callable[..., Tensor], Tensor]:
+    """As ``linear_map``, with |M| from 0.1 to 0.9 over the samples."""
+    g = torch.Generator().manual_seed(5)
+    m = torch.randn(b, n, n, generator=g, dtype=torch.float64)
+    m *= (torch.linspace(0.1, 0.9, b) / torch.linalg.matrix_norm(m, 2)).view(-1, 1, 1)
+    c = torch.randn(b, n, generator=g, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - m, c)
+    return lambda x: (m @ x.unsqueeze(-1)).squeeze(-1) + c, exact
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_under_a_tolerance_a_sample_does_not_see_its_batch_mates(
+    name: str, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone as among others, whose map breaks down once it is done, however late the host reads."""
+    monkeypatch.setitem(solvers.LAG, "cpu", lag)
+    f, exact = spread(4, 10)
+    start = torch.zeros_like(exact)
+    together = solvers.solve(f, start, MAKERS[name](), 100, tol=1e-7)
+    assert len(together.evaluations.unique()) > 2
+    assert (together.evaluations < 100).all()
+    for sample, k in enumerate(together.evaluations.tolist()):
+
+        def alone(x: Tensor, s: int = sample) -> Tensor:
+            return f(x.expand(4, -1))[s : s + 1]
+
+        one = solvers.solve(alone, start[:1], MAKERS[name](), 100, tol=1e-7)
+        torch.testing.assert_close(one.x[0], together.x[sample], rtol=1e-10, atol=1e-10)
+        assert int(one.evaluations) == k
+        calls = 0
+
+        def breaks_down(x: Tensor, s: int = sample, after: int = k) -> Tensor:
+            nonlocal calls
+            calls += 1
+            y = f(x)
+            y[s] = torch.where(torch.tensor(calls > after), torch.nan, y[s])
+            return y
+
+        broken = solvers.solve(breaks_down, start, MAKERS[name](), 100, tol=1e-7)
+        assert torch.equal(broken.x, together.x)
+        assert torch.equal(broken.evaluations, together.evaluations)
+        assert torch.equal(broken.best, together.best)
+
+
+def test_the_host_reads_a_flag_once_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late where it would wait, which costs one evaluation; never without a tolerance."""
+    f, exact = spread(3, 8)
+    start, reads = torch.zeros_like(exact), []
+    read = solvers.Flag.read
+
+    def watched(self: solvers.Flag, j: int) -> int | None:
+        reads.append(read(self, j))
+        return reads[-1]
+
+    monkeypatch.setattr(solvers.Flag, "read", watched)
+    solvers.solve(f, start, solvers.Picard(), 9)
+    assert reads == []
+    at_once = solvers.solve(f, start, solvers.Picard(), 90, tol=1e-4)
+    assert len(reads) == len(at_once.residual)
+    assert reads[-1] == 0
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
+    late = solvers.solve(f, start, solvers.Picard(), 90, tol=1e-4)
+    assert len(late.residual) == len(at_once.residual) + 1
+    assert late.residual[-1].isnan().all()
+    assert torch.equal(late.x, at_once.x)
+    assert torch.equal(late.evaluations, at_once.evaluations)
+
+
+@pytest.mark.parametrize(("evaluations", "tol"), [(7, None), (7, 0.0), (7, 1e-30), (1, 1e-30)])
+def test_the_cap_counts(evaluations: int, tol: float | None) -> None:
+    f, exact = spread(3, 8)
+    found = solvers.solve(f, torch.zeros_like(exact), solvers.Picard(), evaluations, tol=tol)
+    assert found.evaluations.tolist() == [evaluations] * 3
+    assert found.residual.shape == (evaluations, 3)
+    assert not found.residual.isnan().any()
+
+
+def test_a_residual_of_nan_meets_no_tolerance() -> None:
+    f, exact = spread(3, 8)
+
+    def poisoned(x: Tensor) -> Tensor:
+        y = f(x)
+        y[1] = torch.nan
+        return y
+
+    found = solvers.solve(poisoned, torch.zeros_like(exact), solvers.Picard(), 80, tol=1e-3)
+    assert int(found.evaluations[1]) == 80
+    assert found.evaluations[::2].max() < 80
+
+
+def test_a_fixed_point_is_one_evaluation_away() -> None:
+    """Zero is a tolerance: met where x = f(x) exactly."""
+    x = torch.ones(2, 3)
+    found = solvers.solve(lambda v: v.clone(), x, solvers.Anderson(), 50, tol=0.0)
+    assert found.evaluations.tolist() == [1, 1]
+    assert torch.equal(found.x, x)
+
+
+def no_freeze(solver: Any, best: Any, x: Tensor, fx: Tensor, before: Tensor, done: Tensor) -> Any:
+    return solver.advance(x, fx)
+
+
+def one_for_all(done: Tensor, count: Tensor, r: Tensor, *rest: Any) -> None:
+    MARK(done, count, r.nan_to_num(0.0).max().expand(len(r)), *rest)
+
+
+def counts_on(done: Tensor, count: Tensor, r: Tensor, *rest: Any) -> None:
+    MARK(done, count, r, *rest)
+    count.fill_(int(count.max()))
+
+
+MARK = solvers.mark
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("proceed", no_freeze), ("mark", one_for_all), ("mark", counts_on)]
+)
+def test_planted_faults_of_the_tolerance_are_seen(
+    name: str, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solvers, name, fault)
+    with pytest.raises(AssertionError):
+        test_a_tolerance_ends_each_sample_on_its_own("picard")
+
+
 def test_half_precision_keeps_its_dtype() -> None:
     f, exact = linear_map(2, 16, 0.7)
     for name, make in MAKERS.items():
@@ -177,8 +335,41 @@ def test_spectral_radius() -> None:
 def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="evaluations: got 0"):
         solvers.solve(lambda x: x, torch.zeros(1, 2), solvers.Picard(), 0)
+    for tol in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"tol: got (-1\.0|nan), expected none or"):
+            solvers.solve(lambda x: x, torch.zeros(1, 2), solvers.Picard(), 1, tol=tol)
     with pytest.raises(ValueError, match="got 'newton', expected picard, anderson or broyden"):
         solvers.make("newton", 3, 1.0)
+
+
+def test_a_solver_that_cannot_serve_is_refused() -> None:
+    x, f = torch.ones(2, 3), torch.cos
+    used = solvers.Anderson()
+    solvers.solve(f, x, used, 3)
+    for bad, told in (
+        (used, "one with the history of another solve"),
+        (solvers.Anderson, "a class"),
+    ):
+        with pytest.raises(ValueError, match=f"solver: got {told}, expected a new one"):
+            solvers.solve(f, x, bad, 3)  # type: ignore[arg-type]
+    for kind in (solvers.Anderson, solvers.Broyden):
+        with pytest.raises(ValueError, match="window: got 0, expected at least 1"):
+            kind(window=0)
+    with pytest.raises(ValueError, match=r"x: got shape \(4,\), expected \(B,...\)"):
+        solvers.solve(f, torch.ones(4), solvers.Picard(), 3)
+    with pytest.raises(ValueError, match="iterations: got 0, expected at least 1"):
+        solvers.spectral_radius(f, x, 0)
+
+
+def test_the_spectral_radius_of_a_constant_is_zero() -> None:
+    found = solvers.spectral_radius(lambda v: 0.0 * v, torch.ones(2, 3), 6)
+    assert found.tolist() == [0.0, 0.0]
+
+
+def test_the_spectral_radius_takes_what_inference_mode_made() -> None:
+    with torch.inference_mode():
+        found = solvers.spectral_radius(lambda v: 0.5 * v, torch.ones(2, 3), 6)
+    torch.testing.assert_close(found, torch.full((2,), 0.5))
 
 
 # the trained digits model
@@ -257,6 +448,39 @@ def test_anderson_leaves_a_slow_manifold(trained: Trained, monkeypatch: pytest.M
     assert trained.path(solvers.Anderson, row)[-1] > 3 * plain[-1]
 
 
+def test_the_digits_stop_one_by_one(trained: Trained) -> None:
+    """The shipped model under a tolerance: the same images' solutions, for fewer evaluations."""
+    rows = [(t, 0) for t in range(len(TIMESTEPS))]
+    with torch.no_grad():
+        f, h = trained.problem(rows)
+        exact = solvers.solve(f, h, solvers.Anderson(), 40).x
+        found = solvers.solve(f, h, solvers.Anderson(), 40, tol=1e-3)
+    assert found.residual.nan_to_num(1.0).amin(0).max() <= 1e-3
+    assert agree({"tol": found}, exact)
+    used = found.evaluations
+    assert torch.equal((~found.residual.isnan()).sum(0), used)
+    assert len(found.residual) == used.max() <= 20
+    assert len(used.unique()) > 1
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_a_solve_takes_what_the_sampler_takes(trained: Trained, name: str) -> None:
+    """One decides as the other: evaluations of a loop of one's own are the sampler's iterations."""
+    labels, tol = [3, 7, 1], 1e-3
+    config = SamplerConfig(steps=1, iters=40, tol=tol, guidance=1.0, solver=name)  # type: ignore[arg-type]
+    sampler = Sampler(trained.model, Diffusion(DiffusionConfig(beta_end=0.006)), config)
+    theirs = sampler.sample(labels, [0, 1, 2]).stats.iterations.flatten()
+    x = normals(as_keys([0, 1, 2]), 0, 0, SAMPLE_INIT, (1, 8, 8))
+    with torch.no_grad():
+        mod = trained.model.modulation(torch.full((3,), 999), torch.tensor(labels))
+        h = trained.model.encode(x, mod)
+        f = trained.model.fixed_point_map(h, mod)
+        solver = solvers.make(name, config.window, config.damping)
+        ours = solvers.solve(f, h, solver, 40, tol=tol)
+    assert torch.equal(ours.evaluations, theirs)
+    assert len(theirs.unique()) > 1
+
+
 def agree(runs: dict[str, solvers.Solution], exact: Tensor) -> bool:
     """Errors are residuals, but for the slowest contraction of these problems and rounding."""
 
@@ -264,9 +488,13 @@ def agree(runs: dict[str, solvers.Solution], exact: Tensor) -> bool:
         return torch.linalg.vector_norm(x.double().flatten(1), dim=1)
 
     return all(
-        bool((size(run.x - exact) <= (20 * run.residual.amin(0) + 1e-5) * size(exact)).all())
+        bool((size(run.x - exact) <= (20 * least(run) + 1e-5) * size(exact)).all())
         for run in runs.values()
     )
+
+
+def least(run: solvers.Solution) -> Tensor:
+    return run.residual.nan_to_num(torch.inf).amin(0)
 
 
 def test_solvers_agree_on_the_digits(trained: Trained) -> None:

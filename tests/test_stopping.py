@@ -125,7 +125,7 @@ def test_definition(
     """Whatever the host knows when (without a lag: one call), and whoever is in the batch."""
     if lag is not None:
         follow(monkeypatch)
-        monkeypatch.setitem(stopping.LAG, "cpu", lag)
+        monkeypatch.setitem(solvers.LAG, "cpu", lag)
     s = sampler(digits, replace(CONFIG, **CASES[case]))
     found = s.sample(LABELS, SEEDS)
     assert differs(s, found) is None
@@ -189,7 +189,7 @@ def test_the_definition_bites(
     digits: Any, name: str, fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # where the host knows at once, nothing that is done is there to freeze
-    monkeypatch.setitem(stopping.LAG, "cpu", int(fault is no_freeze))
+    monkeypatch.setitem(solvers.LAG, "cpu", int(fault is no_freeze))
     if name != "begin":
         follow(monkeypatch)
     monkeypatch.setattr(stopping, name, fault)
@@ -290,7 +290,7 @@ def test_work_that_stopping_saves(digits: Any, monkeypatch: pytest.MonkeyPatch) 
     assert ran == used <= 0.6 * all_of_it
     follow(monkeypatch)
     assert row_iterations(s, monkeypatch)[0] == used
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
     ran, found = row_iterations(s, monkeypatch)
     assert found.stats.iterations.sum() == used
     assert used < ran <= min(1.5 * used, 0.75 * all_of_it)
@@ -305,7 +305,7 @@ def test_work_of_samples_that_stop_apart(
     """Exactly what is used on a CPU; in buckets, one iteration late, at most 0.8 of everything."""
     if lag is not None:
         follow(monkeypatch)
-        monkeypatch.setitem(stopping.LAG, "cpu", lag)
+        monkeypatch.setitem(solvers.LAG, "cpu", lag)
     s = spread_evenly(digits, monkeypatch, steps=2)
     ran, found = row_iterations(s, monkeypatch)
     assert found.stats.iterations[:, 0].tolist() == [[4 + i * 16 // 31 for i in range(COUNT)]] * 2
@@ -392,13 +392,13 @@ def test_what_the_caller_set_changes_nothing(digits: Any, solver: Any) -> None:
 @pytest.mark.usefixtures("followed")
 def test_only_a_tolerance_reads_the_device(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = stopping.Flag.read
+    read = solvers.Flag.read
 
     def watched(self: Any, j: int) -> int | None:
         reads.append(j)
         return read(self, j)
 
-    monkeypatch.setattr(stopping.Flag, "read", watched)
+    monkeypatch.setattr(solvers.Flag, "read", watched)
     sampler(digits, replace(CONFIG, tol=0.0, steps=2)).sample(LABELS[:2], SEEDS[:2])
     assert reads == []
     found = sampler(digits, replace(CONFIG, steps=2)).sample(LABELS[:2], SEEDS[:2])

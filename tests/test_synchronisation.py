@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fpdm import run, stopping
+from fpdm import run, solvers, stopping
 from fpdm.config import DiffusionConfig, ModelConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -85,7 +85,7 @@ def watched(
     monkeypatch: pytest.MonkeyPatch, model: Any = SMALL, **changes: Any
 ) -> tuple[Waits, Any]:
     """What waited in the steps of all batches, as on a GPU, and the samples."""
-    waits, execute, init = Waits(), Run.execute, stopping.Flag.__init__
+    waits, execute, init = Waits(), Run.execute, solvers.Flag.__init__
 
     def watching(self: Run, progress: Any = None) -> Tensor:
         with waits:
@@ -96,8 +96,8 @@ def watched(
         waits.late |= {t.untyped_storage().data_ptr() for t in self.host}
 
     monkeypatch.setattr(Run, "execute", watching)
-    monkeypatch.setattr(stopping.Flag, "__init__", noted)
-    monkeypatch.setitem(stopping.LAG, "cpu", 1)
+    monkeypatch.setattr(solvers.Flag, "__init__", noted)
+    monkeypatch.setitem(solvers.LAG, "cpu", 1)
     # by the reference: the mode sees torch's operators only
     net = random_model(model, impl="reference")
     s = Sampler(net, Diffusion(DiffusionConfig()), replace(BUSY, **changes))
@@ -171,7 +171,7 @@ UPDATE, COMPACT = run.Run._update, stopping.compact
         (Run, "_update", repeats_by_data, "repeat_interleave"),
         (stopping, "compact", takes_a_mask, "by a mask"),
         (stopping, "compact", counts_gaps, "nonzero"),
-        (stopping.Flag, "read", reads_at_once, "_local_scalar_dense"),
+        (solvers.Flag, "read", reads_at_once, "_local_scalar_dense"),
     ],
 )
 def test_waiting_is_seen(

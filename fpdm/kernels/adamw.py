@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fpdm.kernels import toolchain
 from fpdm.kernels.launch import cdiv
 
 BLOCK = 1024
@@ -46,7 +47,9 @@ def adamw_kernel(
 
 def unavailable(device: torch.device) -> str | None:
     """None when the kernel can run on ``device``, else the reason."""
-    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
+    if device.type == "cuda":
+        return "; ".join(toolchain.missing()) or None
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
     return f"needs a cuda device, got {device.type}"
 

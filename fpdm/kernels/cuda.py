@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fpdm.kernels import cuda_driver
 from fpdm.kernels import cuda_kernels as ck
-from fpdm.kernels.cuda_driver import Argument, Backend, Driver
+from fpdm.kernels.cuda_driver import Argument, Driver, Launcher
 from fpdm.kernels.cuda_kernels import Kernel
 from fpdm.kernels.launch import (
     LaunchError,
@@ -41,7 +41,7 @@ COLUMNS = 8  # neighbouring elements of a thread
 MULTIPROCESSORS = 80  # of a V100
 LOG2_E = 1 / math.log(2)
 _ELEMENT = {torch.float16: ck.HALF, torch.float32: ck.FLOAT}
-_backend: Backend = Driver()
+_backend: Launcher = Driver()
 
 __all__ = ["LIBRARY", "NAME", "linear", "linear_dgrad", "linear_wgrad", "prepare", "unavailable"]
 

@@ -7,6 +7,7 @@ come before a CUDA graph is captured; ``Driver.prepare`` loads everything.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ Load = Callable[[str, tuple[int, int]], Binary]
 STATIC_LIMIT = 48 * 1024  # bytes of dynamic shared memory that need no opt-in
 
 
-class Backend(Protocol):
+class Launcher(Protocol):
     """What the launchers need of a device, or of its stand-in."""
 
     def entry(self, kernel: Kernel, device: torch.device) -> Entry:
@@ -60,11 +61,11 @@ class Driver:
         self._lock = threading.Lock()
 
     def entry(self, kernel: Kernel, device: torch.device) -> Entry:
-        """See Backend. Loads the kernel's module; raises LaunchError inside a capture."""
+        """See Launcher. Loads the kernel's module; raises LaunchError inside a capture."""
         return self._function(kernel, _index(device))[1]
 
     def shared_limit(self, device: torch.device) -> int:
-        """See Backend: 96 KB on Volta, 64 KB on Turing, more on newer ones."""
+        """See Launcher: 96 KB on Volta, 64 KB on Turing, more on newer ones."""
         return _shared_limit(_index(device))
 
     def prepare(self, device: torch.device) -> None:
@@ -80,7 +81,7 @@ class Driver:
         arguments: Sequence[Argument],
         device: torch.device,
     ) -> None:
-        """See Backend. The struct is copied at the launch, so graphs may capture it."""
+        """See Launcher. The struct is copied at the launch, so graphs may capture it."""
         import numpy
 
         index = _index(device)
@@ -155,16 +156,20 @@ def _stream(pointer: int) -> Any:
 
 
 def missing(device: torch.device) -> list[str]:
-    """Why kernels cannot be loaded on ``device``, without importing CuPy or touching the device
-    more than for its capability; empty when they can."""
-    import importlib.util
+    """Why kernels cannot be loaded on ``device``; empty when they can.
 
+    On a CUDA device CuPy is imported and asks the driver how many there are: an installation that
+    is broken, or made for a newer CUDA than the driver's, says so here and not at the first launch.
+    """
     reasons = []
-    if importlib.util.find_spec("cupy") is None:
+    installed = importlib.util.find_spec("cupy") is not None
+    if not installed:
         reasons.append("cupy is not installed (extra cuda12 or cuda13)")
     if device.type != "cuda" or not torch.cuda.is_available():
         reasons.append(f"got {device.type}, expected a CUDA device")
         return reasons
+    if installed and (problem := _cupy_problem()):
+        reasons.append(problem)
     capability = torch.cuda.get_device_capability(device)
     arch = cuda_compile.architecture(capability)
     if capability < (7, 0):
@@ -176,3 +181,18 @@ def missing(device: torch.device) -> list[str]:
     except cuda_compile.CompileError as error:
         reasons.append(f"no cubins for {arch} in the package, and {error}")
     return reasons
+
+
+def _cupy_problem() -> str | None:
+    """What of CuPy fails that ``Driver`` needs."""
+    try:
+        import cupy
+
+        needed = (cupy.cuda.function, "Module"), (cupy.cuda.driver, "funcSetAttribute")
+        for module, name in needed:
+            getattr(module, name)
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        told = " ".join(str(error).split())
+        return f"cupy is installed and cannot be used: {type(error).__name__}: {told[:200]}"
+    return None

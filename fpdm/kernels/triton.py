@@ -2,8 +2,8 @@
 
 GEMMs are cuBLAS's; ``fpdm.kernels.gemm`` decides per shape, by its committed table, where one of
 ours with its glue fused runs instead. ``fused=True`` asks for ours (the set ``triton-fused``).
-Needs a CUDA device of capability 8.0 or newer; under TRITON_INTERPRET=1 it runs on the CPU in
-float32 and float16, to be tested without a GPU.
+Needs a CUDA device of capability 8.0 or newer and a C compiler (fpdm.kernels.toolchain); under
+TRITON_INTERPRET=1 it runs on the CPU in float32 and float16, to be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fpdm.kernels import reference, rows
+from fpdm.kernels import reference, rows, toolchain
 from fpdm.kernels.adaln import adaln, adaln_backward
 from fpdm.kernels.attention import attention, attention_backward
 from fpdm.kernels.gate_residual import gate_residual, gate_residual_adaln, gate_residual_backward
@@ -52,6 +52,9 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
         reasons.append("device: got no CUDA device, expected one")
     elif (found := torch.cuda.get_device_capability(device)) < (8, 0):
         reasons.append(f"capability: got {found[0]}.{found[1]}, expected 8.0 or newer")
+    else:
+        # the first kernel would fail with Triton's traceback
+        reasons += toolchain.missing()
     # the interpreter's bfloat16 dot is wrong
     known = tuple(d for d in FLOATS if not (INTERPRETED and d == torch.bfloat16))
     if dtype is not None and dtype not in known:

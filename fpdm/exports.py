@@ -1,0 +1,244 @@
+"""Exports: a folder of ``model.safetensors`` and ``config.json``, and what a state dict shows.
+
+    export        writes a whole state dict and its configs, tied together by a hash
+    read_export   the description, without the weights;  Export.state() the weights, hash verified
+    infer_config  the architecture that a state dict in published names has
+    load_strict   a state dict into a model: same names and shapes, all finite, or nothing is copied
+
+Nothing here builds a model: ``fpdm.model.from_pretrained`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from torch import Tensor, nn
+
+from fpdm import __version__, settings
+from fpdm.config import DiffusionConfig, ModelConfig, UserError
+from fpdm.files import (
+    CheckpointError,
+    FileRecord,
+    atomic_write,
+    make_directory,
+    read_safetensors,
+    read_small,
+    write_problem,
+    write_safetensors,
+)
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # the published widths S, B, L, XL
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    pre_post_timestep_conditioning: bool = False,
+    num_heads: int | None = None,
+    where: str = "state dict",
+) -> ModelConfig:
+    """The architecture that a published-layout state dict has.
+
+    Raises:
+        CheckpointError: a telling tensor is missing or has a shape that no model here has.
+    """
+    patch = _telling(state, "x_embedder.proj.weight", 4, where)
+    positions = _telling(state, "pos_embed", 3, where)
+    labels = _telling(state, "y_embedder.embedding_table.weight", 2, where)
+    out = _telling(state, "final_layer.linear.weight", 2, where)
+    width, channels, size = patch[0], patch[1], patch[2]
+    side = math.isqrt(positions[1])
+    if patch[3] != size or side * side != positions[1] or labels[0] < 2:
+        raise CheckpointError(
+            f"{where}: got patches {size}x{patch[3]}, {positions[1]} tokens, {labels[0]} label "
+            "rows, expected square patches, a square of tokens, a class and the null label"
+        )
+    if out[0] != 2 * channels * size * size:
+        raise CheckpointError(
+            f"{where}: final_layer.linear: got {out[0]} rows, expected {2 * channels * size**2} "
+            "(prediction and learned variance)"
+        )
+    heads = num_heads or _HEADS.get(width)
+    if type(heads) is not int:
+        raise CheckpointError(
+            f"{where}: got num_heads={heads}, expected a number (width {width} has no usual one)"
+        )
+    fpdm = any(name.startswith("block_fixed_point.") for name in state)
+    depth = _depth(state, "blocks")
+    if not fpdm and not depth:
+        raise CheckpointError(f"{where}: got neither block_fixed_point.* nor blocks.*")
+    return ModelConfig(
+        kind="fpdm" if fpdm else "dit",
+        input_size=side * size,
+        patch_size=size,
+        in_channels=channels,
+        hidden_size=width,
+        num_heads=heads,
+        pre_depth=_depth(state, "blocks_pre") if fpdm else 0,
+        post_depth=_depth(state, "blocks_post") if fpdm else 0,
+        depth=0 if fpdm else depth,
+        num_classes=labels[0] - 1,
+        pre_post_timestep_conditioning=fpdm and pre_post_timestep_conditioning,
+    )
+
+
+def _telling(state: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"{where}: {name} is missing, expected a published-layout state dict")
+    shape = tuple(state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"{where}: {name}: got shape {shape}, expected {rank} dimensions")
+    return shape
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks ``prefix.0, prefix.1, ...`` without a gap; strict loading finds the rest."""
+    pattern = re.compile(rf"{prefix}\.(\d+)\.")
+    indices = {int(match[1]) for name in state if (match := pattern.match(name))}
+    return next(index for index in range(len(indices) + 1) if index not in indices)
+
+
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copy ``state`` into ``model``: the same names and shapes, all finite, or nothing is copied.
+
+    Raises:
+        CheckpointError: one line with the first differences.
+    """
+    compare(model, state, where)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def compare(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError, one line with the first differences, unless ``state`` has the names
+    and shapes of ``model``'s state dict and is finite. Values of ``model`` are not read: it may be
+    on the meta device."""
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in own]
+    common = [name for name in own if name in state]
+    for name in common:
+        got, expected = tuple(state[name].shape), tuple(own[name].shape)
+        if got != expected:
+            problems.append(f"{name}: got shape {got}, expected {expected}")
+    if not problems:
+        broken = (name for name in common if not state[name].isfinite().all())
+        problems = [f"{name} holds NaN or Inf" for name in broken]
+    if problems:
+        more = f" and {len(problems) - 3} more" if problems[3:] else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:3])}{more}")
+
+
+def _check_architecture(state: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
+    """What the tensors show must be what the config says."""
+    flag = config.pre_post_timestep_conditioning
+    found = asdict(infer_config(state, flag, config.num_heads, where))
+    for name, value in asdict(config).items():
+        if found[name] != value:
+            raise CheckpointError(
+                f"{where}: got weights with {name}={found[name]}, expected {value} (the config's)"
+            )
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``config.json`` of an export says; ``extra`` is what the exporter added (JSON)."""
+
+    path: Path
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    weights: Literal["ema", "raw"]
+    extra: dict[str, Any]
+    fpdm: str
+    record: FileRecord
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights, in published names, checked against the stored hash.
+
+        Raises CheckpointError: missing, damaged, or of another architecture than ``model``.
+        """
+        weights = self.path / WEIGHTS
+        found = read_safetensors(weights, self.record)
+        _check_architecture(found, self.model, str(weights))
+        return found
+
+
+def export(
+    out_dir: str | Path,
+    model_config: ModelConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    which: Literal["ema", "raw"],
+    diffusion: DiffusionConfig,
+    extra: Mapping[str, Any],
+) -> Path:
+    """Write ``model.safetensors`` and ``config.json`` into ``out_dir``, each atomically.
+
+    ``state_dict`` is a whole one (``pos_embed`` included) in published names; ``which`` says what
+    the weights are. The hash in ``config.json`` ties the two files together.
+
+    Raises:
+        CheckpointError: weights of another architecture, or not finite. UserError: not writable.
+    """
+    out = Path(out_dir)
+    _check_architecture(state_dict, model_config, f"export to {out}")
+    record: list[FileRecord] = []
+
+    def write(file: BinaryIO) -> None:
+        written, finite = write_safetensors(file.write, state_dict)
+        if not finite:
+            raise CheckpointError(f"export to {out}: the weights hold NaN or Inf")
+        record.append(written)
+
+    try:
+        make_directory(out)
+    except OSError as error:
+        raise UserError(write_problem(out, error)) from error
+    atomic_write(out / WEIGHTS, write)
+    body = {
+        "format": FORMAT,
+        "fpdm": __version__,
+        "weights": which,
+        "model": asdict(model_config),
+        "diffusion": asdict(diffusion),
+        "extra": dict(extra),
+        "file": asdict(record[0]),
+    }
+    atomic_write(out / CONFIG, json.dumps(body, indent=1).encode() + b"\n")
+    return out
+
+
+def read_export(path: str | Path) -> Export:
+    """The description of an export, without its weights.
+
+    Raises:
+        CheckpointError: missing or malformed. ConfigError: a setting that cannot be met.
+    """
+    file = Path(path) / CONFIG
+    inner = Path(path) / "export"
+    if not file.exists() and (inner / CONFIG).exists():
+        raise CheckpointError(f"{path}: got a run, expected an export, such as its {inner}")
+    try:
+        body = json.loads(read_small(file))
+        if body["format"] != FORMAT:
+            raise CheckpointError(f"{file}: got format {body['format']}, expected {FORMAT}")
+        return Export(
+            Path(path),
+            settings.update(ModelConfig(), body["model"], "model."),
+            settings.update(DiffusionConfig(), body["diffusion"], "diffusion."),
+            settings.coerce("weights", Literal["ema", "raw"], body["weights"]),
+            dict(body["extra"]),
+            str(body["fpdm"]),
+            FileRecord(**body["file"]),
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = str(error).replace("\n", " ")[:200]
+        raise CheckpointError(f"{file}: got no description of an export: {reason}") from None
