@@ -89,9 +89,7 @@ class RunDirectory:
         """Drops the rows of steps after ``step``, and a row that a kill cut short."""
         for path in (self.metrics, self.timing, self.nonfinite):
             if path.exists():
-                with open(path, "rb") as rows:
-                    kept = (line for line in rows if _until(line, step))
-                    atomic_write(path, lambda file, kept=kept: file.writelines(kept))
+                _keep_until(path, step)
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Adds one row. One write: a kill leaves a whole row, or one that ``keep_until`` drops.
@@ -110,6 +108,12 @@ class RunDirectory:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(write_problem(path, error)) from error
+
+
+def _keep_until(path: Path, step: int) -> None:
+    with open(path, "rb") as rows:
+        kept = (line for line in rows if _until(line, step))
+        atomic_write(path, lambda file: file.writelines(kept))
 
 
 def _until(line: bytes, step: int) -> bool:
