@@ -79,9 +79,9 @@ class Sampler:
 
     ``weights`` (compute dtype ``config.dtype``) are prepared and folded here unless given. Casts
     and folds are a snapshot: when the model's parameters change in any way, ``weights.refresh()``
-    or a new Sampler is due. A sample is a function of its seed and label:
-    whatever its batch or shard to rounding, and bit for bit with ``config.invariant``, which runs
-    every sample alone (its two branches together) at the cost of the batch's efficiency.
+    or a new Sampler is due. A sample is a function of its seed and label: the same in any batch and
+    shard, up to rounding, and bit for bit with ``config.invariant``, which runs every sample alone
+    (its two branches together) at the cost of the batch's efficiency.
     ``calibration`` is what allocation learned needs. ``solver`` makes the solver of one solve in
     place of ``config.solver``; with any but the plain iteration a sample returns its best iterate.
     ``timesteps``, descending, replace ``config.steps`` and ``config.spacing``. ``plan`` says what

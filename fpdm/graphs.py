@@ -157,7 +157,7 @@ class GraphCache:
         self, key: GraphKey, more: Callable[[], torch.Tensor], body: Callable[[], None]
     ) -> bool:
         """Repeat ``body`` on the device while ``more()``, from the second time of a key on; False:
-        nothing was done, the caller is to follow the iterations himself."""
+        nothing was done, the caller is to follow the iterations itself."""
         if self.broken or not self.loops:
             return False
         entry = self._entry(key)

@@ -28,17 +28,17 @@ def sources() -> Sources:
     return found
 
 
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those for type checkers."""
+def statements(node: ast.AST, typing: bool) -> Iterator[ast.AST]:
+    """Every node, those for type checkers only when ``typing``."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+        if not typing and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
         yield child
-        yield from statements(child)
+        yield from statements(child, typing)
 
 
-def imports(text: str) -> Iterator[str]:
-    for node in statements(ast.parse(text)):
+def imports(text: str, typing: bool) -> Iterator[str]:
+    for node in statements(ast.parse(text), typing):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -50,11 +50,11 @@ def imports(text: str) -> Iterator[str]:
             yield from [first.value] if isinstance(first, ast.Constant) else []
 
 
-def graph(of: Sources) -> Graph:
+def graph(of: Sources, typing: bool = False) -> Graph:
     """Module -> modules of fpdm that it imports. The package itself holds lazy names only."""
     found: Graph = {}
     for name, text in of.items():
-        wanted = set(imports(text))
+        wanted = set(imports(text, typing))
         wanted |= {w.rpartition(".")[0] for w in wanted}
         found[name] = {w for w in wanted if w in of and w not in (name, "fpdm")}
     return found
@@ -142,10 +142,23 @@ def test_a_violation_is_seen(case: str) -> None:
     assert seen(violations(of))
 
 
-def test_type_checkers_may_look_up() -> None:
+def test_type_checkers_look_up_in_few_places() -> None:
+    """Where a function is given an object of a higher layer."""
     of = sources()
+
+    def upward() -> set[tuple[str, str]]:
+        plain, typed = graph(of), graph(of, typing=True)
+        found = {(a, b) for a, wanted in typed.items() for b in wanted - plain[a] if a != "fpdm"}
+        return {(a.removeprefix("fpdm."), b.removeprefix("fpdm.")) for a, b in found}
+
+    known = {
+        ("run", "engine"), ("kernels.cpu_loop", "block"), ("kernels.cpu_loop", "walk"),
+        ("kernels.update", "steps"),
+    }  # fmt: skip
+    assert upward() == known
     of["fpdm.block"] += "\nif TYPE_CHECKING:\n    from fpdm.engine import Sampler\n"
     assert violations(of) == []
+    assert upward() == {*known, ("block", "engine")}
 
 
 # a state of a run and a calibration are both read and written

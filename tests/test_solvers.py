@@ -245,6 +245,18 @@ def test_the_host_reads_a_flag_once_per_evaluation(monkeypatch: pytest.MonkeyPat
     assert torch.equal(late.evaluations, at_once.evaluations)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_gpu_stops_where_a_cpu_does(name: str) -> None:
+    f, exact = spread(6, 12)
+    start = torch.zeros_like(exact)
+    want = solvers.solve(f, start, MAKERS[name](), 200, tol=1e-6)
+    found = solvers.solve(lambda x: f(x.cpu()).cuda(), start.cuda(), MAKERS[name](), 200, tol=1e-6)
+    assert torch.equal(found.evaluations.cpu(), want.evaluations)
+    assert len(found.residual) == int(want.evaluations.max()) + 1
+    torch.testing.assert_close(found.x.cpu(), want.x, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("evaluations", "tol"), [(7, None), (7, 0.0), (7, 1e-30), (1, 1e-30)])
 def test_the_cap_counts(evaluations: int, tol: float | None) -> None:
     f, exact = spread(3, 8)
