@@ -43,7 +43,7 @@ from fpdm.gallery import GRID_IMAGES, Store, assemble, develop
 from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
-from fpdm.settings import hints, plain
+from fpdm.settings import hints, plain, used
 from fpdm.vae import VAE, load_vae
 
 REPORTED = 256  # images of which a report keeps every residual
@@ -164,12 +164,14 @@ def sampler_config(base: SamplerConfig, args: argparse.Namespace) -> SamplerConf
     if args.schedule is not None:
         ks = tuple(parse_integers("schedule", args.schedule))
         given = {"steps": len(ks)} | given | dict.fromkeys(COST)
-        return replace(base, **given, allocation="explicit", schedule=ks)
-    if any(name in given for name in COST):
+        given |= {"allocation": "explicit", "schedule": ks}
+    elif any(name in given for name in COST):
         given = dict.fromkeys(COST) | given
         if explicit:
             given = {"allocation": "constant"} | given | {"schedule": ()}
-    return replace(base, **given)
+    config = replace(base, **given)
+    compared = [] if args.compare is None else [replace(config, reuse=args.compare)]
+    return used(config, given, *compared)
 
 
 def parse_integers(name: str, text: str) -> list[int]:

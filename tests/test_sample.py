@@ -361,7 +361,12 @@ def test_choice_of_images() -> None:
         (["--graphs", "on", "--device", "cpu"], "sample.graphs: got on, expected auto or off on"),
         (["--guidance-low", "2"], "guidance_low, guidance_high: got 2.0, 1.0, expected 0 <="),
         (["--calibrate", "0"], "calibrate: got 0 images, expected at least 1"),
-        (["--guidance-channels", "2"], "sample.guidance_channels: got 2, expected 1..1"),
+        (
+            ["--guidance-channels", "2", "--guidance", "2"],
+            "sample.guidance_channels: got 2, expected 1..1",
+        ),
+        (["--gamma", "0.5"], "sample.reuse_gamma: got 0.5 with sample.reuse none, expected"),
+        (["--rho", "0.2", "--compare", "blend"], "sample.reuse_rho: got 0.2 with sample.reuse none"),
     ],
 )
 def test_bad_input(
@@ -396,9 +401,14 @@ def test_cost_on_the_command_line() -> None:
     )
     back = settings(explicit, "--iters", "4")
     assert back == replace(explicit, iters=4, allocation="constant", schedule=())
-    assert settings(SETTINGS, "--gamma", "0.3", "--rho", "0.2", "--reuse", "blend") == replace(
-        SETTINGS, reuse="blend", reuse_gamma=0.3, reuse_rho=0.2
+    assert settings(SETTINGS, "--gamma", "0.3", "--reuse", "blend") == replace(
+        SETTINGS, reuse="blend", reuse_gamma=0.3
     )
+    # of the run beside it
+    assert settings(SETTINGS, "--gamma", "0.3", "--compare", "blend").reuse_gamma == 0.3
+    # the source's own, of a mode that is switched off
+    blend = settings(SETTINGS, "--gamma", "0.3", "--reuse", "blend")
+    assert settings(blend, "--reuse", "none") == replace(blend, reuse="none")
 
 
 def test_operators_that_were_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
