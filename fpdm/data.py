@@ -2,7 +2,7 @@
 
     digits    1797 handwritten digits of 8 x 8, in the package      (this file)
     images    a folder of class folders                             (fpdm.images)
-    latents   memory-mapped, hashed shards                          (fpdm.shards)
+    latents   hashed shards, read row by row                        (fpdm.shards)
 
 ``python -m fpdm.data`` makes latents of photos (fpdm.encode), imports, checks and describes them.
 """

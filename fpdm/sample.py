@@ -46,6 +46,11 @@ from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.settings import hints, plain, used
 from fpdm.vae import VAE, load_vae
 
+# options of what is drawn
+DRAWN = (
+    "out", "labels", "count", "seed", "seeds", "vae", "vae_batch", "shard", "residuals", "report",
+    "compare",
+)  # fmt: skip
 REPORTED = 256  # images of which a report keeps every residual
 
 
@@ -354,6 +359,17 @@ def comparison(runs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
     return lines
 
 
+def check_draws_nothing(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option of what is drawn, which --calibrate would ignore."""
+    defaults = parser()
+    for name in DRAWN:
+        if getattr(args, name) != defaults.get_default(name):
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"{option}: got it with --calibrate, which draws nothing, expected none"
+            )
+
+
 def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     """Learn an allocation from ``images`` of all classes, save and print it."""
     if not isinstance(source.model, FPDM):
@@ -447,6 +463,7 @@ def main(argv: Sequence[str]) -> None:
     source.model.execution = replace(source.model.execution, impl=impl)
     config = sampler_config(source.sampler_config, args)
     if args.calibrate is not None:
+        check_draws_nothing(args)
         calibrate(source, config, args.calibrate)
         return
     sampler, other = source.sampler(config), None

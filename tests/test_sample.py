@@ -361,19 +361,27 @@ def test_choice_of_images() -> None:
         (["--graphs", "on", "--device", "cpu"], "sample.graphs: got on, expected auto or off on"),
         (["--guidance-low", "2"], "guidance_low, guidance_high: got 2.0, 1.0, expected 0 <="),
         (["--calibrate", "0"], "calibrate: got 0 images, expected at least 1"),
+        (["--calibrate", "8", "--labels", "3"], "labels: got it with --calibrate, which draws"),
+        (["--calibrate", "8", "--out", "there"], "out: got it with --calibrate, which draws"),
+        (["--calibrate", "8", "--report"], "report: got it with --calibrate, which draws"),
         (
             ["--guidance-channels", "2", "--guidance", "2"],
             "sample.guidance_channels: got 2, expected 1..1",
         ),
         (["--gamma", "0.5"], "sample.reuse_gamma: got 0.5 with sample.reuse none, expected"),
-        (["--rho", "0.2", "--compare", "blend"], "sample.reuse_rho: got 0.2 with sample.reuse none"),
+        (
+            ["--rho", "0.2", "--compare", "blend"],
+            "sample.reuse_rho: got 0.2 with sample.reuse none",
+        ),
     ],
 )
 def test_bad_input(
     argv: list[str], words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert words in complain([str(source), "--out", str(out), *argv], capsys)
+    # calibrating has no place for images
+    place = [] if "--calibrate" in argv and "--out" not in argv else ["--out", str(out)]
+    assert words in complain([str(source), *place, *argv], capsys)
     assert not out.exists()
 
 
