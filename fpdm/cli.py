@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import textwrap
-import threading
 import time
 import traceback
 import typing
@@ -82,25 +81,6 @@ def _recorded(prog: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stoppable(advice: str) -> Iterator[None]:
-    """Inside, SIGTERM interrupts as Ctrl-C does, and the command's one line says ``advice`` too."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = None
-    if threading.current_thread() is threading.main_thread():  # others have no handlers
-        before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(advice) from None
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def _warnings_of(prog: str) -> Iterator[None]:
     """A UserWarning that fpdm gives is one line, without the line of code that it came from."""
     show, home = warnings.showwarning, os.path.dirname(__file__)
@@ -134,6 +114,25 @@ def _drop_stdout() -> None:
     """The interpreter flushes stdout once more at exit, which must not fail a second time."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does, and the command's one line says ``advice`` too."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = None
+    with contextlib.suppress(ValueError):  # of a thread that is not the main one
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def take_option(name: str, argv: list[str]) -> tuple[str | None, list[str]]:

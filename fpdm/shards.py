@@ -344,14 +344,9 @@ def first_nonfinite(latents: np.ndarray) -> int | None:
 
 
 def write_shards(
-    batches: Iterable[LatentBatch],
-    out: Path,
-    *,
-    dtype: str,
-    latent_scale: float,
-    rows_per_shard: int,
-    num_classes: int | None = None,
-) -> Manifest:
+    batches: Iterable[LatentBatch], out: Path, *, dtype: str, latent_scale: float,
+    rows_per_shard: int, num_classes: int | None = None,
+) -> Manifest:  # fmt: skip
     """Write batches of latents to a new folder: all or nothing, also across a kill or power cut.
 
     The folder is built as ``.NAME.partial`` beside ``out`` (one writer per name; what an earlier
@@ -365,10 +360,7 @@ def write_shards(
     done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
     partial = partial_folder(out)
     if (partial / ORIGIN).is_file():
-        raise DataError(
-            f"{partial}: got the beginning of other shards, which the command that made it would "
-            "finish; expected another folder, or none there"
-        )
+        raise DataError(f"{partial}: got an unfinished encode, expected it removed or finished")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -379,11 +371,10 @@ def write_shards(
         with new_file(partial / MANIFEST) as write:
             write(memoryview(done.to_bytes()))
         publish(partial, out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(write_problem(out, error)) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(write_problem(out, error)) from error
         raise
     return done
 
@@ -417,12 +408,9 @@ def publish(partial: Path, out: Path) -> None:
 
 
 def write_groups(
-    groups: Iterable[LatentBatch],
-    folder: Path,
-    done: Manifest,
-    num_classes: int | None,
+    groups: Iterable[LatentBatch], folder: Path, done: Manifest, num_classes: int | None,
     keep: Callable[[Manifest], object] = lambda done: None,
-) -> Manifest:
+) -> Manifest:  # fmt: skip
     """Write each group as a shard behind those of ``done``; the manifest with them, which ``keep``
     is told after every one."""
     for latents, labels, mirrored in groups:
@@ -433,14 +421,11 @@ def write_groups(
         with new_file(folder / name) as write:
             record, _ = write_safetensors(write, tensors)
         shard = Shard(name, len(labels), record.size, record.sha256, record.tensors)
+        classes = num_classes or max(done.num_classes, int(labels.max()) + 1)
         done = replace(
-            done,
-            shape=tuple(latents.shape[1:]),
-            count=done.count + len(labels),
-            num_classes=num_classes or max(done.num_classes, int(labels.max()) + 1),
-            flip=mirrored is not None,
-            shards=(*done.shards, shard),
-        )
+            done, shape=tuple(latents.shape[1:]), count=done.count + len(labels),
+            num_classes=classes, flip=mirrored is not None, shards=(*done.shards, shard),
+        )  # fmt: skip
         keep(done)
     return done
 

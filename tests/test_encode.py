@@ -195,7 +195,7 @@ def test_what_is_begun_belongs_to_its_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             resume_shards(rows_from, out, origin, **(SETTINGS | changes))
-    refused(lambda: shards.write_shards(rows_from(0), out, **SETTINGS), "beginning of other shards")
+    refused(lambda: shards.write_shards(rows_from(0), out, **SETTINGS), "an unfinished encode")
     with directory_lock(partial, 0.0) as state:
         assert state == "held"
         refused(lambda: write(out), "another process that writes it")
