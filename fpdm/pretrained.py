@@ -110,7 +110,10 @@ def _load_export(
         sampler = update(SamplerConfig(), found.extra["sample"], "sample.")
     diffusion = Diffusion(found.diffusion, device)
     name = path.resolve().name
-    return LoadedSource(model, diffusion, sampler, name, found.weights, path)
+    scale = found.extra.get("latent_scale")
+    if scale is not None and not (isinstance(scale, float) and scale > 0):
+        raise ConfigError(f"{path}: got latent_scale {scale!r:.40}, expected a positive number")
+    return LoadedSource(model, diffusion, sampler, name, found.weights, path, latent_scale=scale)
 
 
 def _load_run(

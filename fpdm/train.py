@@ -462,6 +462,7 @@ class Trainer:
         self._announce()
         self.progress.close()
         figures.plot_history(self.directory.metrics, self.directory.curves)
+        data = self.config.data
         interop.export(
             self.directory.export,
             self.config.model,
@@ -472,6 +473,7 @@ class Trainer:
                 "step": self.step,
                 "recipe": self.config.recipe,
                 "sample": to_dict(self.config)["sample"],
+                "latent_scale": data.latent_scale if data.kind == "latents" else None,
             },
         )
         print(

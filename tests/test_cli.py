@@ -13,8 +13,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import fpdm
-from fpdm import __main__ as main
-from fpdm import data, sample
+from fpdm import data, request
+from fpdm import data
 from fpdm.cli import run_main, stoppable, take_option
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.distributed import PeerError
@@ -217,7 +217,7 @@ def test_every_option_is_explained(module: str) -> None:
 
 
 def test_every_option_of_argparse_is_explained() -> None:
-    parsers = [sample.parser()]
+    parsers = [request.parser()]
     (commands,) = data._parser()._subparsers._group_actions  # type: ignore[union-attr]
     parsers += commands.choices.values()  # type: ignore[union-attr,arg-type]
     actions = [action for parser in parsers for action in parser._actions]
@@ -228,7 +228,7 @@ def test_every_option_of_argparse_is_explained() -> None:
 def test_mistakes_that_argparse_finds() -> None:
     def told(*argv: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            sample.parser().parse_args([*argv])
+            request.parser().parse_args([*argv])
         return str(caught.value)
 
     assert told("--steps", "many") == "steps: got 'many', expected an integer"
@@ -237,7 +237,7 @@ def test_mistakes_that_argparse_finds() -> None:
     assert told("--reuse", "ful") == near
     assert told("runs/a", "runs/b") == "got 'runs/b', expected no more than --help names"
     assert "did you mean --budget-macs?" in told("--budget-mac", "3")
-    assert sample.parser().parse_args(["--budget_macs", "1e9"]).budget_macs == 1e9
+    assert request.parser().parse_args(["--budget_macs", "1e9"]).budget_macs == 1e9
     with pytest.raises(ConfigError, match=r"unknown option --dtipe; did you mean --dtype\?"):
         data._parser().parse_args(["convert-fastdit", "a", "b", "c", "--dtipe", "float16"])
 

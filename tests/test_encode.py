@@ -27,6 +27,7 @@ from fpdm.data import DataError
 from fpdm.encode import cut, resume_shards
 from fpdm.files import directory_lock
 from fpdm.images import ImageFolder
+from fpdm.pretrained import load_source
 from fpdm.recipes import load_config
 from fpdm.shards import LatentBatch
 from fpdm.train import Trainer
@@ -271,6 +272,9 @@ def test_photos_to_pictures(
         with Image.open(f"pictures/{i:06d}.png") as image:
             assert np.array_equal(np.asarray(image), pixels[i])
         assert np.load(f"pictures/{i:06d}.npy").shape == (4, 8, 8)
+    # the run and its export know the scale of their latents
+    for source in ("runs/imagenet256", "runs/imagenet256/export"):
+        assert load_source(source).latent_scale == 0.18215
 
 
 def test_values_and_mirror_images(photos: Path, vae: Path, tmp_path: Path) -> None:

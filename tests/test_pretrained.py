@@ -35,6 +35,17 @@ def test_export_without_settings(tmp_path: Path) -> None:
         loaded = load_source(path)
         assert loaded.sampler_config == SamplerConfig(iters=iters)
         assert loaded.which == "raw"
+        assert loaded.latent_scale is None
+
+
+@pytest.mark.parametrize("scale", ["0.18", -1.0, True])
+def test_export_with_a_scale_that_is_none(tmp_path: Path, scale: object) -> None:
+    path = interop.export(
+        tmp_path / "e", MODEL, random_model(MODEL).state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={"latent_scale": scale},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"got latent_scale .*, expected a positive number"):
+        load_source(path)
 
 
 def test_run_directory(

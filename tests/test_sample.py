@@ -30,7 +30,8 @@ from fpdm.config import (
 from fpdm.engine import Sampler
 from fpdm.kernels import implementations
 from fpdm.pretrained import load_source
-from fpdm.sample import choose_images, main, parse_integers, parser
+from fpdm.request import choose_images, parse_integers, parser, sampler_config
+from fpdm.sample import main
 
 MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
 SETTINGS = SamplerConfig(steps=2, iters=2, batch=3)
@@ -399,7 +400,7 @@ def test_bad_places(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_cost_on_the_command_line() -> None:
     def settings(base: SamplerConfig, *argv: str) -> SamplerConfig:
-        return sample.sampler_config(base, parser().parse_args(list(argv)))
+        return sampler_config(base, parser().parse_args(list(argv)))
 
     assert settings(SETTINGS) == SETTINGS
     assert settings(SETTINGS, "--budget", "20") == replace(SETTINGS, iters=None, budget=20)
