@@ -13,8 +13,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import fpdm
+from fpdm import __main__ as main
 from fpdm import data, request
-from fpdm import data
 from fpdm.cli import run_main, stoppable, take_option
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.distributed import PeerError
