@@ -6,9 +6,10 @@ A library must not decide any of it for its process, so ``import fpdm`` changes 
 
 Threads. A training step of the digits is some hundred parallel regions, at the end of each of which
 OpenMP's threads spin for milliseconds, libgomp's default, before they sleep: beside other programs
-they spin away the time that the thread they wait for needs, and a step takes ten times as long
-(bench/NOTES.md, 2026-11-27). A container's quota of processors is likewise unknown to OpenMP, which
-starts a thread for each processor of the host. Both are read once, when torch loads libgomp.
+they spin away the time that the thread they wait for needs, and a step takes up to ten times as
+long. Where they sleep at once, waking them costs a tenth (bench/NOTES.md, 2026-11-27). A
+container's quota of processors is likewise unknown to OpenMP, which starts a thread for each
+processor of the host. Both are read once, when torch loads libgomp.
 
 Memory. A step on a CPU frees tens of megabytes and allocates the same again. glibc returns them to
 the kernel in between, which clears every page anew: up to 4,000 page faults, a tenth of a training
@@ -20,13 +21,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 # what OpenMP reads of the environment
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# turns that a waiting thread spins: longer than Python takes from one region to the next
-SPIN = 2000
+# turns that a waiting thread spins: about a millisecond, longer than a step has no parallel region
+# for; where other programs wait for processors, no longer than from one region to the next
+SPIN, SPIN_BUSY = 60_000, 2_000
 # numbers of mallopt (malloc.h); the first two may also be given in the environment
 _OPTIONS = {
     "MALLOC_TRIM_THRESHOLD_": (-1, 512 << 20),  # free memory at the end of the heap is kept
@@ -52,13 +55,27 @@ def set_threads(root: Path = Path("/sys/fs/cgroup")) -> dict[str, str]:
         return {}
     wanted = {}
     if "OMP_WAIT_POLICY" not in os.environ:
-        wanted["GOMP_SPINCOUNT"] = str(SPIN)
+        wanted["GOMP_SPINCOUNT"] = str(SPIN_BUSY if crowded() else SPIN)
     allowed = quota(root)
     if allowed is not None and allowed < _processors():
         wanted["OMP_NUM_THREADS"] = str(allowed)
     wanted = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(wanted)
     return wanted
+
+
+def crowded(file: Path = Path("/proc/loadavg")) -> bool:
+    """Whether other programs already want all processors of the machine, more often than not in
+    a few looks. False where the system does not tell."""
+    try:
+        seen = []
+        for _ in range(5):
+            # "0.20 0.18 0.12 1/80 11206": one of 80 tasks runs, this one
+            seen.append(int(file.read_text().split()[3].split("/")[0]) - 1)
+            time.sleep(0.004)
+    except (OSError, ValueError, IndexError):
+        return False
+    return sorted(seen)[2] >= (os.cpu_count() or 1)
 
 
 def _processors() -> int:

@@ -97,6 +97,7 @@ def test_quota(tmp_path: Path, files: dict[str, str], expected: int | None) -> N
 def test_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("150000 100000")
     monkeypatch.setattr(process, "_processors", lambda: 8)
+    monkeypatch.setattr(process, "crowded", lambda: False)
     for name in process.NAMES:
         # also undoes what is set here
         monkeypatch.setenv(name, "")
@@ -114,6 +115,20 @@ def test_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(process, "_processors", lambda: 2)
     assert process.set_threads(tmp_path) == {}
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(process, "crowded", lambda: True)
+    assert process.set_threads(tmp_path) == {"GOMP_SPINCOUNT": str(process.SPIN_BUSY)}
+
+
+def test_crowded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    file = tmp_path / "loadavg"
+    for running, expected in ((1, False), (4, False), (5, True), (40, True)):
+        file.write_text(f"0.20 0.18 0.12 {running}/80 11206\n")
+        assert process.crowded(file) is expected, running
+    file.write_text("0.2 0.1")
+    assert not process.crowded(file)
+    assert not process.crowded(tmp_path / "missing")
 
 
 def test_commands_set_it_and_the_library_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +147,12 @@ def test_commands_set_it_and_the_library_does_not(monkeypatch: pytest.MonkeyPatc
     library = spins("-c", "import fpdm.model")
     if not library:
         pytest.skip("torch has another OpenMP than libgomp")
-    set_ = f"GOMP_SPINCOUNT = '{process.SPIN}'"
-    assert not any(set_ in line for line in library)
+    ours = [f"GOMP_SPINCOUNT = '{count}'" for count in (process.SPIN, process.SPIN_BUSY)]
+    assert not any(line in ours for line in library)
     monkeypatch.chdir(Path(__file__).parents[1])
     for words in (
         ["-m", "fpdm.sample", "--help"],
         ["-m", "fpdm", "evaluate", "--help"],
         ["-m", "bench", "--help"],
     ):
-        assert any(set_ in line for line in spins(*words)), words
+        assert any(line in ours for line in spins(*words)), words
