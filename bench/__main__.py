@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
         result["others"] = company.share()
         write(path, result)
 
-    pooled = [r for r in wanted if r.suite in processes.SUITES and pools(args)]
+    pooled = [r for r in wanted if r.suite in processes.POOLED and pools(args)]
     if pooled:
         words = ["--processes", "1", "--rounds", str(args.rounds or processes.ROUNDS)]
         words += ["--threads", str(torch.get_num_threads())]

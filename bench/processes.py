@@ -21,6 +21,8 @@ from bench.against import Found, key
 from bench.rows import OURS, Row
 
 SUITES = ("operators", "iteration")
+# and on a CPU an optimiser's lists of tensors
+POOLED = (*SUITES, "optimizer")
 # as many as fit the seconds, and a middle needs three; rounds of each row in one
 LEAST, SECONDS, ROUNDS = 3, 120.0, 5
 
