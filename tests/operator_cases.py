@@ -288,8 +288,8 @@ def generate(
 
 
 def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """T=256, D=1152 for every element-wise operator, rows narrower than any tile, and one head of
-    attention over 1024 tokens."""
+    """T=256, D=1152 for every element-wise operator, rows narrower than any tile, one head of
+    attention over 1024 tokens, and equal values in a row whose sum, rounded, is not D times one."""
     for i, op in enumerate(SPECS):
         dtype = dtypes[i % len(dtypes)]
         if "attention" in op:
@@ -297,6 +297,9 @@ def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
         elif "linear" not in op:
             yield Case(op, dtype, 1, 256, 1152, layout="chunks")
             yield from (Case(op, dtype, 2, 37, d) for d in (8, 16))
+    constant: dict[str, Any] = {"extreme": "constant", "where": "z"}
+    yield Case("adaln", torch.float32, 3, 64, 1000, seed=662, **constant)
+    yield Case("adaln_backward", torch.float32, 3, 64, 1000, seed=662, **constant)
 
 
 def odd_attention(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
@@ -306,8 +309,11 @@ def odd_attention(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
             yield Case(op, dtypes[i % len(dtypes)], 2, 17, 2 * k, 2, layout="odd", seed=i)
 
 
-def infinite_products(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """Rows of Inf whose norms a fused GEMM sums, in a width that none of its blocks divides."""
+def fused_rows(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """Rows of Inf whose norms a fused GEMM sums, in a width that none of its blocks divides; and
+    rows of equal values as in ``fixed``."""
+    yield Case("adaln_linear", torch.float32, 2, 64, 384, f=24, layout="expanded", seed=1277,
+               extreme="constant", where="z")  # fmt: skip
     for dtype in dtypes:
         yield Case("linear_gate_residual", dtype, 2, 7, 48, variant=1, extreme="inf", where="x")
 

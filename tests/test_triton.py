@@ -18,8 +18,8 @@ from operator_cases import (
     Case,
     Zone,
     fixed,
+    fused_rows,
     generate,
-    infinite_products,
     odd_attention,
     run_case,
 )
@@ -31,7 +31,7 @@ from fpdm.kernels import implementations
 pytest.importorskip("triton")
 HALF = DTYPES["triton"]
 CASES = [*generate(320, HALF), *fixed(HALF), *odd_attention(HALF)]
-FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *infinite_products(HALF)]
+FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *fused_rows(HALF)]
 
 
 @outside

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import violation
 from on_device import OnDevice
-from operator_cases import CAP, Case, fixed, generate, infinite_products, odd_attention, run_case
+from operator_cases import CAP, Case, fixed, fused_rows, generate, odd_attention, run_case
 from operator_specs import attended, infinite_key
 from torch import Tensor
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = DTYPES[1:]
 CASES = [*generate(480, DTYPES, CAP), *fixed(DTYPES), *fixed(DTYPES[::-1]), *odd_attention(DTYPES)]
-FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *infinite_products(DTYPES)]
+FUSED = [*(c for c in CASES if c.op in implementations.FUSED), *fused_rows(DTYPES)]
 # the library's GEMM: tensor cores truncate their float32 sums, see test_weight_gradients
 CASES = [c for c in CASES if c.op != "linear_wgrad" or c.dtype == torch.float32]
 

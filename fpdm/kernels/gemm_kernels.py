@@ -100,8 +100,8 @@ def statistics(
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_m = o_m < M
     b_z = rows.load(p_z + o_m.to(tl.int64) * D, m_m, D, COLS)
-    _, b_rstd = rows.centre(b_z, D, COLS, EPS)
-    tl.store(p_stats + o_m, rows.row_mean(b_z, D), mask=m_m)
+    b_mean, b_rstd = rows.moments(b_z, D, COLS, EPS)
+    tl.store(p_stats + o_m, tl.reshape(b_mean, (ROWS,)), mask=m_m)
     tl.store(p_stats + M + o_m, tl.reshape(b_rstd, (ROWS,)), mask=m_m)
 
 

@@ -121,19 +121,40 @@ def row_mean(b_x, D: tl.constexpr):
 
 
 @triton.jit
-def centre(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
-    """(x - mean, zero outside the row; 1/sqrt(var + eps) (ROWS, 1)): two passes over registers."""
+def moments(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
+    """Mean and 1/sqrt(var + eps) of the float32 rows, zero outside D: (ROWS, 1) each.
+
+    The pass over the centred values also finds what the rounded mean missed, which a row of equal
+    values would show times 1/sqrt(eps).
+    """
     b_mean = row_mean(b_x, D)[:, None]
     o_col = tl.arange(0, COLS)
-    b_c: tl.tuple = ()
+    b_rest: tl.tuple = ()
     b_square: tl.tuple = ()
     for j in tl.static_range(0, len(b_x)):
         b_diff = b_x[j] - b_mean
         if (j + 1) * COLS > D:
             b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
-        b_c += (b_diff,)
+        b_rest += (b_diff,)
         b_square += (b_diff * b_diff,)
-    return b_c, tl.rsqrt(row_sum(b_square) * (1.0 / D) + EPS)[:, None]
+    b_missed = row_sum(b_rest) * (1.0 / D)
+    b_var = row_sum(b_square) * (1.0 / D) - b_missed * b_missed
+    b_var = tl.maximum(b_var, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return b_mean + b_missed[:, None], tl.rsqrt(b_var + EPS)[:, None]
+
+
+@triton.jit
+def centre(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
+    """(x - mean, zero outside the row; 1/sqrt(var + eps) (ROWS, 1)): passes over registers."""
+    b_mean, b_rstd = moments(b_x, D, COLS, EPS)
+    o_col = tl.arange(0, COLS)
+    b_c: tl.tuple = ()
+    for j in tl.static_range(0, len(b_x)):
+        b_diff = b_x[j] - b_mean
+        if (j + 1) * COLS > D:
+            b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
+        b_c += (b_diff,)
+    return b_c, b_rstd
 
 
 @triton.jit
