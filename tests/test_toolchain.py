@@ -45,6 +45,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(toolchain, "_libcuda", lambda: None)
+    # whatever this machine's Triton has compiled before
+    monkeypatch.setattr(toolchain, "_built", lambda: False)
     return folder
 
 
@@ -101,6 +103,14 @@ def headers_elsewhere(folder: Path, m: pytest.MonkeyPatch) -> None:
     no_headers(folder, m)
 
 
+def headers_of_a_wrapper(folder: Path, m: pytest.MonkeyPatch) -> None:
+    (folder / "gcc").rename(folder / "real-gcc")
+    include = sysconfig.get_paths()["include"]
+    (folder / "gcc").write_text(f'#!/bin/sh\nexec {folder}/real-gcc -I{include} "$@"\n')
+    (folder / "gcc").chmod(0o755)
+    no_headers(folder, m)
+
+
 def own_build(folder: Path, m: pytest.MonkeyPatch) -> None:
     no_compiler(folder, m)
     m.setattr(build.knobs.build, "impl", lambda *args: "made elsewhere")
@@ -116,6 +126,7 @@ MACHINES: dict[str, tuple[Any, str | None]] = {
     "an empty CC": (empty, "C compiler: got CC='', expected"),
     "no headers": (no_headers, "Python.h: got none in"),
     "headers by CPATH": (headers_elsewhere, None),
+    "headers by a wrapper": (headers_of_a_wrapper, None),
     "triton.knobs.build.impl": (own_build, None),
 }
 
@@ -174,3 +185,44 @@ def test_libcuda_is_asked_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(driver, "libcuda_dirs", lambda: [os.sep])
     assert toolchain._libcuda() is None
+    # one that does not look for it
+    monkeypatch.delattr(driver, "libcuda_dirs")
+    assert toolchain._libcuda() is None
+
+
+MODULE = """
+#include <Python.h>
+static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "made", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_made(void) { return PyModule_Create(&def); }
+"""
+
+
+def test_what_is_compiled_already_needs_no_compiler(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 3.7 on Triton's launcher is part of the one module that it compiles and keeps."""
+    from triton.backends.nvidia import driver
+
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(machine / "cache"))
+    monkeypatch.setattr(toolchain, "_libcuda", lambda: None)
+    monkeypatch.setattr(driver, "CudaUtils", lambda: build.compile_module_from_src(MODULE, "made"))
+    monkeypatch.setattr(driver, "PyKernelArg", None, raising=False)
+    assert not toolchain._built()
+    driver.CudaUtils()
+    assert toolchain._built()
+    monkeypatch.setenv("PATH", str(machine / "nothing"))
+    monkeypatch.delenv("CC", raising=False)
+    assert str(toolchain._compiler()).startswith("C compiler: got none")
+    assert toolchain.missing() == []
+    # up to 3.6 there are launchers beside it
+    monkeypatch.delattr(driver, "PyKernelArg")
+    assert len(toolchain.missing()) == 1
+
+
+def test_rocm_is_not_asked_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_libcuda", lambda: "libcuda.so.1: none")
+    monkeypatch.setattr(toolchain, "_built", lambda: False)
+    assert "libcuda.so.1: none" in toolchain.missing()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert toolchain.missing() == []
