@@ -182,7 +182,8 @@ def test_a_broken_cupy_says_so_before_a_launch(
     assert told is not None
     assert f"cupy is installed and cannot be used: {BROKEN[text]}" in told
     assert "\n" not in told
-    assert implementations.choose("auto", device, torch.float16) == "reference"
+    with pytest.warns(UserWarning, match="auto is reference, .* on cuda:0; cuda cannot"):
+        assert implementations.choose("auto", device, torch.float16) == "reference"
     with pytest.raises(implementations.ImplError, match="cupy is installed and cannot be used"):
         implementations.choose("cuda", device, torch.float16)
 

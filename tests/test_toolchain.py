@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,13 @@ def test_a_machine_without_a_compiler(machine: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert implementations.choose("auto", CUDA, torch.bfloat16) == "triton"
     assert _choose("auto", CUDA) == "onepass"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # the dtype has nothing else
+        assert implementations.choose("auto", CUDA, torch.float64) == "reference"
     no_compiler(machine, monkeypatch)
-    assert implementations.choose("auto", CUDA, torch.bfloat16) == "reference"
+    with pytest.warns(UserWarning, match=r"^impl: auto is reference, .* triton .*: C compiler: go"):
+        assert implementations.choose("auto", CUDA, torch.bfloat16) == "reference"
     assert _choose("auto", CUDA) == "fused"
     for impl in implementations.TRITON:
         with pytest.raises(implementations.ImplError) as caught:
@@ -166,7 +172,8 @@ def test_a_machine_without_a_compiler(machine: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=r"optim.impl: got onepass, .* C compiler: got none"):
         _choose(OptimConfig(impl="onepass").impl, CUDA)
     assert str(adamw.unavailable(CUDA)).startswith("C compiler")
-    told = info.implementations("cuda:0")
+    with pytest.warns(UserWarning, match="auto is reference"):
+        told = info.implementations("cuda:0")
     assert told["auto"] == "reference"
     assert told["triton"].startswith("C compiler: got none, expected gcc or clang in PATH")
     assert json.dumps(told)

@@ -13,6 +13,7 @@ import functools
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -132,14 +133,22 @@ def preferred(device: torch.device) -> tuple[str, ...]:
 
 
 def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Impl:
-    """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available.
+    """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available,
+    and warns where on a GPU that is plain PyTorch for want of something that can be installed.
 
     Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
     """
     asked, source = (_REQUESTED, "FPDM_IMPL") if impl == "auto" else (impl, "impl")
     device = torch.device(device)
     if asked == "auto":
-        found = next(n for n in preferred(device) if unavailable(n, device, dtype) is None)
+        first, *_ = names = preferred(device)
+        found = next(n for n in names if unavailable(n, device, dtype) is None)
+        # of a device that has something faster; not where the dtype has nothing else
+        if found != first and device.type == "cuda" and (why := unavailable(first, device)):
+            warnings.warn(
+                f"impl: auto is {found}, plain PyTorch, on {device}; {first} cannot run: {why}",
+                stacklevel=1,
+            )
         return cast(Impl, found)
     if asked not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
