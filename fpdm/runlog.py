@@ -180,9 +180,14 @@ class Progress:
                 self.board.flush()
 
     def say(self, line: str) -> None:
-        """One line that does not tear the bar."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        """One line that does not tear the bar; none where the terminal was closed, which must not
+        keep the run from being saved."""
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
     def close(self) -> None:
         """Ends bar and board."""

@@ -23,7 +23,7 @@ from runs import changed, small
 from fpdm import checkpoint, figures, files
 from fpdm.config import ConfigError, UserError
 from fpdm.kernels import implementations
-from fpdm.runlog import RunDirectory
+from fpdm.runlog import Progress, RunDirectory
 from fpdm.train import Trainer
 
 
@@ -91,6 +91,26 @@ def test_half_a_row_does_not_stay(tmp_path: Path) -> None:
         assert path.stat().st_size == size
     directory.append(path, {"step": 2})
     assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_line_for_a_terminal_that_was_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is lost, and keeps nothing from being saved; on a disk that is full it is an error."""
+    progress = Progress(small(tmp_path), RunDirectory(tmp_path), torch.device("cpu"), 0, True)
+    controller, terminal = os.openpty()
+    os.close(controller)
+    with open(terminal, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        progress.say("saved")
+        # what the buffer still holds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left"):
+            progress.say("saved")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    progress.close()
 
 
 def test_grids_in_another_dtype_than_training(
