@@ -144,7 +144,7 @@ def with_preset(config: Config, preset: str) -> Config:
 
 def _read(recipe: str) -> tuple[Config, list[str]]:
     """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture.
-    Beside it what the file gives and its modes ignore."""
+    Beside it what the file changes and its modes ignore."""
     if recipe in RECIPES:
         return RECIPES[recipe], []
     if not recipe.endswith((".yaml", ".yml")):
@@ -167,14 +167,17 @@ def _read(recipe: str) -> tuple[Config, list[str]]:
     try:
         if preset is not None:
             config = with_preset(config, str(preset))
+        before = flat(config)
         config = from_dict(data | {"recipe": base}, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    given = flat(data)
+    given, values = flat(data), flat(config)
     # a run's own file holds every setting; older ones lack those that are new since
-    if not flat(config).keys() - given.keys() or (path.parent / "checkpoints").is_dir():
+    if not values.keys() - given.keys() or (path.parent / "checkpoints").is_dir():
         return config, []
-    return config, [name for name in idle(Config, flat(config)) if name in given]
+    # what it says and would be anyway asks for nothing
+    ignored = [name for name in idle(Config, values) if name in given]
+    return config, [name for name in ignored if values[name] != before[name]]
 
 
 def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:

@@ -383,7 +383,11 @@ def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path)
     settings_file.write_text(settings.write_yaml(older))
     assert load_config(str(settings_file)) == config
     (run / "checkpoints").rmdir()
-    assert "residual_dtype: got compute with" in refused(recipe=str(settings_file))
+    # a copy of it elsewhere: what it says as the recipe does, in whatever mode, asks for nothing
+    assert "sample.reuse_gamma: got 0.3 with" in refused(recipe=str(settings_file))
+    older["sample"]["reuse_gamma"] = 0.5
+    settings_file.write_text(settings.write_yaml(older))
+    assert load_config(str(settings_file)).sample.reuse_gamma == 0.5
 
 
 def test_resume_free_names_exist_and_have_reasons() -> None:
