@@ -122,7 +122,11 @@ def solve(
         mark(done, count, r, evaluations, tol, left)
         if j + 1 == evaluations or (flag is not None and flag.read(j) == 0):
             break
-        x = solver.advance(x, fx) if flag is None else proceed(solver, best, x, fx, before, done)
+        if flag is None:
+            x = solver.advance(x, fx)
+        else:
+            # a copy: autograd keeps it, and ``mark`` writes into ``done`` again
+            x = proceed(solver, best, x, fx, before, done.clone())
     return Solution(best.x, torch.stack(residuals), best.index, count)
 
 

@@ -153,6 +153,21 @@ def test_a_fixed_point_is_one_evaluation_away() -> None:
     assert torch.equal(found.x, x)
 
 
+def test_the_plain_iteration_can_be_differentiated_through() -> None:
+    """The gradient of a sample is that of the evaluations it took, unrolled."""
+    f, exact = spread(6, 12)
+    offset = torch.zeros_like(exact).requires_grad_()
+    start = torch.zeros_like(exact)
+    found = solvers.solve(lambda x: f(x) + offset, start, solvers.Picard(), 50, tol=1e-3)
+    (grad,) = torch.autograd.grad(found.x.sum(), offset)
+    for sample, k in enumerate(found.evaluations.tolist()):
+        x = start
+        for _ in range(k):
+            x = f(x) + offset
+        (expected,) = torch.autograd.grad(x[sample].sum(), offset)
+        torch.testing.assert_close(grad[sample], expected[sample])
+
+
 def no_freeze(solver: Any, best: Any, x: Tensor, fx: Tensor, before: Tensor, done: Tensor) -> Any:
     return solver.advance(x, fx)
 
