@@ -55,9 +55,10 @@ class StopFlag:
         self._old: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes the signals, but for those that are ignored, as SIGHUP is under nohup."""
+        """Takes the signals, but for SIGHUP under nohup. The others also where they were ignored: a
+        script that ignores SIGTERM to outlive it hands that on."""
         for signum in SIGNALS:
-            if signal.getsignal(signum) == signal.SIG_IGN:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue
             self._old[signum] = signal.signal(signum, self._handle)
 

@@ -204,24 +204,32 @@ def test_a_second_signal_exits_at_once(reference, tmp_path):
     assert finish(child, 2.0) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_a_terminal_that_is_closed(tmp_path, ignored):
-    """The run is saved, or goes on under nohup."""
+@pytest.mark.parametrize(
+    ("signum", "ignored", "steps"),
+    [
+        (signal.SIGHUP, False, 3), (signal.SIGHUP, True, 4),
+        (signal.SIGTERM, True, 3),
+    ],
+)  # fmt: skip
+def test_a_terminal_that_is_closed_and_signals_that_were_ignored(tmp_path, signum, ignored, steps):
+    """The run is saved, or goes on under nohup; SIGTERM is meant for it also where the batch
+    script ignores it."""
 
-    class Closed(Trainer):
+    class Stopped(Trainer):
         def local_step(self, step: int) -> None:
             super().local_step(step)
             if step == 2:
-                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signum)
 
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    old = signal.SIG_IGN if ignored else signal.SIG_DFL
+    before = signal.signal(signum, old)
     try:
-        trainer = Closed(small(tmp_path, steps=4, save_every=0))
-        assert trainer.run() == (4 if ignored else 3)
-        assert checkpoint.load_newest(trainer.directory.checkpoints).step == trainer.step
-        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+        trainer = Stopped(small(tmp_path, steps=4, save_every=0))
+        assert trainer.run() == steps
+        assert checkpoint.load_newest(trainer.directory.checkpoints).step == steps
+        assert signal.getsignal(signum) == old
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signum, before)
 
 
 def test_the_same_signal_twice_is_one_request(reference, tmp_path):
