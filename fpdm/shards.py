@@ -203,12 +203,11 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
 
 
 def _allow_open_files(count: int) -> None:
-    """Every shard stays open: the soft limit is often 1024, the hard one far more."""
+    """So many more than now: every shard stays open, and the soft limit is often 1024, the hard one
+    far more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if resource.RLIM_INFINITY != soft < wanted:
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

@@ -274,6 +274,11 @@ def test_more_shards_than_the_soft_limit_of_open_files(tmp_path: Path):
         assert np.array_equal(opened.batch(rows(60))[0].numpy(), x)
         del opened
         assert len(os.listdir("/proc/self/fd")) <= held, "closed with the data set"
+        # beside what is open already, such as other sets
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + 30, before[1]))
+        several = [open_latents(tmp_path / "a") for _ in range(12)]
+        assert all(len(one) == 60 for one in several)
+        del several
         # control: where the hard limit forbids it, it is told
         resource.setrlimit(resource.RLIMIT_NOFILE, (held + 30, before[1]))
         with pytest.MonkeyPatch.context() as patch:
