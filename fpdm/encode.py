@@ -42,7 +42,7 @@ from fpdm.shards import (
     regroup,
     write_groups,
 )
-from fpdm.vae import VAE
+from fpdm.vae import TOLD, VAE
 
 
 def encoded_batches(
@@ -100,12 +100,12 @@ def resume_shards(
         "num_classes": num_classes,
     }  # fmt: skip
     if (out / ORIGIN).is_file():
-        claim(out, origin, ORIGIN)
+        claim(out, origin, ORIGIN, TOLD)
         whole = read_manifest(out)
         return whole, whole.count
     done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
     partial = partial_folder(out)
-    claim(partial, origin, ORIGIN)
+    claim(partial, origin, ORIGIN, TOLD)
     with directory_lock(partial, 0.0) as state:
         if state == "busy":
             raise DataError(f"{out}: got another process that writes it, expected none")

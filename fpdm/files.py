@@ -21,7 +21,7 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,9 +158,13 @@ def make_directory(path: Path) -> None:
         fsync_directory(path.parent)
 
 
-def claim(directory: Path, settings: Mapping[str, Any], name: str = "settings.json") -> None:
+def claim(
+    directory: Path, settings: Mapping[str, Any], name: str = "settings.json",
+    told: Collection[str] = (),
+) -> None:  # fmt: skip
     """Take ``directory``, made when it is missing, for ``settings`` (JSON), which ``name`` in it
-    holds from then on; ConfigError names the first difference to those that are there."""
+    holds from then on; ConfigError names the first difference to those that are there. ``told``
+    are written down only."""
     path = directory / name
     if directory.exists() and not directory.is_dir():
         raise ConfigError(
@@ -179,7 +183,7 @@ def claim(directory: Path, settings: Mapping[str, Any], name: str = "settings.js
         raise ConfigError(f"{path}: got no settings, expected another output directory") from error
     new = flat(settings)
     for key in [*new, *(key for key in old if key not in new)]:
-        if old.get(key) != new.get(key):
+        if old.get(key) != new.get(key) and key not in told:
             raise ConfigError(
                 f"{key}: got {new.get(key)}, expected {old.get(key)} of {path}, or another output "
                 "directory"

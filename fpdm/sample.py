@@ -41,7 +41,7 @@ from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.request import Request, check_draws_nothing, make_request, parser, sampler_config
-from fpdm.vae import VAE, load_vae
+from fpdm.vae import TOLD, VAE, load_vae
 
 REPORTED = 256  # images of which a report keeps every residual
 
@@ -225,7 +225,8 @@ def claim_pictures(out: Path, vae: VAE | None, source: LoadedSource) -> float:
             )
         return 1.0
     scale = source.latent_scale or vae.scale
-    claim(out, {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}, "vae.json")
+    made_by = {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}
+    claim(out, made_by, "vae.json", TOLD)
     return scale
 
 

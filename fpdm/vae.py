@@ -25,6 +25,7 @@ from fpdm.files import tensors_digest
 from fpdm.settings import ConfigError
 
 CONFIG = "config.json"
+TOLD = ("vae.name",)  # of what a VAE made: its weights decide, wherever they lie
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,10 @@ def test_what_is_begun_belongs_to_its_settings(tmp_path: Path) -> None:
     assert write(out) == 16
     # whole: left as it is, for the same settings alone
     assert write(out, stop_at(0, DataError("asked"))) == COUNT
+    # a VAE is its weights, wherever they lie
+    named, elsewhere = tmp_path / "named", ORIGIN | {"vae": {"name": "b", "sha256": "1"}}
+    resume_shards(rows_from, named, ORIGIN | {"vae": {"name": "a", "sha256": "1"}}, **SETTINGS)
+    assert resume_shards(rows_from, named, elsewhere, **SETTINGS)[1] == COUNT
     with pytest.raises(ConfigError, match=f"seed: got 1, expected 0 of {out}/origin.json"):
         resume_shards(rows_from, out, ORIGIN | {"seed": 1}, **SETTINGS)
     (tmp_path / "other").mkdir()

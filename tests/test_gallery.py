@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,11 +131,18 @@ def test_a_directory_has_one_vae(
     main([*argv, "--vae", str(vae)])
     whole = (out / "samples.npz").read_bytes()
     # before anything is drawn
+    latents = (out / "000000.npy").read_bytes()
     (out / "000000.npy").unlink()
     monkeypatch.setattr(Sampler, "sample", lambda *args, **kwargs: pytest.fail("drawn"))
     other = save_vae(tmp_path / "other", seed=1)
     told = complain([*argv, "--vae", str(other)], capsys)
-    assert f"vae.name: got other, expected tiny of {out}/vae.json" in told
+    assert "vae.sha256: got " in told
+    assert f" of {out}/vae.json, or another output directory" in told
+    # the same one elsewhere
+    moved = shutil.copytree(vae, tmp_path / "moved")
+    (out / "000000.png").unlink()
+    (out / "000000.npy").write_bytes(latents)
+    main([*argv, "--vae", str(moved)])
     told = complain(argv, capsys)
     assert f"vae: got none, expected the one of {out}/vae.json, or another output" in told
     assert (out / "samples.npz").read_bytes() == whole
