@@ -457,6 +457,11 @@ class TensorFile:
             self.kinds[name], self._offsets[name] = (dtype, tuple(shape)), offset
             offset += size
 
+    def __reduce__(self) -> tuple[type[TensorFile], tuple[Path]]:
+        """A copy, such as a worker process's, opens it anew: a descriptor is a number of one
+        process, and closed with its owner."""
+        return TensorFile, (self.path,)
+
     def read(self, name: str, start: int, out: np.ndarray) -> None:
         """``out[:] = tensor[start : start + len(out)]``; contiguous, of the tensor's dtype."""
         view = _bytes(out)

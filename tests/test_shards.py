@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import hashlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -286,6 +288,19 @@ def test_more_shards_than_the_soft_limit_of_open_files(tmp_path: Path):
             refused(lambda: open_latents(tmp_path / "a"), "cannot be read: Too many open files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_copies_have_files_of_their_own(tmp_path: Path):
+    x, *_ = write(tmp_path / "a", count=60, rows_per_shard=20)
+    opened = open_latents(tmp_path / "a")
+    copies = copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))
+    del opened
+    # takes the descriptors that are free now
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    for one in copies:
+        assert np.array_equal(one.batch(rows(60))[0].numpy(), x)
+    for descriptor in others:
+        os.close(descriptor)
 
 
 def test_missing_and_surplus_shards(tmp_path: Path):
