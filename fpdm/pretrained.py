@@ -111,7 +111,7 @@ def _load_export(
     diffusion = Diffusion(found.diffusion, device)
     name = path.resolve().name
     scale = found.extra.get("latent_scale")
-    if scale is not None and not (isinstance(scale, float) and scale > 0):
+    if scale is not None and not (type(scale) in (int, float) and scale > 0):
         raise ConfigError(f"{path}: got latent_scale {scale!r:.40}, expected a positive number")
     return LoadedSource(model, diffusion, sampler, name, found.weights, path, latent_scale=scale)
 
