@@ -354,8 +354,8 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
     predicted = predictions(result)
     raw = html.escape(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
     parts = [
-        section("At a glance", "Every arm's time over ours; all ran in one process, in turn. The "
-                "red stroke is the library's products alone, which nothing passes that calls it.",
+        section("At a glance", "Every arm's time over ours; all ran in one process, alternating. "
+                "The red stroke is the library's products and attention alone.",
                 overview(result)),
         section("Parts of an iteration against their floor", "Each fused call of one iteration "
                 "without gradient, and plain PyTorch's time for the same. The floor is the larger "

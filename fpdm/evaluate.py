@@ -177,7 +177,10 @@ def command(argv: list[str]) -> int:
     }  # fmt: skip
     prog = "python -m fpdm.evaluate [SOURCE]"
     if help_only:
-        parse_options(Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra)
+        about = "Sampling settings that are not given are SOURCE's own, not these defaults.\n\n"
+        parse_options(
+            Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra, about=about
+        )
     source = load_source(path, weights, None, choose_device(device or "auto"))
     options = Options(source.sampler_config, _run_data(path))
     # a sweep refuses a cost, which it decides itself

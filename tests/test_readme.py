@@ -88,7 +88,9 @@ def refused(text: str) -> list[str]:
     """Commands of ``text`` of the other modules, and targets of make, that do not exist."""
     found = []
     parsers: dict[str, Callable[[list[str]], Any]] = {
-        "fpdm.train": lambda argv: load_config(argv[0].replace("my.yaml", "digits"), argv[1:]),
+        "fpdm.train": lambda argv: load_config(
+            "digits" if argv[0].endswith(".yaml") else argv[0], argv[1:]
+        ),
         "fpdm.data": data._parser().parse_args,
         "bench": bench.parser().parse_args,
     }
@@ -111,6 +113,14 @@ def test_other_commands_can_be_given(capsys: pytest.CaptureFixture[str]) -> None
     bad = "```bash\nmake it\npython -m fpdm.train digits --train.stpes 3\npython -m fpdm.dta x\n"
     bad += "python -m bench --fast\n```\nand `python -m fpdm.data convert`"
     assert len(refused(bad)) == 5
+
+
+def test_the_settings_can_be_given(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    file = tmp_path / "photos.yaml"
+    file.write_text(text)
+    config = load_config(str(file))
+    assert (config.data.kind, config.model.patch_size, config.model.in_channels) == ("images", 4, 3)
 
 
 def test_the_picture_of_the_files_is_true() -> None:
