@@ -231,10 +231,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, how: Callable[[], None])
 def test_interrupted(
     signum: int, at: int, argv: list[str], vae: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     """While it draws, or while it decodes: one line, which says how it goes on; so it does."""
     argv = [*argv, "--vae", str(vae)]
     handler = signal.getsignal(signal.SIGTERM)
+    # a shell starts what runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with monkeypatch.context() as patch:
         interrupt(patch, at, lambda: os.kill(os.getpid(), signum))
         with pytest.raises(SystemExit) as left:
