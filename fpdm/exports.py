@@ -3,7 +3,7 @@
     export        writes a whole state dict and its configs, tied together by a hash
     read_export   the description, without the weights;  Export.state() the weights, hash verified
     infer_config  the architecture that a state dict in published names has
-    load_strict   a state dict into a model: same names and shapes, all finite, or nothing is copied
+    compare       whether a state dict is a model's: the same names and shapes, all finite
 
 Nothing here builds a model: ``fpdm.model.from_pretrained`` does.
 """
@@ -103,16 +103,6 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(rf"{prefix}\.(\d+)\.")
     indices = {int(match[1]) for name in state if (match := pattern.match(name))}
     return next(index for index in range(len(indices) + 1) if index not in indices)
-
-
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy ``state`` into ``model``: the same names and shapes, all finite, or nothing is copied.
-
-    Raises:
-        CheckpointError: one line with the first differences.
-    """
-    compare(model, state, where)
-    model.load_state_dict(dict(state), strict=True)
 
 
 def compare(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

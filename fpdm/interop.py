@@ -1,8 +1,4 @@
-"""Weights from and to other programs: published state dicts here, exports from fpdm.exports.
-
-    load_official     a published .pt, safetensors file or state dict -> model
-    from_pretrained   an export -> model;  read_export: what it says, without the weights
-    export            a state dict and its configs -> a folder of two files
+"""Weights of other programs: a published .pt, safetensors file or state dict -> model.
 
 Published files are read as data: safetensors, or a torch zip archive through the restricted reader
 that knows tensors, plain containers and ``argparse.Namespace``, and calls nothing else.
@@ -21,14 +17,9 @@ import torch
 from torch import Tensor
 
 from fpdm.config import ExecutionConfig
-from fpdm.exports import CONFIG, WEIGHTS, export, infer_config, load_strict, read_export
+from fpdm.exports import infer_config
 from fpdm.files import CheckpointError, read_safetensors
-from fpdm.model import FPDM, DiT, from_pretrained, model_of
-
-__all__ = [
-    "CONFIG", "WEIGHTS", "export", "from_pretrained", "infer_config", "load_official",
-    "load_strict", "read_export",
-]  # fmt: skip
+from fpdm.model import FPDM, DiT, model_of
 
 _FLAG = "fixed_point_pre_post_timestep_conditioning"
 _ARCHIVE_CODE_LIMIT = 1 << 26

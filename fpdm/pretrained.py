@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fpdm import calibration, checkpoint, interop
+from fpdm import calibration, checkpoint, exports
 from fpdm.config import ConfigError, ExecutionConfig, Impl, SamplerConfig, from_dict
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.files import tensors_digest
-from fpdm.model import FPDM, DiT, build_model
+from fpdm.model import FPDM, DiT, model_of
 from fpdm.settings import update
 
 SHIPPED = Path(__file__).parent / "assets" / "digits_export"
@@ -70,23 +70,23 @@ def load_source(
     if which not in (None, "ema", "raw"):
         raise ConfigError(f"weights: got {which!r}, expected ema or raw")
     path = SHIPPED if path is None else Path(path)
-    if (path / interop.CONFIG).is_file():
+    if (path / exports.CONFIG).is_file():
         return _load_export(path, which, impl, device)
     if (path / "checkpoints").is_dir():
         return _load_run(path, which or "ema", impl, device)
     if path.suffix in (".pt", ".pth", ".ckpt") and path.is_file():
         raise ConfigError(
             f"source: got the file {path}, expected a directory: read it with "
-            "fpdm.interop.load_official and write one with fpdm.interop.export"
+            "fpdm.interop.load_official and write one with fpdm.exports.export"
         )
     raise ConfigError(
         f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "
-        f"(with {interop.CONFIG}){_nearest(path)}"
+        f"(with {exports.CONFIG}){_nearest(path)}"
     )
 
 
 def _is_source(path: Path) -> bool:
-    return (path / interop.CONFIG).is_file() or (path / "checkpoints").is_dir()
+    return (path / exports.CONFIG).is_file() or (path / "checkpoints").is_dir()
 
 
 def _nearest(path: Path) -> str:
@@ -99,11 +99,11 @@ def _nearest(path: Path) -> str:
 def _load_export(
     path: Path, which: str | None, impl: Impl | None, device: str | torch.device
 ) -> LoadedSource:
-    found = interop.read_export(path)
+    found = exports.read_export(path)
     if which not in (None, found.weights):
         raise ConfigError(f"weights: got {which}, expected {found.weights}, all that {path} holds")
     execution = None if impl is None else ExecutionConfig(impl=impl)
-    model = interop.from_pretrained(path, execution).to(device)
+    model = model_of(found.model, found.state(), str(path / exports.WEIGHTS), execution).to(device)
     # where the export names no cost: the model's own default
     sampler = SamplerConfig(iters=8 if found.model.kind == "fpdm" else None)
     if "sample" in found.extra:
@@ -127,8 +127,7 @@ def _load_run(
     state = dict(found.tensors["model"])
     if which == "ema":
         state.update(found.tensors["ema"])
-    model = build_model(config.model, execution)
-    interop.load_strict(model, state, str(found.path))
+    model = model_of(config.model, state, str(found.path), execution)
     return LoadedSource(
         model.to(device), Diffusion(config.diffusion, device), config.sample,
         f"{path.resolve().name}-{found.step}", which, path,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpdm import __version__, checkpoint, figures, interop
+from fpdm import __version__, checkpoint, figures
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
 from fpdm.checks import check_data, check_machine, check_same
 from fpdm.cli import run_main
@@ -36,6 +36,7 @@ from fpdm.data import open_dataset
 from fpdm.diffusion import Diffusion
 from fpdm.distributed import Ranks, StopFlag
 from fpdm.engine import Sampler
+from fpdm.exports import export
 from fpdm.files import atomic_write
 from fpdm.kernels import implementations
 from fpdm.microstep import MicroStep
@@ -463,7 +464,7 @@ class Trainer:
         self.progress.close()
         figures.plot_history(self.directory.metrics, self.directory.curves)
         data = self.config.data
-        interop.export(
+        export(
             self.directory.export,
             self.config.model,
             self.optimizer.ema_state_dict(),

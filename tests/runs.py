@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
+import time
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,6 +34,7 @@ from fpdm.train import Trainer
 MODEL = ModelConfig(
     input_size=8, patch_size=2, in_channels=1, hidden_size=32, num_heads=2, num_classes=10
 )
+LIMIT = 60.0  # seconds that a child may take
 FAST = SamplerConfig(steps=2, iters=1, guidance=1.0)
 
 
@@ -192,3 +195,35 @@ def start_pair(config: Config, log: Path, kind: type[Trainer] = Trainer) -> list
 def changed(config: Config, **train: Any) -> Config:
     """``config`` with other fields of its train section."""
     return replace(config, train=replace(config.train, **train))
+
+
+def finish(process, seconds: float = LIMIT) -> int:
+    """Exit status of a child that must end by itself."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"still running after {seconds} s")
+    return process.exitcode
+
+
+def wait_for(condition, seconds: float = LIMIT) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+class FullDisk(Trainer):
+    """No file may grow beyond 1 kB after the second checkpoint."""
+
+    def save(self) -> None:
+        if self.step > 8:
+            no_space(1000)
+        super().save()
+
+
+def no_space(size: int) -> None:
+    """No file may grow beyond ``size`` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

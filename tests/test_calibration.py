@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from fpdm import calibration, interop, sample
+from fpdm import calibration, exports, sample
 from fpdm.budget import Calibration, allocate
 from fpdm.calibration import NAME, learn, load, save
 from fpdm.cli import run_main
@@ -109,7 +109,7 @@ def test_residuals_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return interop.export(
+    return exports.export(
         tmp_path / "source", MODEL, random_model(MODEL).state_dict(), which="ema",
         diffusion=DiffusionConfig(), extra={"sample": to_dict(SETTINGS)},
     )  # fmt: skip
@@ -158,7 +158,7 @@ def test_command(
     sample.main([*argv, "--steps", "2", "--out", str(tmp_path / "shared")])
     assert "learned" in capsys.readouterr().out
     # other weights
-    interop.export(
+    exports.export(
         source, MODEL, random_model(MODEL, seed=1).state_dict(), which="ema",
         diffusion=DiffusionConfig(), extra={"sample": to_dict(SETTINGS)},
     )  # fmt: skip
@@ -184,7 +184,7 @@ def test_of_a_run_and_of_the_shipped_model(
 
 def test_a_dit_cannot_be_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dit = replace(MODEL, kind="dit", pre_depth=0, post_depth=0, depth=1)
-    path = interop.export(
+    path = exports.export(
         tmp_path / "dit", dit, random_model(dit).state_dict(), which="ema",
         diffusion=DiffusionConfig(), extra={},
     )  # fmt: skip

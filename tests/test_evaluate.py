@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_metrics import normal, whole
 from torch.nn import functional as F
 
-from fpdm import classifier, evaluate, interop, quality
+from fpdm import classifier, evaluate, exports, quality
 from fpdm.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, UserError
 from fpdm.data import open_dataset
 
@@ -249,7 +249,7 @@ def exported(tmp_path):
         input_size=8, in_channels=1, hidden_size=16, num_heads=2, patch_size=4, num_classes=10
     )
     model = random_model(config)
-    interop.export(
+    exports.export(
         tmp_path / "export", config, model.state_dict(), which="raw",
         diffusion=DiffusionConfig(), extra={},
     )  # fmt: skip
@@ -321,7 +321,7 @@ def test_command_refuses_in_one_line(exported, tmp_path):
 
 def test_other_models_need_their_data(tmp_path):
     config = ModelConfig(input_size=4, in_channels=3, hidden_size=16, num_heads=2, num_classes=2)
-    interop.export(
+    exports.export(
         tmp_path, config, random_model(config).state_dict(), which="raw",
         diffusion=DiffusionConfig(), extra={},
     )  # fmt: skip
@@ -338,7 +338,7 @@ def test_image_model_is_measured_against_its_folder(tmp_path):
         image.fromarray(pixels).save(folder / f"{i}.png")
     config = ModelConfig(input_size=4, in_channels=3, hidden_size=16, num_heads=2, num_classes=2)
     out = tmp_path / "export"
-    interop.export(
+    exports.export(
         out, config, random_model(config).state_dict(), which="raw",
         diffusion=DiffusionConfig(), extra={},
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 from test_sample import DIT, MODEL, SETTINGS, complain, npz
 
-from fpdm import checkpoint, interop, sample
+from fpdm import checkpoint, exports, sample
 from fpdm.config import (
     Config,
     ConfigError,
@@ -29,7 +29,7 @@ from fpdm.sample import main
 def test_export_without_settings(tmp_path: Path) -> None:
     for model, iters in ((MODEL, 8), (DIT, None)):
         state = random_model(model).state_dict()
-        path = interop.export(
+        path = exports.export(
             tmp_path / model.kind, model, state, which="raw", diffusion=DiffusionConfig(), extra={}
         )
         loaded = load_source(path)
@@ -40,7 +40,7 @@ def test_export_without_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", ["0.18", -1.0, True])
 def test_export_with_a_scale_that_is_none(tmp_path: Path, scale: object) -> None:
-    path = interop.export(
+    path = exports.export(
         tmp_path / "e", MODEL, random_model(MODEL).state_dict(), which="raw",
         diffusion=DiffusionConfig(), extra={"latent_scale": scale},
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from conftest import random_model
 from PIL import Image
 
-from fpdm import figures, gallery, interop, sample
+from fpdm import exports, figures, gallery, sample
 from fpdm.cli import run_main
 from fpdm.config import (
     ConfigError,
@@ -30,7 +30,7 @@ from fpdm.config import (
 from fpdm.engine import Sampler
 from fpdm.kernels import implementations
 from fpdm.pretrained import load_source
-from fpdm.request import choose_images, parse_integers, parser, sampler_config
+from fpdm.request import choose_images, parser
 from fpdm.sample import main
 
 MODEL = ModelConfig(input_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=3)
@@ -42,7 +42,7 @@ DIT = ModelConfig(
 
 
 def export(path: Path, model: ModelConfig = MODEL, settings: SamplerConfig = SETTINGS) -> Path:
-    return interop.export(
+    return exports.export(
         path, model, random_model(model).state_dict(), which="ema", diffusion=DiffusionConfig(),
         extra={"sample": to_dict(settings)},
     )  # fmt: skip
@@ -292,33 +292,16 @@ def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert npz(out)["arr_0"].shape == (3, 4, 4, 3)
 
 
-def chosen(argv: list[str], classes: int = 3) -> tuple[list[int], list[int], int]:
-    return choose_images(parser().parse_args(argv), classes)
-
-
 def test_images_that_are_not_finite_are_told(tmp_path: Path) -> None:
     model = random_model(MODEL)
     with torch.no_grad():
         model.final_layer.linear.weight.fill_(3e38)  # an export holds no NaN; this makes one
-    path = interop.export(
+    path = exports.export(
         tmp_path / "nan", MODEL, model.state_dict(), which="ema", diffusion=DiffusionConfig(),
         extra={"sample": to_dict(SETTINGS)},
     )  # fmt: skip
     with pytest.warns(UserWarning, match="3 of 3 images hold NaN or Inf"):
         main([str(path), "--count", "3", "--out", str(tmp_path / "out")])
-
-
-def test_choice_of_images() -> None:
-    assert chosen(["--count", "6"]) == ([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5], 2)
-    assert chosen(["--labels", "all"]) == ([0, 1, 2], [0, 1, 2], 2)
-    assert chosen(["--labels", "all", "--count", "5"])[0] == [0, 1, 2, 0, 1]
-    assert chosen(["--labels", "2,0-1"])[0] == [2, 0, 1]
-    assert chosen(["--seeds", "7,3-5"])[:2] == ([0, 0, 1, 2], [7, 3, 4, 5])
-    assert chosen(["--seed", str(2**63), "--count", "2"])[1] == [2**63, 2**63 + 1]
-    labels, seeds, columns = chosen([], 10)
-    assert (len(labels), columns, seeds[-1]) == (80, 8, 79)
-    assert len(chosen([], 1000)[0]) == 16
-    assert parse_integers("x", "1, 3-4") == [1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -398,28 +381,6 @@ def test_bad_places(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "model.safetensors" in complain([str(damaged)], capsys)
 
 
-def test_cost_on_the_command_line() -> None:
-    def settings(base: SamplerConfig, *argv: str) -> SamplerConfig:
-        return sampler_config(base, parser().parse_args(list(argv)))
-
-    assert settings(SETTINGS) == SETTINGS
-    assert settings(SETTINGS, "--budget", "20") == replace(SETTINGS, iters=None, budget=20)
-    explicit = settings(SETTINGS, "--schedule", "3,1,2")
-    assert explicit == replace(
-        SETTINGS, iters=None, steps=3, allocation="explicit", schedule=(3, 1, 2)
-    )
-    back = settings(explicit, "--iters", "4")
-    assert back == replace(explicit, iters=4, allocation="constant", schedule=())
-    assert settings(SETTINGS, "--gamma", "0.3", "--reuse", "blend") == replace(
-        SETTINGS, reuse="blend", reuse_gamma=0.3
-    )
-    # of the run beside it
-    assert settings(SETTINGS, "--gamma", "0.3", "--compare", "blend").reuse_gamma == 0.3
-    # the source's own, of a mode that is switched off
-    blend = settings(SETTINGS, "--gamma", "0.3", "--reuse", "blend")
-    assert settings(blend, "--reuse", "none") == replace(blend, reuse="none")
-
-
 def test_operators_that_were_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: dict[str, Any] = {"adaln": {"reference": 2}, "attention": {"reference": 3}}
     monkeypatch.setattr(implementations, "counters", lambda: counted)
@@ -455,7 +416,8 @@ def test_report(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     argv = [str(source), "--out", str(tmp_path / "out"), "--count", "7", "--shard", "1/2"]
     monkeypatch.setattr(sample, "REPORTED", 2)
     main([*argv, "--report"])
-    loaded, (labels, seeds, _) = load_source(source), chosen(["--count", "7"])
+    loaded = load_source(source)
+    labels, seeds, _ = choose_images(parser().parse_args(["--count", "7"]), 3)
     for reuse in ("none", "full"):
         main([*argv, "--report"] if reuse == "none" else [*argv, "--compare", reuse])
         runs, timesteps, path, tol = drawn[-1]

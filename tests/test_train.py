@@ -25,8 +25,8 @@ from fpdm.batches import Loader, draw_flips, draw_iterations, draw_samples, loca
 from fpdm.checks import check_data
 from fpdm.config import ConfigError, FixedPointConfig, ModelConfig, UserError
 from fpdm.data import open_dataset
-from fpdm.interop import from_pretrained
 from fpdm.kernels import implementations
+from fpdm.model import from_pretrained
 from fpdm.recipes import load_config
 from fpdm.train import Trainer
 

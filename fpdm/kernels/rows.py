@@ -112,12 +112,16 @@ def row_sum(b_x):
 
 
 @triton.jit
-def row_mean(b_x, D: tl.constexpr):
-    """Mean of the float32 rows, zero outside D: (ROWS,)."""
-    b_sum = row_sum(b_x)
-    b_mean = b_sum * (1.0 / D)
-    # one correction: the quotient is exact where it can be, so a constant row has no variance
-    return tl.fma(tl.fma(b_mean, -1.0 * D, b_sum), 1.0 / D, b_mean)
+def subtract(b_x, b_mean, D: tl.constexpr, COLS: tl.constexpr):
+    """x - mean (ROWS, 1) of the float32 rows, zero outside D."""
+    o_col = tl.arange(0, COLS)
+    b_c: tl.tuple = ()
+    for j in tl.static_range(0, len(b_x)):
+        b_diff = b_x[j] - b_mean
+        if (j + 1) * COLS > D:
+            b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
+        b_c += (b_diff,)
+    return b_c
 
 
 @triton.jit
@@ -127,17 +131,12 @@ def moments(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
     The pass over the centred values also finds what the rounded mean missed, which a row of equal
     values would show times 1/sqrt(eps).
     """
-    b_mean = row_mean(b_x, D)[:, None]
-    o_col = tl.arange(0, COLS)
-    b_rest: tl.tuple = ()
+    b_mean = (row_sum(b_x) * (1.0 / D))[:, None]
+    b_c = subtract(b_x, b_mean, D, COLS)
     b_square: tl.tuple = ()
-    for j in tl.static_range(0, len(b_x)):
-        b_diff = b_x[j] - b_mean
-        if (j + 1) * COLS > D:
-            b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
-        b_rest += (b_diff,)
-        b_square += (b_diff * b_diff,)
-    b_missed = row_sum(b_rest) * (1.0 / D)
+    for j in tl.static_range(0, len(b_c)):
+        b_square += (b_c[j] * b_c[j],)
+    b_missed = row_sum(b_c) * (1.0 / D)
     b_var = row_sum(b_square) * (1.0 / D) - b_missed * b_missed
     b_var = tl.maximum(b_var, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return b_mean + b_missed[:, None], tl.rsqrt(b_var + EPS)[:, None]
@@ -147,14 +146,7 @@ def moments(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
 def centre(b_x, D: tl.constexpr, COLS: tl.constexpr, EPS: tl.constexpr):
     """(x - mean, zero outside the row; 1/sqrt(var + eps) (ROWS, 1)): passes over registers."""
     b_mean, b_rstd = moments(b_x, D, COLS, EPS)
-    o_col = tl.arange(0, COLS)
-    b_c: tl.tuple = ()
-    for j in tl.static_range(0, len(b_x)):
-        b_diff = b_x[j] - b_mean
-        if (j + 1) * COLS > D:
-            b_diff = tl.where((j * COLS + o_col < D)[None, :], b_diff, 0.0)
-        b_c += (b_diff,)
-    return b_c, b_rstd
+    return subtract(b_x, b_mean, D, COLS), b_rstd
 
 
 @triton.jit
