@@ -48,6 +48,18 @@ def _operand(
 
 
 @triton.jit
+def _add_product(b_acc, b_x, b_w):
+    """b_acc + x w^T, float32. Without tensor cores products are added one after the other: BLOCK_K
+    of them to a sum of their own, as the error of one chain grows with the root of K."""
+    if b_x.dtype == tl.float32:
+        # not as a sum, which the compiler makes a chain of again
+        b_acc = tl.fma(tl.dot(b_x, b_w.T, input_precision="ieee"), 1.0, b_acc)
+    else:
+        b_acc = tl.dot(b_x, b_w.T, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit
 def _product(
     p_x, p_w, s_x, s_w, i_row, i_col, b_acc, M, N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
@@ -56,7 +68,7 @@ def _product(
     for i_k in tl.range(0, K, BLOCK_K):
         b_x = _operand(p_x, s_x, i_row, i_k, M, K, BLOCK_M, BLOCK_K, TMA)
         b_w = _operand(p_w, s_w, i_col, i_k, N, K, BLOCK_N, BLOCK_K, TMA)
-        b_acc = tl.dot(b_x, b_w.T, b_acc, input_precision="ieee")
+        b_acc = _add_product(b_acc, b_x, b_w)
     return b_acc
 
 
@@ -135,7 +147,7 @@ def adaln_linear(
                 m_y = (m_row & (i_col == 0))[:, None] & (o_k < K)[None, :]
                 p_block = p_y + i_row.to(tl.int64) * K + (o_row[:, None] * K + o_k[None, :])
                 tl.store(p_block, b_y, mask=m_y)
-            b_acc = tl.dot(b_y, b_w.T, b_acc, input_precision="ieee")
+            b_acc = _add_product(b_acc, b_y, b_w)
         i_base, o, m = _where(i_row, i_col, M, N, BLOCK_M, BLOCK_N)
         tl.store(p_out + i_base + o, b_acc.to(p_out.dtype.element_ty), mask=m)
 
