@@ -169,6 +169,6 @@ def adaln_backward(
     part = rows.workspace(z, 2, CHUNK)
     _adaln_backward[(b * rows.chunks(t, CHUNK),)](
         dy, z, scale, dz, part, row_stride(scale), t,
-        **rows.tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
+        **rows.shared_tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
     )  # fmt: skip
     rows.accumulate(part, dshift, dscale)

@@ -8,7 +8,7 @@ alone: nothing is tuned at run time.
 
 Sums over tokens are deterministic: a program sums ``chunk`` tokens and writes float32 partials (B,
 chunks, n, D), ``accumulate`` adds them in order. Workspace: 4 n / (chunk size) U, size the bytes of
-an element: 0.0625 n U in half precision for 32 tokens. ``add_column_sums`` does the same over all
+an element: 0.125 n U in half precision for 16 tokens. ``add_column_sums`` does the same over all
 rows of a matrix (the gradient of a bias).
 
 Names: i_ index, o_ offsets, m_ mask, p_ pointer, s_ stride, b_ block of values.
@@ -26,7 +26,6 @@ from torch import Tensor
 from fpdm.kernels.launch import cdiv, next_power_of_2, row_stride
 
 WARPS = 4
-CHUNK = 32
 
 
 @functools.cache
@@ -35,6 +34,15 @@ def tile(width: int) -> dict[str, int]:
     most 16 rows, which divide every chunk of tokens that a program sums."""
     cols = min(max(128, next_power_of_2(cdiv(width, 16))), power(width))
     return {"D": width, "ROWS": min(max(512 // cols, 1), 16), "COLS": cols}
+
+
+def shared_tile(width: int) -> dict[str, int]:
+    """The same for a kernel that also keeps sums over tokens of every column: a long row is shared
+    by two warps, since one would need so many registers that few fit a multiprocessor."""
+    found = tile(width)
+    if found["ROWS"] < 2 or cdiv(width, found["COLS"]) < 6:
+        return found
+    return found | {"ROWS": found["ROWS"] // 2, "COLS": 2 * found["COLS"]}
 
 
 def power(n: int) -> int:
@@ -177,12 +185,12 @@ def _accumulate(
     tl.store(p_out + o_col, b_sum, mask=m_col)
 
 
-def chunks(tokens: int, chunk: int = CHUNK) -> int:
+def chunks(tokens: int, chunk: int) -> int:
     """Programs per sample in a kernel that sums ``chunk`` tokens each."""
     return cdiv(tokens, chunk)
 
 
-def workspace(like: Tensor, sums: int, chunk: int = CHUNK) -> Tensor:
+def workspace(like: Tensor, sums: int, chunk: int) -> Tensor:
     """Partials of ``sums`` sums over the tokens of ``like`` (B,T,D): (B, chunks, sums, D)."""
     b, t, d = like.shape
     return like.new_empty(b, chunks(t, chunk), sums, d, dtype=torch.float32)
@@ -236,14 +244,14 @@ def _add_rows(p_part, p_out, n, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.co
 
 def add_column_sums(x: Tensor, out: Tensor) -> None:
     """out (D,) float32 += sum over the rows of x (N,D), contiguous. Bytes: N D of x, and partials
-    of 1/64 of that in half precision."""
+    of 1/128 of that in half precision."""
     n, d = x.shape
     if not x.numel():
         return
-    cols, chunk = min(128, power(d)), 128
+    cols, chunk = min(128, power(d)), 256
     part = x.new_empty(cdiv(n, chunk), d, dtype=torch.float32)
     _column_sums[(len(part) * cdiv(d, cols),)](
-        x, part, n, D=d, ROWS=32, COLS=cols, CHUNK=chunk, num_warps=WARPS
+        x, part, n, D=d, ROWS=64, COLS=cols, CHUNK=chunk, num_warps=WARPS
     )
     narrow = min(32, cols)
     _add_rows[(cdiv(d, narrow),)](part, out, len(part), D=d, ROWS=64, COLS=narrow, num_warps=WARPS)
