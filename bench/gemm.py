@@ -2,19 +2,20 @@
 
     python -m bench.gemm --out FILE          XL/2, fp16 and bf16, batches of 2, 16 and 64
     python -m bench.gemm --out FILE --write  ... and enters what was found into gemm_table.json
+    python -m bench.gemm --out FILE --write --routes cublaslt    without our tiles to compile
 
 For each operator, batch and form (anything kept for a backward, or nothing): the library, every
-tile of fpdm.kernels.gemm_table.tiles and, for a bias with nothing kept, cuBLASLt's epilogue; in
-one process, interleaved, medians of graph replays. A result that is not the library's to rounding
-is not timed. An arm must gain 2 % to replace the library. --jobs compiles in so many processes
-first: Triton keeps what they made on disk.
+tile of fpdm.kernels.gemm_table.tiles and, where nothing is kept, the first algorithms of cuBLASLt
+past torch; in one process, interleaved, medians of graph replays. A result that is not the
+library's to rounding is not timed. An arm must gain 2 % to replace the library. --jobs compiles in
+so many processes first: Triton keeps what they made on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from bench.timing import device_times
 from fpdm.cli import run_main
-from fpdm.kernels import gemm, gemm_table
+from fpdm.kernels import cublaslt, gemm, gemm_table, reference
 from fpdm.kernels.gemm_table import Tile
 from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
@@ -51,20 +52,23 @@ class Shape(NamedTuple):
 
 
 def shapes(batch: int, dtype: torch.dtype) -> list[Shape]:
-    """Every fused GEMM of one iteration at XL/2."""
+    """Every GEMM of one iteration at XL/2, with its glue and alone."""
     cuts = (
         ("adaln_linear", 3 * D, D), ("linear_add_gelu", 2 * D, D), ("linear_bias_gelu", 4 * D, D),
-        ("linear_gate_residual", D, D), ("linear_gate_residual", D, 4 * D),
+        ("linear_gate_residual_adaln", D, D), ("linear_gate_residual", D, 4 * D),
     )  # fmt: skip
-    return [Shape(op, batch, T, n, k, dtype, keep) for op, n, k in cuts for keep in (False, True)]
+    alone = [Shape("linear", batch, T, i * D, k, dtype, False)
+             for i, k in ((3, D), (1, D), (1, 2 * D), (1, 4 * D))]  # fmt: skip
+    found = [Shape(op, batch, T, n, k, dtype, keep) for op, n, k in cuts for keep in (False, True)]
+    return [*alone, *found]
 
 
 Arms = dict[str, tuple[Tile | None, Callable[[], Tensor]]]
 
 
 def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
-    """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt``;
-    and the buffers that every one of them must write."""
+    """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt i``
+    with its i-th algorithm; and the buffers that every one of them must write."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -77,7 +81,10 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
     arch = gemm.architecture()
     found: Arms = {}
     written = [out, *([extra] if s.keep else [])]
-    if s.op == "adaln_linear":
+    u = normal(s.b, s.t, s.n) if s.op == "linear_add_gelu" else bias
+    if s.op == "linear":
+        library, fused = partial(reference.linear, x, weight, bias, out), None
+    elif s.op == "adaln_linear":
         y = torch.empty_like(x)
         written = [out, *([y] if s.keep else [])]
         shift, scale = shift[:, : s.k], scale[:, : s.k]
@@ -87,6 +94,13 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
         fused = partial(
             gemm.adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
         )
+    elif s.op == "linear_gate_residual_adaln":
+        z, vectors = normal(s.b, s.t, s.n), [v[:, : s.n] for v in (gate, shift, scale)]
+        z_out = torch.empty_like(out)
+        written = [out, z_out, *([extra] if s.keep else [])]
+        call = partial(gemm.linear_gate_residual_adaln, x, weight, bias, z, *vectors)
+        library = partial(call, extra, z_out, out, fused=False)
+        fused = partial(call, kept, z_out, out)
     elif s.op == "linear_gate_residual":
         z, gate = normal(s.b, s.t, s.n), gate[:, : s.n]
         library = partial(
@@ -94,15 +108,17 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
         )
         fused = partial(gemm.linear_gate_residual, x, weight, bias, z, gate, kept, out)
     else:
-        u = bias if s.op == "linear_bias_gelu" else normal(s.b, s.t, s.n)
         pre = out if kept is None else kept
         library = partial(gemm.linear_add_gelu, x, weight, u, pre=pre, out=out, fused=False)
         fused = partial(gemm.linear_add_gelu, x, weight, u, kept, out)
     found["library"] = None, library
-    tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
-    found |= {f"fused {i}": (tile, partial(fused, fused=tile)) for i, tile in enumerate(tiles)}
-    if s.op == "linear_bias_gelu" and not s.keep and device.type == "cuda":
-        found["cublaslt"] = None, partial(gemm.cublaslt_bias_gelu, x, weight, bias, out)
+    if fused is not None:
+        tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
+        found |= {f"fused {i}": (tile, partial(fused, fused=tile)) for i, tile in enumerate(tiles)}
+    if s.op in gemm_table.CUBLASLT and not s.keep and device.type == "cuda":
+        call = partial(cublaslt.linear, x, weight, u, out, gelu=s.op != "linear")
+        for i in range(cublaslt.ALGORITHMS):
+            found[f"cublaslt {i}"] = None, partial(call, algorithm=i)
     return found, written
 
 
@@ -133,26 +149,31 @@ def agreeing(
 
 
 def entry(
-    s: Shape, rows: tuple[int, int], device: torch.device, source: str, rounds: int
-) -> dict[str, Any]:
-    """What the table should say for ``s``, with every time behind it."""
+    s: Shape, rows: tuple[int, int], device: torch.device, source: str, rounds: int,
+    routes: Sequence[str] = gemm_table.ROUTES,
+) -> dict[str, Any]:  # fmt: skip
+    """What the table should say for ``s`` among ``routes``, with every time behind it."""
     found, written = arms(s, device)
+    found = {name: arm for name, arm in found.items() if name.split()[0] in ("library", *routes)}
     good, refused = agreeing(found, written)
     measured, uncaptured = device_times({**good}, rounds)
     times, refused = {n: t.median * 1e3 for n, t in measured.items()}, refused | uncaptured
-    fused = [name for name in times if name.startswith("fused")]
-    best: dict[str, str] = {n: n for n in ("library", "cublaslt") if n in times}
-    if fused:
-        best["fused"] = min(fused, key=times.__getitem__)
+    best: dict[str, str] = {}
+    for route in gemm_table.ROUTES:
+        if mine := [name for name in times if name.split()[0] == route]:
+            best[route] = min(mine, key=times.__getitem__)
     ms = {route: times[name] for route, name in best.items()}
     route = min(ms, key=ms.__getitem__)
     if ms[route] > GAIN * ms["library"]:
         route = "library"
     tile = found[best["fused"]][0] if "fused" in best else None
+    algorithm = {}
+    if "cublaslt" in best:
+        algorithm = {"algorithm": int(best["cublaslt"].split()[1]), "cublas": cublaslt.version()}
     return {
         "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
         "dtype": dtype_name(s.dtype), "device": gemm_table.names(device)[0],
-        "route": route, "tile": tile and list(tile), "ms": ms, "source": source,
+        "route": route, "tile": tile and list(tile), **algorithm, "ms": ms, "source": source,
         "all_ms": times, "refused": refused,
     }  # fmt: skip
 
@@ -160,7 +181,8 @@ def entry(
 def compile_only(s: Shape, part: int, parts: int) -> None:
     """Every ``parts``-th arm once, so that its kernels are in Triton's cache."""
     found, written = arms(s, torch.device("cuda"))
-    agreeing({n: found[n] for n in ("library", *list(found)[1 + part :: parts])}, written)
+    compiled = [name for name in found if name.startswith("fused")]
+    agreeing({name: found[name] for name in ("library", *compiled[part::parts])}, written)
 
 
 def compile_all(wanted: list[Shape], jobs: int) -> None:
@@ -178,6 +200,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument(
+        "--routes", nargs="+", default=list(gemm_table.ROUTES), choices=gemm_table.ROUTES,
+        help="an operator that none of them has beside the library is left as it is",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -187,10 +213,13 @@ def main(argv: list[str]) -> int:
     wanted = [
         s for b in options.batches for d in options.dtypes for s in shapes(b, getattr(torch, d))
     ]
+    if "fused" not in options.routes:
+        wanted = [s for s in wanted if s.op in gemm_table.CUBLASLT and not s.keep]
     if options.jobs:
         compile_all(wanted, options.jobs)
     for s in wanted:
-        found.append(entry(s, BATCHES[s.b], device, options.out.name, options.rounds))
+        which = BATCHES[s.b], device, options.out.name, options.rounds, options.routes
+        found.append(entry(s, *which))
         options.out.write_text(json.dumps(found, indent=1))
         print(json.dumps(found[-1]), flush=True)
     if options.write:

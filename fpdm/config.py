@@ -316,7 +316,8 @@ class TrainConfig(Settings):
     scale_growth_interval: int = needs(2000, "precision=fp16")
     scale_floor: float = needs(1.0, "precision=fp16")  # fp16 loss scale, lowest
     resume: Literal["auto", "never"] = "auto"  # never: refuse a run that has checkpoints
-    graphs: Literal["off", "auto", "on"] = "off"  # CUDA graphs of micro-batches; auto: where faster
+    # CUDA graphs of micro-batches; auto: where faster, and memory allows
+    graphs: Literal["auto", "on", "off"] = "auto"
     tensorboard: bool = False  # the metrics there too (package tensorboard)
     ddp_timeout_s: int = 600  # seconds that a rank waits for the others
 

@@ -4,14 +4,16 @@
     p.grad += s d(sum_b loss_b)/dp                   s = loss scale / batch of the step
 
 On a GPU with ``train.graphs`` everything between the micro-batch and the gradients runs on buffers
-that stay and is one graph per (n, m), see fpdm.graphs. A small model, a small batch or a batch
-walked in many chunks needs less time on the device than the host needs to launch it; a replay needs
-the host once. The graphs share one memory pool. As its largest buffer grows with m and cannot be
-given back, the first graph is one of the largest m; until then, and while a pair is new, steps are
-launched, beside the pool: there must be room for two.
+that stay and is one graph per (n, m), see fpdm.graphs. The host needs longer to launch a step than
+the device to compute it, up to the batches of the paper; a replay needs the host once. The graphs
+share one memory pool. As its largest buffer grows with m and cannot be given back, the first graph
+is one of the largest m; until then, and while a pair is new, steps are launched, beside the pool:
+``auto`` leaves graphs alone, with one warning, where there is no room for two.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -24,6 +26,17 @@ from fpdm.gradients import Gradient
 from fpdm.graphs import GraphKey
 from fpdm.model import FPDM, DiT
 from fpdm.weights import PreparedWeights
+
+
+def room(device: torch.device) -> tuple[int, int]:
+    """Bytes: what ``device`` has left between two steps, and what the largest step took so far;
+    nothing is known of a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    free, _ = torch.cuda.mem_get_info(device)
+    here = torch.cuda.memory_allocated(device)
+    cached = torch.cuda.memory_reserved(device) - here
+    return free + cached, torch.cuda.max_memory_allocated(device) - here
 
 
 class _Held:
@@ -72,6 +85,7 @@ class MicroStep:
         # captures of buffers that are gone: the next ones begin with the largest m again
         self.before = 0
         self.params = list(model.parameters())
+        self.launched = False  # a micro-batch of the largest m, so that its memory is known
 
     def _key_of(self, x0: Tensor, n: int, m: int) -> GraphKey | None:
         """Of a micro-batch; None where it cannot be a graph: no gradient to add to, or none of the
@@ -103,6 +117,8 @@ class MicroStep:
             # the old buffers' graphs would write into freed memory
             self.release()
             self.held = _Held(x0, draws)
+        if not self._room(x0.device):
+            return self._run(x0, draws, n, m, x0.new_full((), scale), stats)
         held = self.held
         held.take(x0, draws, scale)
 
@@ -111,6 +127,27 @@ class MicroStep:
 
         self.graphs.run(key, work)
         return held.rows.clone()
+
+    def _room(self, device: torch.device) -> bool:
+        """Whether graphs may go on; under ``auto`` not where a launched step beside their pool
+        would find no memory, which nothing but the end of the run could follow."""
+        assert self.graphs is not None
+        if self.graphs.always or self.graphs.captures > self.before:
+            return True
+        if not self.launched:
+            self.launched = True
+            return True
+        free, need = room(device)
+        if free >= 2 * need:
+            return True
+        self.release()
+        self.graphs = None
+        warnings.warn(
+            f"train.graphs: got {free / 1e9:.1f} GB free, expected {2 * need / 1e9:.1f} for graphs "
+            "beside launched steps: kernel by kernel from here on",
+            stacklevel=3,
+        )
+        return False
 
     def _run(self, x0: Tensor, d: Draws, n: int, m: int, scale: Tensor, stats: bool) -> Tensor:
         xt = self.diffusion.q_sample(x0, d.t, d.noise)
@@ -135,3 +172,4 @@ class MicroStep:
         if self.graphs is not None:
             self.graphs.clear()
             self.before = self.graphs.captures
+            self.launched = False

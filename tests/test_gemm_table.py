@@ -89,7 +89,7 @@ def test_writing_replaces_an_entry_and_keeps_the_others(scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"op": "linear"}, "op: got 'linear'"),
+        ({"op": "dgrad"}, "op: got 'dgrad'"),
         ({"route": "magic"}, "route: got 'magic'"),
         ({"ms": {"fused": 0.2}}, "expected library"),
         ({"ms": {"library": 0.2, "fused": 0.29}}, "slower than library"),

@@ -15,7 +15,7 @@ from conftest import random_model
 from recorder import RecordingBackend
 from torch import Tensor
 
-from fpdm import graphs
+from fpdm import graphs, microstep
 from fpdm.batches import Draws
 from fpdm.config import Config, ConfigError
 from fpdm.diffusion import Diffusion
@@ -296,6 +296,36 @@ def test_a_failed_capture_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
             for a, b in zip(ours.run(number, 1, 2), usual.run(number, 1, 2)):
                 assert torch.equal(a, b)
     assert ours.backend.alive == 0
+
+
+@pytest.mark.parametrize("free", [20, 19])
+def test_auto_needs_room_for_two_steps(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launched step beside the pool of the graphs; the results are the same without them."""
+    ours, usual = Bench("auto", monkeypatch, small()), Bench("off", monkeypatch, small())
+    asked: list[int] = []
+
+    def room(device: torch.device) -> tuple[int, int]:
+        asked.append(len(asked))
+        return free * 10**9, 10 * 10**9
+
+    monkeypatch.setattr(microstep, "room", room)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for number, pair in enumerate([(0, 1), *[(2, 2)] * 9]):
+            for a, b in zip(ours.run(number, *pair), usual.run(number, *pair)):
+                assert torch.equal(a, b)
+    lines = [str(w.message) for w in said]
+    if free == 20:
+        assert lines == []
+        assert ours.step.graphs is not None
+        assert ours.step.graphs.captures == 1
+        # before the first capture alone
+        assert len(asked) == 4
+    else:
+        assert lines == ["train.graphs: got 19.0 GB free, expected 20.0 for graphs beside launched "
+                         "steps: kernel by kernel from here on"]  # fmt: skip
+        assert ours.step.graphs is None
+        assert len(asked) == 1
 
 
 def test_on_needs_a_device_that_captures() -> None:

@@ -1,4 +1,5 @@
-"""Three GEMMs with their glue fused, in Triton: x W^T with a prologue or an epilogue.
+"""Three GEMMs with their glue fused, in Triton: x W^T with a prologue or an epilogue; and which
+route every product takes.
 
     adaln_linear           y W^T + b,   y = LN(z) (1 + scale) + shift
     linear_add_gelu        gelu(pre),   pre = x W^T + u, u a bias or a tensor
@@ -19,7 +20,8 @@ Bytes of activations beside x, W and the result, in U = B T D, N U the width of 
 and what is kept is written on top (y 1, pre N, p 1), where the library has written it already.
 
 ``fused``: None asks the committed table (fpdm.kernels.gemm_table), True runs these kernels, a tile
-that one of them, False the library and glue.
+that one of them, False the library and glue. The library is torch's, or cuBLASLt past torch where
+that measures faster (fpdm.kernels.cublaslt).
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fpdm.kernels import gemm_kernels, mlp, rows
+from fpdm.kernels import cublaslt, gemm_kernels, mlp, reference, rows
 from fpdm.kernels.adaln import adaln
 from fpdm.kernels.gate_residual import finish_norms, gate_residual, gate_residual_adaln
-from fpdm.kernels.gemm_table import Tile, choice, tiles
+from fpdm.kernels.gemm_table import Choice, Tile, choice, tiles
 from fpdm.kernels.launch import FLOATS, aligned, cdiv, check, row_stride
-from fpdm.kernels.reference import LN_EPS, linear
+from fpdm.kernels.reference import LN_EPS
 
 # blocks of rows that walk over the columns together, so that both operands stay in the L2 cache
 GROUP = 8
@@ -84,15 +86,22 @@ def _plan(
 Fused = bool | Tile | None
 
 
-def _route(op: str, x: Tensor, weight: Tensor, keep: bool, fused: Fused) -> tuple[str, Tile | None]:
-    """The route and the tile (None: the first candidate)."""
+def _route(op: str, x: Tensor, weight: Tensor, keep: bool, fused: Fused) -> Choice:
+    """The route, the tile (None: the first candidate) and cuBLASLt's algorithm."""
     if isinstance(fused, Tile):
-        return "fused", fused
+        return Choice("fused", "asked for", fused)
     if fused is not None:
-        return ("fused" if fused else "library"), None
+        return Choice("fused" if fused else "library", "asked for")
     m, (n, k) = x.numel() // max(x.shape[-1], 1), weight.shape
-    found = choice(op, m, n, k, weight.dtype, x.device, keep)
-    return found.route, found.tile
+    return choice(op, m, n, k, weight.dtype, x.device, keep)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b: see ``reference.linear``; by torch, or past it where the table says so."""
+    found = _route("linear", x, weight, False, None)
+    if found.route == "cublaslt" and cublaslt.fits(x, weight, bias, out):
+        return cublaslt.linear(x, weight, bias, out, algorithm=found.algorithm)
+    return reference.linear(x, weight, bias, out=out)
 
 
 def adaln_linear(
@@ -111,8 +120,8 @@ def adaln_linear(
     z (B,T,D), weight (O,D) -> (B,T,O). Fused: one GEMM, after a kernel for the statistics. Raises
     LaunchError.
     """
-    route, tile = _route("adaln_linear", z, weight, keep and y is not None, fused)
-    if route == "library":
+    found = _route("adaln_linear", z, weight, keep and y is not None, fused)
+    if found.route == "library":
         return linear(adaln(z, shift, scale, out=y), weight, bias, out=out)
     y = y if keep else None
     (b, t, d), n, dtype = z.shape, weight.shape[0], (weight.dtype,)
@@ -136,7 +145,7 @@ def adaln_linear(
         gemm_kernels.statistics[(cdiv(b * t, cut["ROWS"]),)](
             z, stats, b * t, **cut, EPS=LN_EPS, num_warps=rows.WARPS
         )
-        grid, p_z, p_w, constants = _plan("adaln_linear", flat, weight, tile)
+        grid, p_z, p_w, constants = _plan("adaln_linear", flat, weight, found.tile)
         gemm_kernels.adaln_linear[grid](
             p_z, stats, shift, scale, p_w, bias, y, out, row_stride(weight), row_stride(shift),
             row_stride(scale), b * t, T=t, **constants,
@@ -155,18 +164,17 @@ def linear_add_gelu(
     """gelu(x W^T + u), u a bias (O,) or a tensor (B,T,O): see ``reference.linear_add_gelu``.
 
     ``pre`` is written unless it is None or ``out`` itself. The table may also choose cuBLASLt's
-    epilogue (a bias, half precision, no ``pre``), which does not round the pre-activation. Raises
-    LaunchError.
+    epilogue (no ``pre``), which does not round the pre-activation. Raises LaunchError.
     """
     kept = pre
     if pre is not None and out is not None and pre.data_ptr() == out.data_ptr():
         kept = None
     op = "linear_bias_gelu" if addend.dim() == 1 else "linear_add_gelu"
-    route, tile = _route(op, x, weight, kept is not None, fused)
-    if route == "library":
+    found = _route(op, x, weight, kept is not None, fused)
+    if found.route == "cublaslt" and cublaslt.fits(x, weight, addend, out):
+        return cublaslt.linear(x, weight, addend, out, gelu=True, algorithm=found.algorithm)
+    if found.route != "fused":
         return mlp.linear_add_gelu(x, weight, addend, pre=pre, out=out)
-    if route == "cublaslt":
-        return cublaslt_bias_gelu(x, weight, addend, out)
     (b, t, k), n, dtype = x.shape, weight.shape[0], (weight.dtype,)
     out = x.new_empty(b, t, n) if out is None else out
     bias = addend.dim() == 1
@@ -182,21 +190,10 @@ def linear_add_gelu(
         (("pre", kept, (b, t, n), dtype), ("out", out, (b, t, n), dtype)),
     )
     if x.numel():
-        grid, p_x, p_w, constants = _plan(op, x.view(-1, k), weight, tile)
+        grid, p_x, p_w, constants = _plan(op, x.view(-1, k), weight, found.tile)
         gemm_kernels.linear_add_gelu[grid](
             p_x, p_w, addend, kept, out, row_stride(weight), b * t, BIAS=bias, **constants
         )
-    return out
-
-
-def cublaslt_bias_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    """gelu(x W^T + b) by cuBLASLt's epilogue: tanh GELU on CUDA only, of the float32 sum."""
-    flat, wt = x.reshape(-1, x.shape[-1]), weight.t()
-    if out is None:
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    torch.ops.aten._addmm_activation.out(
-        bias, flat, wt, use_gelu=True, out=out.view(-1, weight.shape[0])
-    )
     return out
 
 
@@ -214,8 +211,8 @@ def linear_gate_residual(
     fused: Fused = None,
 ) -> Tensor:
     """z + g (x W^T + b): see ``reference.linear_gate_residual``. Raises LaunchError."""
-    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
-    if route == "library":
+    found = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
+    if found.route == "library":
         p = linear(x, weight, bias, out=p)
         return gate_residual(z, p, gate, out=out, prev=prev, norms=norms)
     p = p if keep else None
@@ -239,7 +236,7 @@ def linear_gate_residual(
     )
     check("linear_gate_residual", x.device, inputs, outputs, may_alias=(("out", "z"),))
     if x.numel():
-        grid, p_x, p_w, constants = _plan("linear_gate_residual", x.view(-1, k), weight, tile)
+        grid, p_x, p_w, constants = _plan("linear_gate_residual", x.view(-1, k), weight, found.tile)
         parts = t * cdiv(d, constants["BLOCK_N"])
         sums = None if norms is None else z.new_empty(2, b, parts, dtype=torch.float32)
         gemm_kernels.linear_gate_residual[grid](
@@ -269,9 +266,10 @@ def linear_gate_residual_adaln(
 
     Fused: the GEMM with its epilogue, then the adaLN kernel. Raises LaunchError.
     """
-    route, tile = _route("linear_gate_residual", x, weight, keep and p is not None, fused)
-    if route == "library":
+    found = _route("linear_gate_residual_adaln", x, weight, keep and p is not None, fused)
+    if found.route == "library":
         p = linear(x, weight, bias, out=p)
         return gate_residual_adaln(z, p, gate, shift, scale, z_out=z_out, out=out)
-    z_new = linear_gate_residual(x, weight, bias, z, gate, p, z_out, keep=keep, fused=tile or True)
+    tile = found.tile or True
+    z_new = linear_gate_residual(x, weight, bias, z, gate, p, z_out, keep=keep, fused=tile)
     return z_new, adaln(z_new, shift, scale, out=out)

@@ -10,7 +10,8 @@ N, K, dtype and device, and carries that measurement. Where nothing was measured
      "ms": {"library": 0.31, "fused": 0.29, "cublaslt": 0.3}, "source": "bench/results/..."}
 
 ``keep`` says whether y, pre or p is kept for a backward; linear_bias_gelu is linear_add_gelu with a
-bias. ``device`` is a name as the driver reports it, or a capability ("sm_90"); a name comes first.
+bias. ``algorithm`` is cuBLASLt's in the list of version ``cublas`` (fpdm.kernels.cublaslt).
+``device`` is a name as the driver reports it, or a capability ("sm_90"); a name comes first.
 Nothing here measures, and nothing depends on what ran before: a captured graph stays valid.
 """
 
@@ -24,11 +25,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fpdm.kernels import cublaslt
 from fpdm.kernels.launch import cdiv, dtype_name
 from fpdm.settings import UserError
 
 TABLE = Path(__file__).with_name("gemm_table.json")
-OPERATORS = ("adaln_linear", "linear_add_gelu", "linear_bias_gelu", "linear_gate_residual")
+OPERATORS = (
+    "linear", "adaln_linear", "linear_add_gelu", "linear_bias_gelu", "linear_gate_residual",
+    "linear_gate_residual_adaln",
+)  # fmt: skip
+# that cuBLASLt computes, where nothing is kept
+CUBLASLT = ("linear", "linear_add_gelu", "linear_bias_gelu")
 ROUTES = ("library", "fused", "cublaslt")
 # streaming multiprocessors per architecture
 PROCESSORS = {80: 108, 90: 132}
@@ -53,11 +60,13 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A route, why, and the tile that was measured (None: ``tiles(...)[0]``)."""
+    """A route, why, the tile that was measured (None: ``tiles(...)[0]``), and which of cuBLASLt's
+    algorithms."""
 
     route: str
     reason: str
     tile: Tile | None = None
+    algorithm: int = 0
 
 
 # up to 64 sums a thread: every epilogue fits the registers beside them
@@ -136,8 +145,14 @@ def _choice(op: str, m: int, n: int, k: int, dtype: str, keep: bool, *devices: s
             key = (e["op"], e["keep"], e["n"], e["k"], e["dtype"], e["device"])
             if key == (op, keep, n, k, dtype, device) and e["m"][0] <= m <= e["m"][1]:
                 times = ", ".join(f"{route} {ms:.3g} ms" for route, ms in e["ms"].items())
+                reason = f"measured on {device}: {times} ({e['source']})"
                 tile = Tile(*e["tile"]) if e.get("tile") else None
-                return Choice(e["route"], f"measured on {device}: {times} ({e['source']})", tile)
+                route, found = e["route"], cublaslt.version()
+                if route == "cublaslt" and found is None:
+                    route, reason = "library", f"{reason}, but no cuBLASLt here"
+                # another version lists others, its own first guess first
+                algorithm = e.get("algorithm", 0) if e.get("cublas") == found else 0
+                return Choice(route, reason, tile, algorithm)
     return Choice("library", f"not measured on {devices[0]} for {dtype} {m} x {n} x {k}")
 
 
@@ -158,8 +173,9 @@ def validate(entry: dict[str, Any]) -> None:
     for name, known in (("op", OPERATORS), ("route", ROUTES)):
         if entry[name] not in known:
             raise TableError(f"gemm_table: {name}: got {entry[name]!r}, expected one of {known}")
-    if entry["route"] == "cublaslt" and (entry["op"] != "linear_bias_gelu" or entry["keep"]):
-        raise TableError("gemm_table: cublaslt: got it elsewhere, expected a bias and nothing kept")
+    if entry["route"] == "cublaslt" and (entry["op"] not in CUBLASLT or entry["keep"]):
+        got = f"{entry['op']}, keep {entry['keep']}"
+        raise TableError(f"gemm_table: cublaslt: got {got}, expected {CUBLASLT}, nothing kept")
     ms = entry["ms"]
     if entry["route"] not in ms or "library" not in ms:
         raise TableError(f"gemm_table: ms: got {sorted(ms)}, expected library and the route's")

@@ -18,13 +18,14 @@ from fpdm.kernels.attention import attention, attention_backward
 from fpdm.kernels.gate_residual import gate_residual, gate_residual_adaln, gate_residual_backward
 from fpdm.kernels.gemm import (
     adaln_linear,
+    linear,
     linear_add_gelu,
     linear_gate_residual,
     linear_gate_residual_adaln,
 )
 from fpdm.kernels.launch import FLOATS, check, dtype_name
 from fpdm.kernels.mlp import gelu, gelu_backward
-from fpdm.kernels.reference import linear, linear_dgrad
+from fpdm.kernels.reference import linear_dgrad
 
 __all__ = [
     "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward", "gate_residual",

@@ -1,0 +1,210 @@
+"""Products with the epilogues of cuBLASLt that torch does not reach: y = f(x W^T + u).
+
+    linear          u a bias (N,) or nothing, f the identity
+    linear_gelu     u a bias (N,) or a tensor (M,N), f tanh GELU of the float32 sum
+
+Two things differ from torch's own calls into the same library. An addend of y's shape goes in as C
+with beta = 1, so that GELU needs no pass of its own. And no workspace is offered: with one, the
+library clears a counter of its own before every product, which at batch 1 is one launch in three.
+
+The library lists algorithms for a shape, likeliest first; which of them is best is measured
+(``python -m bench.gemm``) and held by fpdm.kernels.gemm_table together with the library's version,
+as the list is that version's. Columns are contiguous there: y^T (N,M) = W x^T, nothing is copied.
+
+Called through ctypes in the copy of the library that torch has loaded; on torch's current stream,
+and within a capture like any other launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpdm.kernels.launch import LaunchError, aligned, row_stride
+
+# cudaDataType
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+COMPUTE_32F = 68  # CUBLAS_COMPUTE_32F
+# attributes of a product, of a search, and epilogues
+TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8
+WORKSPACE_BYTES, ALIGNMENTS = 1, (5, 6, 7, 8)
+IDENTITY, BIAS, GELU, GELU_BIAS = 1, 4, 32, 36
+ALGORITHMS = 4  # the first of the list are worth timing
+ALIGNED = 16  # bytes, of every operand
+
+
+class _Algorithm(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = [
+        ("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int), ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library() -> Any:
+    """The copy that torch has loaded. Raises OSError where there is none."""
+    if torch.version.cuda is None:
+        raise OSError("cublasLt: got a torch without CUDA, expected one with it")
+    found = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+    pointer = ctypes.c_void_p
+    found.cublasLtMatmul.argtypes = [*[pointer] * 14, ctypes.c_size_t, pointer]
+    found.cublasLtGetVersion.restype = ctypes.c_size_t
+    return found
+
+
+@functools.cache
+def version() -> int | None:
+    """The library's, such as 130100; None where there is none."""
+    try:
+        return int(library().cublasLtGetVersion())
+    except OSError:
+        return None
+
+
+def _done(status: int, what: str) -> None:
+    if status:
+        raise LaunchError(f"cublasLt: {what}: got status {status}, expected 0")
+
+
+def _make(function: str, *args: Any) -> ctypes.c_void_p:
+    made = ctypes.c_void_p()
+    _done(getattr(library(), function)(ctypes.byref(made), *args), function)
+    return made
+
+
+@functools.cache
+def _handle(device: int) -> ctypes.c_void_p:
+    with torch.cuda.device(device) if device >= 0 else contextlib.nullcontext():
+        return _make("cublasLtCreate")
+
+
+class Product:
+    """y (M,N) = f(x (M,K) W (N,K)^T + beta C + bias) by the ``algorithm``-th of the list; rows of W
+    lie ``distance`` elements apart. Raises LaunchError where the list ends before it."""
+
+    def __init__(
+        self, m: int, n: int, k: int, distance: int, dtype: torch.dtype, epilogue: int,
+        beta: float, algorithm: int, device: int,
+    ):  # fmt: skip
+        kind = TYPES[dtype]
+        self.handle = _handle(device)
+        self.description = _make("cublasLtMatmulDescCreate", COMPUTE_32F, TYPES[torch.float32])
+        self._set(TRANSPOSE_A, ctypes.c_int32(1))
+        self._set(EPILOGUE, ctypes.c_int32(epilogue))
+        if epilogue & BIAS:
+            # how it is aligned is part of the search
+            self._set(BIAS_POINTER, ctypes.c_void_p(ALIGNED))
+        self.w, self.x, self.y = (
+            _make("cublasLtMatrixLayoutCreate", kind, ctypes.c_uint64(rows), ctypes.c_uint64(cols),
+                  ctypes.c_int64(apart))
+            for rows, cols, apart in ((k, n, distance), (k, m, k), (n, m, n))
+        )  # fmt: skip
+        search = _make("cublasLtMatmulPreferenceCreate")
+        self._prefer(search, WORKSPACE_BYTES, ctypes.c_uint64(0))
+        for attribute in ALIGNMENTS:
+            self._prefer(search, attribute, ctypes.c_uint32(ALIGNED))
+        found, count = (_Algorithm * (algorithm + 1))(), ctypes.c_int()
+        status = library().cublasLtMatmulAlgoGetHeuristic(
+            self.handle, self.description, self.w, self.x, self.y, self.y, search, algorithm + 1,
+            found, ctypes.byref(count),
+        )  # fmt: skip
+        library().cublasLtMatmulPreferenceDestroy(search)
+        _done(status, "cublasLtMatmulAlgoGetHeuristic")
+        if count.value <= algorithm:
+            raise LaunchError(f"cublasLt: got {count.value} algorithms, expected {algorithm + 1}")
+        self.algorithm = found[algorithm]
+        self.alpha, self.beta = ctypes.c_float(1.0), ctypes.c_float(beta)
+        # the description holds the bias of the call under way
+        self.one = threading.Lock()
+
+    def _set(self, attribute: int, value: Any) -> None:
+        status = library().cublasLtMatmulDescSetAttribute(
+            self.description, attribute, ctypes.byref(value), ctypes.sizeof(value)
+        )
+        _done(status, f"attribute {attribute}")
+
+    @staticmethod
+    def _prefer(search: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        status = library().cublasLtMatmulPreferenceSetAttribute(
+            search, attribute, ctypes.byref(value), ctypes.sizeof(value)
+        )
+        _done(status, f"preference {attribute}")
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor | None, y: Tensor,
+        stream: int,
+    ) -> None:  # fmt: skip
+        """Launch it; operands of the plan's shapes and dtype, which ``fits`` has seen."""
+        with self.one:
+            if bias is not None:
+                self._set(BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+            _done(
+                library().cublasLtMatmul(
+                    self.handle, self.description, ctypes.byref(self.alpha), weight.data_ptr(),
+                    self.w, x.data_ptr(), self.x, ctypes.byref(self.beta),
+                    (y if c is None else c).data_ptr(), self.y, y.data_ptr(), self.y,
+                    ctypes.byref(self.algorithm.algorithm), None, 0, stream,
+                ),
+                "cublasLtMatmul",
+            )  # fmt: skip
+
+    def __del__(self) -> None:
+        # at the interpreter's end the library may be gone before it
+        with contextlib.suppress(Exception):
+            for layout in (self.w, self.x, self.y):
+                library().cublasLtMatrixLayoutDestroy(layout)
+            library().cublasLtMatmulDescDestroy(self.description)
+
+
+_product = functools.lru_cache(256)(Product)
+
+
+def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -> bool:
+    """Whether a plan can take these operands: one dtype, dense (rows of the weight may lie apart),
+    16-byte aligned."""
+    dense = [t for t in (x, addend, out) if t is not None]
+    return (
+        all(t.dtype == weight.dtype and t.is_contiguous() for t in dense)
+        and weight.stride(-1) == 1
+        and aligned((*dense, weight), ALIGNED)
+    )
+
+
+def linear(
+    x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None = None,
+    gelu: bool = False, algorithm: int = 0,
+) -> Tensor:  # fmt: skip
+    """x W^T + u, or tanh GELU of it, not rounded in between.   x (B,T,I), weight (O,I), u (O,),
+    (B,T,O) or None, as ``fits`` wants them -> (B,T,O). Raises LaunchError."""
+    n, k = weight.shape
+    m = x.numel() // k
+    out = x.new_empty(*x.shape[:-1], n) if out is None else out
+    if not m:
+        return out
+    tensor = addend is not None and addend.dim() > 1
+    bias = None if tensor else addend
+    epilogue = {
+        (False, False): IDENTITY, (True, False): BIAS, (False, True): GELU,
+        (True, True): GELU_BIAS,
+    }[bias is not None, gelu]  # fmt: skip
+    index = x.device.index if x.is_cuda else -1
+    distance = row_stride(weight)
+    plan = _product(m, n, k, distance, x.dtype, epilogue, float(tensor), algorithm, index)
+    c = addend if tensor else None
+    if not x.is_cuda:
+        # a library in memory, for the tests
+        plan.run(x, weight, bias, c, out, 0)
+    elif index == torch.cuda.current_device():
+        plan.run(x, weight, bias, c, out, torch.cuda.current_stream().cuda_stream)
+    else:
+        with torch.cuda.device(index):
+            plan.run(x, weight, bias, c, out, torch.cuda.current_stream().cuda_stream)
+    return out
