@@ -63,7 +63,7 @@ def shapes(batch: int, dtype: torch.dtype) -> list[Shape]:
     return [*alone, *found]
 
 
-Arms = dict[str, tuple[Tile | None, Callable[[], Tensor]]]
+Arms = dict[str, tuple[Tile | None, Callable[[], Any]]]
 
 
 def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
@@ -80,6 +80,8 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
     kept = extra if s.keep else None
     arch = gemm.architecture()
     found: Arms = {}
+    library: Callable[..., Any]
+    fused: Callable[..., Any] | None
     written = [out, *([extra] if s.keep else [])]
     u = normal(s.b, s.t, s.n) if s.op == "linear_add_gelu" else bias
     if s.op == "linear":
@@ -95,12 +97,12 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
             gemm.adaln_linear, x, shift, scale, weight, bias, y if s.keep else None, out
         )
     elif s.op == "linear_gate_residual_adaln":
-        z, vectors = normal(s.b, s.t, s.n), [v[:, : s.n] for v in (gate, shift, scale)]
+        z, (g1, s2, a2) = normal(s.b, s.t, s.n), (v[:, : s.n] for v in (gate, shift, scale))
         z_out = torch.empty_like(out)
         written = [out, z_out, *([extra] if s.keep else [])]
-        call = partial(gemm.linear_gate_residual_adaln, x, weight, bias, z, *vectors)
-        library = partial(call, extra, z_out, out, fused=False)
-        fused = partial(call, kept, z_out, out)
+        both = partial(gemm.linear_gate_residual_adaln, x, weight, bias, z, g1, s2, a2)
+        library = partial(both, extra, z_out, out, fused=False)
+        fused = partial(both, kept, z_out, out)
     elif s.op == "linear_gate_residual":
         z, gate = normal(s.b, s.t, s.n), gate[:, : s.n]
         library = partial(
