@@ -101,22 +101,24 @@ def by_kernel(fn: Callable[[], Any]) -> dict[str, Any]:
 
 
 def profile_parts(report: Report) -> None:
-    """Ours: the loop at k = 8 and a training step at (5, 6)."""
+    """Ours: the loop at k = 8, of a batch and of one image with guidance, and a training step at
+    (5, 6)."""
     device = torch.device("cuda")
-    x, t, y = inputs(XL, BATCH, device)
-    for name, fold in (("loop", True), ("training", False)):
-        with report.row(arm=name, batch=BATCH) as found:
+    for name, batch in (("loop", BATCH), ("loop", 2), ("training", BATCH)):
+        fold = name == "loop"
+        with report.row(arm=name, batch=batch) as found:
+            x, t, y = inputs(XL, batch, device)
             model = randomised(XL, device)
             # in training as the trainer has them
             weights = PreparedWeights(model, torch.bfloat16, fold=fold, accumulate=not fold)
 
-            def loop(model: FPDM = model, weights: Any = weights) -> None:
+            def loop(model: FPDM = model, weights: Any = weights, args: Any = (x, t, y)) -> None:
                 with torch.no_grad():
-                    model(x, t, y, 8, weights=weights)
+                    model(*args, 8, weights=weights)
 
-            def step(model: FPDM = model, weights: Any = weights) -> None:
+            def step(model: FPDM = model, weights: Any = weights, args: Any = (x, t, y)) -> None:
                 model.zero_grad(set_to_none=False)
-                model(x, t, y, 6, 5, weights=weights).float().square().mean().backward()
+                model(*args, 6, 5, weights=weights).float().square().mean().backward()
 
             found |= by_kernel(loop if fold else step)
 

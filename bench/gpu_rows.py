@@ -1,27 +1,28 @@
 """The rows of ``python -m bench`` on a GPU: XL/2, compiled baselines last.
 
 Published baselines: eager in half precision, float32 as shipped (TF32 off, as its sampler), and
-torch.compile with max-autotune. At batch 1 the whole network is compiled for its k, with CUDA
-graphs. At batch 64 the block, the fixed-point map and the final layer are compiled, each once, and
-serve every (n, m), which a compilation of the whole step would not; their GEMMs are chosen among
-the library's, since with Triton's templates among the candidates the search takes minutes and ends
-at the library for every GEMM of that size (bench/results/nvidia-h200/autotune.txt).
+torch.compile with max-autotune: the block, the fixed-point map and the final layer, each once, for
+every (n, m) and k, which a compilation of the whole step would not serve; at batch 1 one CUDA graph
+around them. Their GEMMs are chosen among the library's: the search over Triton's templates takes
+minutes, ends at the library for every GEMM of batch 64 (bench/results/nvidia-h200/autotune.txt),
+and a graph with what it chose at batch 1 ended in an illegal access (bench/NOTES.md, 2026-11-27).
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import cost, published, timing
 from bench.operators import iteration, operators
-from bench.rows import OURS, Arms, Row, Setting, inputs, randomised
-from bench.suites import Plain, gemms, network, optimizer, published_sampler
+from bench.rows import LAUNCHED, OURS, Arms, Row, Setting, inputs, randomised
+from bench.suites import Plain, attempt, gemms, network, optimizer, published_sampler
 from bench.timing import Arm
 from fpdm import budget, engine
 from fpdm.batches import draw_iterations
@@ -77,14 +78,15 @@ def sampling(
 
         arms["gemm + attention"] = floor
         if compiled:
-            if s.batch == 1:
-                theirs = published.optimised(plain, mode="max-autotune", dynamic=False)
-                arms["published compiled"] = published_sampler(sampler, theirs, s, labels, seeds)
-            else:
-                eager = published_sampler(sampler, _with_map(plain), s, labels, seeds)
-                arms["published compiled"] = partial(Regions(), eager)
+            regions = Regions()
+
+            def theirs(*args: Any) -> Tensor:
+                return regions(partial(_with_map(plain), *args))
+
+            network = Replayed(theirs) if s.batch == 1 else theirs
+            arms["published compiled"] = published_sampler(sampler, network, s, labels, seeds)
         else:
-            arms["fpdm without graphs"] = ours("off")[1]
+            arms[LAUNCHED] = ours("off")[1]
             arms["published eager"] = published_sampler(sampler, plain, s, labels, seeds)
             if s.batch == 1:  # as shipped; seconds for a large batch
                 shipped, wide = Plain(model, torch.float32), replace(s, dtype=torch.float32)
@@ -115,16 +117,39 @@ class Regions:
         names = ("block", "fixed_point_map", "_final")
         self.compiled = {n: published.optimised(getattr(published, n), **how) for n in names}
 
-    def __call__(self, fn: Arm) -> None:
-        """``fn`` with them in place of the plain ones."""
+    def __call__(self, fn: Callable[[], Any]) -> Any:
+        """What ``fn`` returns with them in place of the plain ones."""
         before = {name: getattr(published, name) for name in self.compiled}
         for name, compiled in self.compiled.items():
             setattr(published, name, compiled)
         try:
-            fn()
+            return fn()
         finally:
             for name, plain in before.items():
                 setattr(published, name, plain)
+
+
+class Replayed:
+    """A network (x, t, y, k) as one CUDA graph for every k, on copies of its inputs."""
+
+    def __init__(self, network: Callable[..., Tensor]) -> None:
+        self.network = network
+        self.graphs: dict[int, tuple[list[Tensor], Arm, list[Tensor]]] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, k: int) -> Tensor:
+        """Its result, overwritten by the next call."""
+        if k not in self.graphs:
+            held, result = [v.clone() for v in (x, t, y)], [x]
+
+            def work() -> None:
+                result[0] = self.network(*held, k)
+
+            self.graphs[k] = held, timing.one_by_one([work]), result
+        held, replay, result = self.graphs[k]
+        for mine, given in zip(held, (x, t, y)):
+            mine.copy_(given)
+        replay()
+        return result[0]
 
 
 def floor_of_training(s: Setting, n: int, m: int) -> Arm:
@@ -170,7 +195,8 @@ def floor_of_training(s: Setting, n: int, m: int) -> Arm:
 def training(
     s: Setting, draws: list[tuple[int, int]], recompute: str, compiled: bool, eager: bool
 ) -> Row:
-    """Forward and backward of the steps ``draws`` of (n, m), one after the other."""
+    """Forward and backward of the steps ``draws`` of (n, m), one after the other: each as a CUDA
+    graph, as ``train.graphs`` has them, and kernel by kernel; a compiled baseline both ways too."""
 
     def build() -> Arms:
         chunks = 1 if recompute == "none" else 4
@@ -178,30 +204,40 @@ def training(
         weights = PreparedWeights(model, s.dtype, accumulate=True)
         x, t, y = inputs(s.config, s.batch, s.device)
         plain = Plain(model, torch.float32)
+        # a pool of graphs takes its size from the first
+        pairs = sorted(draws, key=lambda pair: -pair[1])
 
-        def ours() -> None:
-            for n, m in draws:
-                model.zero_grad(set_to_none=False)
-                model(x, t, y, m, n, weights=weights).float().square().mean().backward()
+        def ours(n: int, m: int) -> None:
+            model.zero_grad(set_to_none=False)
+            model(x, t, y, m, n, weights=weights).float().square().mean().backward()
 
-        def theirs() -> None:
-            for n, m in draws:
-                plain.zero_grad(set_to_none=False)
-                with torch.autocast(s.device.type, dtype=s.dtype):
-                    out = _with_map(plain)(x, t, y, m, n)
-                out.float().square().mean().backward()
+        def theirs(n: int, m: int) -> None:
+            plain.zero_grad(set_to_none=False)
+            with torch.autocast(s.device.type, dtype=s.dtype):
+                out = _with_map(plain)(x, t, y, m, n)
+            out.float().square().mean().backward()
 
         floors = [floor_of_training(s, n, m) for n, m in draws]
 
-        def floor() -> None:
-            for part in floors:
-                part()
+        def all_of(steps: Sequence[Arm]) -> None:
+            for step in steps:
+                step()
 
-        arms: dict[str, Arm | str] = {OURS: ours, "gemm + attention": floor}
+        launched = [partial(ours, *pair) for pair in pairs]
+        arms: dict[str, Arm | str] = {
+            OURS: timing.one_by_one(launched),
+            "gemm + attention": partial(all_of, floors),
+            LAUNCHED: partial(all_of, launched),
+        }
+        plainly = [partial(theirs, *pair) for pair in pairs]
         if eager:
-            arms["published eager"] = theirs
+            arms["published eager"] = partial(all_of, plainly)
         if compiled:
-            arms["published compiled"] = partial(Regions(), theirs)
+            regions = Regions()
+            arms["published compiled"] = partial(regions, partial(all_of, plainly))
+            arms["published compiled, replayed"] = attempt(
+                lambda: timing.one_by_one([partial(regions, step) for step in plainly])
+            )
         count = sum(cost.training_flops(s.config, s.batch, n, m) for n, m in draws)
         facts = {"recompute": recompute, "draws": draws, "chunks": chunks}
         return Arms(arms, count, 0, s.batch * len(draws), facts, s.dtype)

@@ -28,6 +28,7 @@ COLOURS = {
     "published eager float32": "#a0aec0", "published compiled": "#dd6b20",
     "published, map compiled": "#f6ad55", "published frozen": "#744210", "DiT by fpdm": "#2f855a",
     "DiT eager": "#9ae6b4", "fpdm without graphs": "#63b3ed",
+    "published compiled, replayed": "#c05621",
     "fused": "#805ad5", "foreach": "#d53f8c", "onepass": "#00a3c4",
 }  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;

@@ -19,6 +19,8 @@ from fpdm.model import build_model
 from fpdm.recipes import MODEL_PRESETS, RECIPES
 
 OURS = "fpdm"
+# ours kernel by kernel, where OURS replays graphs
+LAUNCHED = "fpdm without graphs"
 DIGITS = RECIPES["digits"].model
 S2 = MODEL_PRESETS["fpdm-s-2"]
 XL = MODEL_PRESETS["fpdm-xl-2"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,20 +44,39 @@ def replayed(fn: Arm, calls: int = REPLAYED) -> Arm:
     one operator is longer. ``fn`` itself without a GPU. Raises where it cannot be captured."""
     if not torch.cuda.is_available():
         return fn
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            fn()
-    torch.cuda.synchronize()
-    # unlike torch.cuda.graph's, a capture of it that fails spoils no later one
-    backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
 
     def work() -> None:
         for _ in range(calls):
             fn()
 
-    return backend.capture(work).replay
+    return one_by_one([work])
+
+
+def one_by_one(works: Sequence[Callable[[], None]]) -> Arm:
+    """All of them in turn, each a CUDA graph of its own in one memory pool, the first one captured
+    first: it is to be the largest. Without a GPU they are called."""
+
+    def launched() -> None:
+        for work in works:
+            work()
+
+    if not torch.cuda.is_available():
+        return launched
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            launched()
+    torch.cuda.synchronize()
+    # unlike torch.cuda.graph's, a capture of it that fails spoils no later one
+    backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
+    captured = [backend.capture(work) for work in works]
+
+    def run() -> None:
+        for graph in captured:
+            graph.replay()
+
+    return run
 
 
 def device_times(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, Times], dict[str, str]]:
