@@ -190,15 +190,16 @@ def disturbed(result: dict[str, Any]) -> list[str]:
 
 def measured_memory(rows: list[dict[str, Any]]) -> str:
     """Peaks of bench.gpu's part memory: the allocator's, everything included."""
+    known = [r for r in rows if "peak_gb" in r]
     body = [
         [
             r["model"],
-            r["recompute"],
-            str(r["chunks"]),
-            f"{r['state_gb']:.2f}",
+            r.get("recompute") or r["arm"],
+            str(r.get("chunks", "")),
+            f"{r['state_gb']:.2f}" if "state_gb" in r else "",
             f"{r['peak_gb']:.2f}",
         ]
-        for r in rows
+        for r in known
     ]
     first = rows[0]
     return (
