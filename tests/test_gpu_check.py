@@ -136,15 +136,16 @@ def test_every_command_of_the_script_parses(check: Check, monkeypatch: pytest.Mo
     parts = ("tests", "sample", "train", "compiled")
     found = [words for part in parts for words in check.run(part)]
     pytests = [words for words in found if words[1] == "pytest"]
-    assert len(found) == 4 + 5 + 4 + 3
+    assert len(found) == 5 + 5 + 4 + 3
     for words in found:
         if words not in pytests:
             parses(words)
     with pytest.raises(Exception, match="rows: got none"):
         parses(["-m", "bench", "--suite", "sampler", "--row", "B65.*compiled"])
     # what measures the device is found, and nothing of it among the others
-    whole, alone = (words[words.index("-m", 2) + 1] for words in pytests)
+    whole, alone, repeats = (words[words.index("-m", 2) + 1] for words in pytests)
     assert (whole, alone) == ("gpu and not slow and not alone", "gpu and not slow and alone")
+    assert repeats == "gpu and slow"
     done = subprocess.run(
         [sys.executable, *pytests[1], "--collect-only", "-q"],
         cwd=machine.ROOT, capture_output=True, text=True, timeout=120,
