@@ -23,7 +23,9 @@ from fpdm.settings import UserError
 
 # records its arguments; writes what --out names; fails or ignores signals where asked to
 STUB = r"""#!/usr/bin/env bash
-printf '%s\x1f' "$@" >>"$CALLS"; echo >>"$CALLS"
+# one write: two pieces run at a time
+line="$(printf '%s\x1f' "$@")"
+printf '%s\n' "$line" >>"$CALLS"
 [ "$1" = -c ] && exit "${NO_DEVICE:-0}"
 words="$*"
 while [ $# -gt 0 ]; do
