@@ -2,10 +2,10 @@
 
 Published baselines: eager in half precision, float32 as shipped (TF32 off, as its sampler), and
 torch.compile with max-autotune: the block, the fixed-point map and the final layer, each once, for
-every (n, m) and k, which a compilation of the whole step would not serve; at batch 1 one CUDA graph
-around them. Their GEMMs are chosen among the library's: the search over Triton's templates takes
-minutes, ends at the library for every GEMM of batch 64 (bench/results/nvidia-h200/autotune.txt),
-and a graph with what it chose at batch 1 ended in an illegal access (bench/NOTES.md, 2026-11-27).
+every (n, m) and k, which a compilation of the whole step would not serve. At batch 1 the network
+around them is one CUDA graph, and Triton's templates are among the candidates for its GEMMs; at
+batch 64 the library's alone, since the search takes minutes and ends at the library for every GEMM
+of that size (bench/results/nvidia-h200/autotune.txt).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def sampling(
 
         arms["gemm + attention"] = floor
         if compiled:
-            regions = Regions()
+            regions = Regions("ATEN,TRITON" if s.batch == 1 else "ATEN")
 
             def theirs(*args: Any) -> Tensor:
                 return regions(partial(_with_map(plain), *args))
@@ -109,10 +109,11 @@ def _with_map(plain: Plain) -> Any:
 
 
 class Regions:
-    """``published`` with its block, fixed-point map and final layer compiled."""
+    """``published`` with its block, fixed-point map and final layer compiled, their GEMMs chosen
+    among those of ``backends``."""
 
-    def __init__(self) -> None:
-        options = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+    def __init__(self, backends: str = "ATEN") -> None:
+        options = {"max_autotune": True, "max_autotune_gemm_backends": backends}
         how: dict[str, Any] = {"options": options, "dynamic": False}
         names = ("block", "fixed_point_map", "_final")
         self.compiled = {n: published.optimised(getattr(published, n), **how) for n in names}

@@ -70,10 +70,11 @@ def one_by_one(works: Sequence[Callable[[], None]]) -> Arm:
     torch.cuda.synchronize()
     # unlike torch.cuda.graph's, a capture of it that fails spoils no later one
     backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
-    captured = [backend.capture(work) for work in works]
+    # a graph reads the buffers of its work by address: they live as long as it does
+    captured = [(backend.capture(work), work) for work in works]
 
     def run() -> None:
-        for graph in captured:
+        for graph, _ in captured:
             graph.replay()
 
     return run

@@ -3,10 +3,13 @@ that no number is of something else than it says."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import gpu, gpu_rows, machine, published, rows
+from bench import gpu, gpu_rows, machine, published, rows, timing
 from fpdm import graphs
 from fpdm.config import ModelConfig
 from fpdm.settings import UserError
@@ -185,6 +188,39 @@ def test_replays_are_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = pytest.warns(UserWarning, match="capture failed")
     with failed, pytest.raises(RuntimeError, match="got no replay"):
         gpu.micro_step("digits", 2, (1, 1), "fp32", "on", how, "cpu")
+
+
+def test_a_replayed_arm_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses: without its work the buffers would go, and others get their memory."""
+
+    class Buffers:
+        pass
+
+    def arm() -> tuple[Any, Any]:
+        buffers = Buffers()
+        return lambda: str(buffers), weakref.ref(buffers)
+
+    nothing: Any = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = {
+        "is_available": lambda: True, "Stream": lambda: nothing, "current_stream": lambda: nothing,
+        "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+        "current_device": lambda: 0,
+    }  # fmt: skip
+    for name, stub in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    # a graph that knows nothing of its work
+    graph = SimpleNamespace(replay=lambda: None)
+    backend = SimpleNamespace(capture=lambda work: (work(), graph)[1])
+    monkeypatch.setattr(timing, "CudaBackend", lambda device: backend)
+    fn, buffers = arm()
+    replay = timing.replayed(fn)
+    del fn
+    gc.collect()
+    assert buffers() is not None
+    replay()
+    del replay
+    gc.collect()
+    assert buffers() is None
 
 
 def test_an_arm_that_fails_fails_the_command(
