@@ -27,6 +27,7 @@ import gc
 import statistics
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from fpdm.weights import WeightView
 
 GRAPHS = 64  # keys
 TRIALS = 3  # launches timed each way
+STREAMS = 32  # of one priority and device, in torch
 # switches of torch.backends.cuda.matmul; those for split k are newer than torch 2.10
 MATMUL = (
     "allow_fp16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction_split_k",
@@ -255,6 +257,8 @@ class CudaBackend:
     # one capture at a time, whichever thread's: another's wait for the device would spoil it, and
     # the end of another's switches the collector on again
     _one = threading.RLock()
+    # backends that may replay
+    _living: ClassVar[weakref.WeakSet[CudaBackend]] = weakref.WeakSet()
     # (device, pool that no graph uses any more) -> references that torch may have left to it
     _owed: ClassVar[dict[tuple[int, Any], int]] = {}
     # graphs whose loop failed, kept for good: one goes with a guard that changes the current stream
@@ -265,10 +269,21 @@ class CudaBackend:
         self.recording: Any = None
         here = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", here)
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = self._stream_of_its_own()
+        self._living.add(self)
         self.pool: Any = None
         # alive graphs; references to the pool that going graphs may leave behind
         self.alive = self.left = 0
+
+    def _stream_of_its_own(self) -> torch.cuda.Stream:
+        """One that no living backend captures on: torch hands out 32 in turn, and cuBLAS keeps its
+        workspace by stream, in the pool of whose graphs asked first."""
+        taken = [backend.stream for backend in self._living]
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(self.device)
+            if stream not in taken:
+                break
+        return stream
 
     def capture(self, work: Callable[[], None]) -> Captured:
         """``work`` captured; see ``Backend``. Waits for the device."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -388,3 +390,23 @@ def test_an_index_that_is_not_given_is_the_current_device(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert graphs.CudaBackend(torch.device("cuda")).device == torch.device("cuda", 1)
     assert graphs.CudaBackend(torch.device("cuda", 0)).device == torch.device("cuda", 0)
+
+
+def test_backends_do_not_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch hands out its streams in turn; cuBLAS keeps a workspace for each, in one of their
+    pools."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(graphs.CudaBackend, "_living", weakref.WeakSet())
+    turn = itertools.cycle(range(3))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(turn))
+    backends = [graphs.CudaBackend(torch.device("cuda")) for _ in range(2)]
+    assert [b.stream for b in backends] == [0, 1]
+    next(turn)
+    # 0 and 1 are taken
+    backends.append(graphs.CudaBackend(torch.device("cuda")))
+    assert backends[2].stream == 2
+    # none is left: one is shared
+    assert graphs.CudaBackend(torch.device("cuda")).stream in range(3)
+    del backends[1]
+    gc.collect()
+    assert graphs.CudaBackend(torch.device("cuda")).stream == 1
