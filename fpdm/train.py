@@ -280,7 +280,8 @@ class Trainer:
             f"train.batch: got {t.batch}, out of memory on {self.ranks.device} in step "
             f"{self.step + 1}; expected less at once: execution.recompute elementwise or full "
             f"(now {e.recompute}) or more execution.chunks (now {e.chunks}), which a resumed run "
-            f"may change, or more train.accumulate (now {t.accumulate}): "
+            f"may change, or more train.accumulate (now {t.accumulate})"
+            f"{', or train.graphs off' if self.micro.graphs is not None else ''}: "
             f"{str(error).split('. ')[0]}"
         )
 
