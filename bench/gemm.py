@@ -63,6 +63,12 @@ def shapes(batch: int, dtype: torch.dtype) -> list[Shape]:
     return [*alone, *found]
 
 
+def routes_of(s: Shape) -> set[str]:
+    """Those it can take beside the library."""
+    found = set() if s.op == "linear" else {"fused"}
+    return found | ({"cublaslt"} if s.op in gemm_table.CUBLASLT and not s.keep else set())
+
+
 Arms = dict[str, tuple[Tile | None, Callable[[], Any]]]
 
 
@@ -117,7 +123,7 @@ def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
     if fused is not None:
         tiles = gemm_table.tiles(s.op, s.b * s.t, s.n, s.dtype, arch)
         found |= {f"fused {i}": (tile, partial(fused, fused=tile)) for i, tile in enumerate(tiles)}
-    if s.op in gemm_table.CUBLASLT and not s.keep and device.type == "cuda":
+    if "cublaslt" in routes_of(s) and device.type == "cuda":
         call = partial(cublaslt.linear, x, weight, u, out, gelu=s.op != "linear")
         for i in range(cublaslt.ALGORITHMS):
             found[f"cublaslt {i}"] = None, partial(call, algorithm=i)
@@ -171,7 +177,10 @@ def entry(
     tile = found[best["fused"]][0] if "fused" in best else None
     algorithm = {}
     if "cublaslt" in best:
-        algorithm = {"algorithm": int(best["cublaslt"].split()[1]), "cublas": cublaslt.version()}
+        algorithm = {
+            "algorithm": int(best["cublaslt"].split()[1]), "cublas": cublaslt.version(),
+            "at": s.b * s.t,
+        }  # fmt: skip
     return {
         "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
         "dtype": dtype_name(s.dtype), "device": gemm_table.names(device)[0],
@@ -204,7 +213,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument(
         "--routes", nargs="+", default=list(gemm_table.ROUTES), choices=gemm_table.ROUTES,
-        help="an operator that none of them has beside the library is left as it is",
+        help="what is compared with the library and entered; operators that have none of them "
+        "keep their entries",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first")
     options = parser.parse_args(argv)
@@ -215,8 +225,7 @@ def main(argv: list[str]) -> int:
     wanted = [
         s for b in options.batches for d in options.dtypes for s in shapes(b, getattr(torch, d))
     ]
-    if "fused" not in options.routes:
-        wanted = [s for s in wanted if s.op in gemm_table.CUBLASLT and not s.keep]
+    wanted = [s for s in wanted if routes_of(s) & set(options.routes)]
     if options.jobs:
         compile_all(wanted, options.jobs)
     for s in wanted:

@@ -18,6 +18,8 @@ dtype, the rest in the compute dtype); x of the first iteration is the caller's:
 
 Without injection pre and a do not exist and z is x. The element-wise ledger keeps p and r instead
 of z' and the next x: both follow from them by one fused multiply-add, bit for bit, without a GEMM.
+What ``full`` computes again is what it was but for the rounding of h and pre where the GELU of
+cuBLASLt served, which keeps neither (fpdm.kernels.cublaslt).
 """
 
 from __future__ import annotations

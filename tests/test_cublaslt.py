@@ -98,10 +98,11 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
     monkeypatch.setattr(cublaslt, "library", lambda: found)
-    for cached in (cublaslt._handle, cublaslt._product):
+    caches = cublaslt._handle, cublaslt._product
+    for cached in caches:
         cached.cache_clear()
     yield found
-    for cached in (cublaslt._handle, cublaslt._product):
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -140,7 +141,8 @@ def test_a_wrong_leading_dimension_is_a_wrong_result(
 ) -> None:
     """The library in memory believes what it is told."""
     x, weight, _ = operands(None)
-    monkeypatch.setattr(cublaslt, "row_stride", lambda w: w.shape[1])
+    product = cublaslt._product
+    monkeypatch.setattr(cublaslt, "_product", lambda m, n, k, _, *rest: product(m, n, k, k, *rest))
     wrong = cublaslt.linear(x, weight, None)
     assert not torch.allclose(wrong, x @ weight.t(), atol=1e-3)
 
@@ -153,11 +155,29 @@ def test_nothing_to_do(library: Library) -> None:
 
 def test_errors(library: Library) -> None:
     x, weight, _ = operands(None)
-    with pytest.raises(LaunchError, match=r"cublasLt: got 3 algorithms, expected 4"):
-        cublaslt.linear(x, weight, None, algorithm=3)
+    # a shorter list than that of the measurement
+    cublaslt.linear(x, weight, None, algorithm=3)
+    assert library.calls == [0, 2]
     library.status = 13
     with pytest.raises(LaunchError, match=r"cublasLtMatmul: got status 13, expected 0"):
         cublaslt.linear(x, weight, None)
+    library.listed = 0
+    with pytest.raises(LaunchError, match=r"cublasLt: got no algorithm for 3 x 12 x 8"):
+        cublaslt.linear(x[:1], weight, None)
+
+
+def test_operands_that_would_be_read_or_written_outside(library: Library) -> None:
+    x, weight, u = operands("tensor")
+    assert u is not None
+    out, wide = torch.empty(2, 3, 12), torch.zeros(2, 3, 12)
+    for args, words in (
+        ((x, weight, u[:1], out), "addend: got"), ((x, weight, u, out[:1]), "out: got"),
+        ((x[..., :4].contiguous(), weight, u, out), "x: got"), ((x, weight, u, u), "out: got"),
+        ((wide.view(-1)[:48].view(2, 3, 8), weight, u, wide), "out: got"),
+    ):  # fmt: skip
+        with pytest.raises(LaunchError, match=f"linear: {words}"):
+            cublaslt.linear(*args)
+    assert library.calls == [0]
 
 
 def test_operands_that_do_not_fit() -> None:
@@ -175,32 +195,41 @@ def test_operands_that_do_not_fit() -> None:
 
 ENTRY = {
     "op": "linear", "keep": False, "m": [1, 9], "n": 12, "k": 8, "dtype": "float32",
-    "device": "cpu", "route": "cublaslt", "algorithm": 2, "cublas": 130100,
+    "device": "cpu", "route": "cublaslt", "algorithm": 2, "cublas": 130100, "at": 6,
     "ms": {"library": 0.2, "cublaslt": 0.1}, "source": "here",
 }  # fmt: skip
 
 
 @pytest.fixture
 def tabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gemm_table, "entries", lambda: (ENTRY,))
+    gelu = ENTRY | {"op": "linear_bias_gelu"}
+    monkeypatch.setattr(gemm_table, "entries", lambda: (ENTRY, gelu))
     gemm_table._choice.cache_clear()
     yield
     gemm_table._choice.cache_clear()
 
 
-def choice() -> gemm_table.Choice:
+def choice(op: str = "linear", m: int = 6) -> tuple[str, int]:
     gemm_table._choice.cache_clear()
-    return gemm_table.choice("linear", 6, 12, 8, torch.float32, "cpu", False)
+    found = gemm_table.choice(op, m, 12, 8, torch.float32, "cpu", False)
+    assert "measured on cpu" in found.reason
+    return found.route, found.algorithm
 
 
-def test_an_algorithm_is_one_version_s(tabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version's list is another list: its first, then; and no library is no route."""
-    for version, expected in ((130100, ("cublaslt", 2)), (120900, ("cublaslt", 0))):
-        monkeypatch.setattr(cublaslt, "version", lambda version=version: version)
-        assert (choice().route, choice().algorithm) == expected
+def test_an_algorithm_is_one_version_s_and_size_s(
+    tabled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another list begins with another algorithm: GELU's epilogue gains by any, a product alone
+    does not; and no library is no route."""
+    monkeypatch.setattr(cublaslt, "version", lambda: 130100)
+    assert choice() == choice("linear_bias_gelu") == ("cublaslt", 2)
+    assert choice(m=7) == ("library", 0)
+    assert choice("linear_bias_gelu", 7) == ("cublaslt", 0)
+    monkeypatch.setattr(cublaslt, "version", lambda: 120900)
+    assert choice() == ("library", 0)
+    assert choice("linear_bias_gelu") == ("cublaslt", 0)
     monkeypatch.setattr(cublaslt, "version", lambda: None)
-    assert choice().route == "library"
-    assert "no cuBLASLt here" in choice().reason
+    assert choice() == choice("linear_bias_gelu") == ("library", 0)
 
 
 def test_the_table_decides(library: Library, tabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +239,15 @@ def test_the_table_decides(library: Library, tabled: None, monkeypatch: pytest.M
     expected = x @ weight.t() + u
     assert torch.allclose(gemm.linear(x, weight, u), expected, atol=1e-5)
     assert library.calls == [0, 2]
+    gemm.linear_add_gelu(x, weight, u)
+    assert library.calls == [0, 2, 2]
+    # kept, for a backward
+    pre = torch.empty_like(expected)
+    monkeypatch.setattr(gemm.mlp, "linear_add_gelu", lambda *args, **kwargs: "library")
+    assert gemm.linear_add_gelu(x, weight, u, pre, torch.empty_like(pre)) == "library"
     # torch takes what does not fit
     assert torch.allclose(gemm.linear(x.transpose(0, 1), weight, u), expected.transpose(0, 1))
-    assert library.calls == [0, 2]
+    assert library.calls == [0, 2, 2]
 
 
 def test_without_a_library() -> None:
@@ -227,22 +262,27 @@ def test_without_a_library() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("addend", [None, "bias", "tensor"])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_products_on_a_gpu(gelu: bool, addend: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "shape", [(512, 1152, 384), (512, 1152, 4608), (4096, 2304, 1152)], ids=str
+)
+def test_products_on_a_gpu(
+    shape: tuple[int, int, int], gelu: bool, addend: str | None, dtype: torch.dtype
+) -> None:
     """Launched and replayed, by each of the first algorithms; nothing beside the result written."""
     from fpdm.graphs import CudaBackend
 
     torch.manual_seed(0)
-    x = torch.randn(2, 256, 384, device="cuda", dtype=dtype)
-    weight = torch.randn(1152, 2 * 384, device="cuda", dtype=dtype)[:, :384] / 384**0.5
-    weight = torch.cat([weight, weight], 1)[:, :384]
-    shape = {"bias": (1152,), "tensor": (2, 256, 1152)}.get(addend or "")
-    u = None if shape is None else torch.randn(shape, device="cuda", dtype=dtype)
+    m, n, k = shape
+    x = torch.randn(2, m // 2, k, device="cuda", dtype=dtype)
+    weight = torch.randn(n, 2 * k, device="cuda", dtype=dtype)[:, :k].mul_(k**-0.5)
+    wanted = {"bias": (n,), "tensor": (2, m // 2, n)}.get(addend or "")
+    u = None if wanted is None else torch.randn(wanted, device="cuda", dtype=dtype)
     expected = x.double() @ weight.double().t() + (0 if u is None else u.double())
     if gelu:
         expected = torch.nn.functional.gelu(expected, approximate="tanh")
-    red = torch.full((3, 2, 256, 1152), torch.nan, device="cuda", dtype=dtype)
+    red = torch.full((3, 2, m // 2, n), torch.nan, device="cuda", dtype=dtype)
     eps = torch.finfo(dtype).eps
-    for algorithm in (0, 1):
+    for algorithm in range(cublaslt.ALGORITHMS):
         for mode in ("launched", "replayed"):
             red.fill_(torch.nan)
 

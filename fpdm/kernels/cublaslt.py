@@ -4,12 +4,14 @@
     linear_gelu     u a bias (N,) or a tensor (M,N), f tanh GELU of the float32 sum
 
 Two things differ from torch's own calls into the same library. An addend of y's shape goes in as C
-with beta = 1, so that GELU needs no pass of its own. And no workspace is offered: with one, the
-library clears a counter of its own before every product, which at batch 1 is one launch in three.
+with beta = 1, so that GELU needs no pass of its own. And the library lists algorithms for a shape,
+likeliest first: which of them is best is measured (``python -m bench.gemm``) and held by
+fpdm.kernels.gemm_table together with the library's version, as the list is that version's. No
+workspace is offered, without which these products are no slower.
 
-The library lists algorithms for a shape, likeliest first; which of them is best is measured
-(``python -m bench.gemm``) and held by fpdm.kernels.gemm_table together with the library's version,
-as the list is that version's. Columns are contiguous there: y^T (N,M) = W x^T, nothing is copied.
+GELU is taken of the sum, not of a stored pre-activation. It serves where none is kept: a loop
+without gradient, and a forward that will be recomputed, differ from an iteration that keeps it by
+that one rounding. Columns are contiguous there: y^T (N,M) = W x^T, nothing is copied.
 
 Called through ctypes in the copy of the library that torch has loaded; on torch's current stream,
 and within a capture like any other launch.
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpdm.kernels.launch import LaunchError, aligned, row_stride
+from fpdm.kernels.launch import FLOATS, LaunchError, aligned, check
 
 # cudaDataType
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -87,8 +89,8 @@ def _handle(device: int) -> ctypes.c_void_p:
 
 
 class Product:
-    """y (M,N) = f(x (M,K) W (N,K)^T + beta C + bias) by the ``algorithm``-th of the list; rows of W
-    lie ``distance`` elements apart. Raises LaunchError where the list ends before it."""
+    """y (M,N) = f(x (M,K) W (N,K)^T + beta C + bias) by the ``algorithm``-th of the list, or its
+    last; rows of W lie ``distance`` elements apart. Raises LaunchError where there is none."""
 
     def __init__(
         self, m: int, n: int, k: int, distance: int, dtype: torch.dtype, epilogue: int,
@@ -118,9 +120,9 @@ class Product:
         )  # fmt: skip
         library().cublasLtMatmulPreferenceDestroy(search)
         _done(status, "cublasLtMatmulAlgoGetHeuristic")
-        if count.value <= algorithm:
-            raise LaunchError(f"cublasLt: got {count.value} algorithms, expected {algorithm + 1}")
-        self.algorithm = found[algorithm]
+        if not count.value:
+            raise LaunchError(f"cublasLt: got no algorithm for {m} x {n} x {k}, expected one")
+        self.algorithm = found[min(algorithm, count.value - 1)]
         self.alpha, self.beta = ctypes.c_float(1.0), ctypes.c_float(beta)
         # the description holds the bias of the call under way
         self.one = threading.Lock()
@@ -164,7 +166,8 @@ class Product:
             library().cublasLtMatmulDescDestroy(self.description)
 
 
-_product = functools.lru_cache(256)(Product)
+# a plan is made before a capture: in one, some versions refuse to search
+_product = functools.cache(Product)
 
 
 def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -> bool:
@@ -174,6 +177,7 @@ def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -
     return (
         all(t.dtype == weight.dtype and t.is_contiguous() for t in dense)
         and weight.stride(-1) == 1
+        and weight.stride(0) >= weight.shape[1]
         and aligned((*dense, weight), ALIGNED)
     )
 
@@ -185,19 +189,25 @@ def linear(
     """x W^T + u, or tanh GELU of it, not rounded in between.   x (B,T,I), weight (O,I), u (O,),
     (B,T,O) or None, as ``fits`` wants them -> (B,T,O). Raises LaunchError."""
     n, k = weight.shape
-    m = x.numel() // k
     out = x.new_empty(*x.shape[:-1], n) if out is None else out
+    tensor = addend is not None and addend.dim() > 1
+    shape, dtype = (*x.shape[:-1], n), (weight.dtype,)
+    inputs = (
+        ("x", x, (*x.shape[:-1], k), dtype),
+        ("weight", weight, (n, k), FLOATS),
+        ("addend", addend, shape if tensor else (n,), dtype),
+    )
+    check("linear", x.device, inputs, (("out", out, shape, dtype),))
+    m = x.numel() // k
     if not m:
         return out
-    tensor = addend is not None and addend.dim() > 1
     bias = None if tensor else addend
     epilogue = {
         (False, False): IDENTITY, (True, False): BIAS, (False, True): GELU,
         (True, True): GELU_BIAS,
     }[bias is not None, gelu]  # fmt: skip
     index = x.device.index if x.is_cuda else -1
-    distance = row_stride(weight)
-    plan = _product(m, n, k, distance, x.dtype, epilogue, float(tensor), algorithm, index)
+    plan = _product(m, n, k, weight.stride(0), x.dtype, epilogue, float(tensor), algorithm, index)
     c = addend if tensor else None
     if not x.is_cuda:
         # a library in memory, for the tests

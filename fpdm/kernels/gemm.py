@@ -8,7 +8,8 @@ route every product takes.
 Shapes as in fpdm.kernels.reference; M = B T rows, row m belongs to sample m // T. Products are
 summed in float32. y, pre and p are rounded to the compute dtype whether or not they are kept, with
 the arithmetic of the element-wise kernels: what a backward rebuilds from them is what the forward
-had, bit for bit. The norms are sums of squares per row and block of columns, added in one order.
+had, bit for bit; but for cuBLASLt's GELU, which rounds no pre where none is kept. The norms are
+sums of squares per row and block of columns, added in one order.
 
 Bytes of activations beside x, W and the result, in U = B T D, N U the width of pre:
 

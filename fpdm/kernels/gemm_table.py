@@ -10,7 +10,8 @@ N, K, dtype and device, and carries that measurement. Where nothing was measured
      "ms": {"library": 0.31, "fused": 0.29, "cublaslt": 0.3}, "source": "bench/results/..."}
 
 ``keep`` says whether y, pre or p is kept for a backward; linear_bias_gelu is linear_add_gelu with a
-bias. ``algorithm`` is cuBLASLt's in the list of version ``cublas`` (fpdm.kernels.cublaslt).
+bias. ``algorithm`` is cuBLASLt's in the list of version ``cublas`` for M = ``at``
+(fpdm.kernels.cublaslt).
 ``device`` is a name as the driver reports it, or a capability ("sm_90"); a name comes first.
 Nothing here measures, and nothing depends on what ran before: a captured graph stays valid.
 """
@@ -147,13 +148,24 @@ def _choice(op: str, m: int, n: int, k: int, dtype: str, keep: bool, *devices: s
                 times = ", ".join(f"{route} {ms:.3g} ms" for route, ms in e["ms"].items())
                 reason = f"measured on {device}: {times} ({e['source']})"
                 tile = Tile(*e["tile"]) if e.get("tile") else None
-                route, found = e["route"], cublaslt.version()
-                if route == "cublaslt" and found is None:
-                    route, reason = "library", f"{reason}, but no cuBLASLt here"
-                # another version lists others, its own first guess first
-                algorithm = e.get("algorithm", 0) if e.get("cublas") == found else 0
-                return Choice(route, reason, tile, algorithm)
+                if e["route"] != "cublaslt":
+                    return Choice(e["route"], reason, tile)
+                return _cublaslt(e, m, reason)
     return Choice("library", f"not measured on {devices[0]} for {dtype} {m} x {n} x {k}")
+
+
+def _cublaslt(e: dict[str, Any], m: int, reason: str) -> Choice:
+    """What an entry that says cublaslt means for ``m`` rows and the version that is here.
+
+    Another size, or version, has another list of algorithms. The first of it gains by its epilogue
+    wherever it was measured, and nothing where there is none."""
+    found = cublaslt.version()
+    if found is None:
+        return Choice("library", f"{reason}, but no cuBLASLt here")
+    if (m, found) == (e.get("at"), e.get("cublas")):
+        return Choice("cublaslt", reason, None, e["algorithm"])
+    reason += f", at {e.get('at')} rows by version {e.get('cublas')}; here {m} and {found}"
+    return Choice("library" if e["op"] == "linear" else "cublaslt", reason)
 
 
 @functools.cache

@@ -13,7 +13,8 @@ own would take 5 N more). For ``linear_add_gelu`` behind the GEMM's own
 operands: a bias rides in the library's epilogue (GEMM writes N, gelu 2 N: 3 N). A tensor addend in
 addmm is copied into the output first and read again (3 N, and gelu 2 N, and the GEMM's write: 6 N);
 the product alone and one pass that adds and applies GELU is 4 N, 5 N where pre is kept. GELU is
-taken of pre as it is stored, so an iteration with and without gradient is the same map.
+taken of pre as it is stored, so by these kernels an iteration with and without gradient is one map;
+by cuBLASLt's epilogue, which the table may choose where nothing is kept, but for that rounding.
 """
 
 from __future__ import annotations
