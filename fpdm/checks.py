@@ -60,3 +60,17 @@ def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Pat
             f"data: got fingerprint {fingerprint[:16]}, expected {meta['data'][:16]} of {path}: "
             "the data changed since"
         )
+
+
+def too_large(
+    config: Config, device: torch.device, step: int, without_graphs: bool, error: Exception
+) -> str:
+    """What to do about a step that found no memory."""
+    t, e = config.train, config.execution
+    graphs = "" if without_graphs else ", or train.graphs off"
+    return (
+        f"train.batch: got {t.batch}, out of memory on {device} in step {step}; expected less at "
+        f"once: execution.recompute elementwise or full (now {e.recompute}) or more "
+        f"execution.chunks (now {e.chunks}), which a resumed run may change, or more "
+        f"train.accumulate (now {t.accumulate}){graphs}: {str(error).split('. ')[0]}"
+    )

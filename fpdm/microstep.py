@@ -145,14 +145,20 @@ class MicroStep:
         both = int(2 * MARGIN * need)
         if free >= both:
             return True
+        self.leave_graphs(f"got {free / 1e9:.1f} GB free, expected {both / 1e9:.1f} for both")
+        return False
+
+    def leave_graphs(self, reason: str) -> bool:
+        """Under ``auto``: gives graphs up for good, with a warning; False where there are none, or
+        they were asked for."""
+        if self.graphs is None or self.graphs.always:
+            return False
         self.release()
         self.graphs = None
         warnings.warn(
-            f"train.graphs: got {free / 1e9:.1f} GB free, expected {both / 1e9:.1f} for graphs "
-            "beside launched steps: kernel by kernel from here on",
-            stacklevel=3,
+            f"train.graphs: {reason}: kernel by kernel from here on, not as graphs", stacklevel=4
         )
-        return False
+        return True
 
     def _run(self, x0: Tensor, d: Draws, n: int, m: int, scale: Tensor, stats: bool) -> Tensor:
         xt = self.diffusion.q_sample(x0, d.t, d.noise)

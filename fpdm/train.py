@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fpdm import __version__, checkpoint, figures
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
-from fpdm.checks import check_data, check_machine, check_same
+from fpdm.checks import check_data, check_machine, check_same, too_large
 from fpdm.cli import run_main
 from fpdm.config import Config, ConfigError, Impl, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
@@ -252,12 +252,13 @@ class Trainer:
         failure: Exception | None = None
         bad = True
         try:
-            self.optimizer.zero_grad()
-            self.local_step(self.step)
-            norm = self.optimizer.grad_norm()
+            norm = self._gradients()
             bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
         except torch.OutOfMemoryError as error:
-            failure = ConfigError(self._too_large(error))
+            without_graphs = self.micro.graphs is None
+            failure = ConfigError(
+                too_large(self.config, self.ranks.device, self.step + 1, without_graphs, error)
+            )
         except Exception as error:
             failure = error
         found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
@@ -274,16 +275,20 @@ class Trainer:
         self._check_nonfinite()
         return signum
 
-    def _too_large(self, error: Exception) -> str:
-        t, e = self.config.train, self.config.execution
-        return (
-            f"train.batch: got {t.batch}, out of memory on {self.ranks.device} in step "
-            f"{self.step + 1}; expected less at once: execution.recompute elementwise or full "
-            f"(now {e.recompute}) or more execution.chunks (now {e.chunks}), which a resumed run "
-            f"may change, or more train.accumulate (now {t.accumulate})"
-            f"{', or train.graphs off' if self.micro.graphs is not None else ''}: "
-            f"{str(error).split('. ')[0]}"
-        )
+    def _gradients(self) -> float:
+        """The step's gradients, into the optimiser's buffer; their norm. A step that finds no
+        memory beside the graphs of ``train.graphs=auto`` is computed again without them."""
+        window = replace(self.window)
+        for last in (False, True):
+            self.optimizer.zero_grad()
+            try:
+                self.local_step(self.step)
+                break
+            except torch.OutOfMemoryError:
+                if last or not self.micro.leave_graphs("out of memory beside them"):
+                    raise
+            self.window = replace(window)
+        return self.optimizer.grad_norm()
 
     def local_step(self, step: int) -> None:
         """Leaves the rank's share of the gradients (times the loss scale) and of the means of loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -322,8 +323,8 @@ def test_auto_needs_room_for_two_steps(free: int, monkeypatch: pytest.MonkeyPatc
         # before the first capture alone
         assert len(asked) == 4
     else:
-        assert lines == ["train.graphs: got 21.0 GB free, expected 22.0 for graphs beside launched "
-                         "steps: kernel by kernel from here on"]  # fmt: skip
+        assert lines == ["train.graphs: got 21.0 GB free, expected 22.0 for both: kernel by kernel "
+                         "from here on, not as graphs"]  # fmt: skip
         assert ours.step.graphs is None
         assert len(asked) == 1
 
@@ -346,30 +347,63 @@ def test_on_needs_a_device_that_captures() -> None:
         MicroStep(model, Diffusion(config.diffusion), weights, config, CPU)
 
 
-def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer with recorded micro-batches writes what it writes without."""
+def test_whole_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer with recorded micro-batches writes what it writes without. A step that finds no
+    memory beside them is computed again under auto: what its launched micro-batch left in gradients
+    and sums is gone. Under on the run ends, naming the way out."""
+    plain, replayed = (whole_run(mode, tmp_path, monkeypatch) for mode in ("off", "on"))
+    assert replayed.micro.graphs.replays > 15
+    same_run(plain, replayed)
+    with pytest.warns(UserWarning, match="^train.graphs: out of memory beside them: kernel by"):
+        refused = whole_run("auto", tmp_path, monkeypatch, refuses=3)
+    assert refused.micro.graphs is None
+    same_run(plain, refused)
+    shutil.rmtree(tmp_path / "on")
+    with pytest.raises(ConfigError, match=r"\(now 2\), or train.graphs off: CUDA out of memory"):
+        whole_run("on", tmp_path, monkeypatch, refuses=1)
+
+
+def whole_run(mode: str, out: Path, monkeypatch: pytest.MonkeyPatch, refuses: int = 0) -> Any:
+    """A trainer that has run; its ``refuses``-th launched micro-batch beside graphs finds no memory
+    when its gradients are there."""
     from fpdm.train import Trainer
 
-    found = {}
-    for mode in ("off", "on"):
-        config = small(
-            out=str(tmp_path), name=mode, steps=24, batch=8, accumulate=2, log_every=5,
-            save_every=0, grid_every=0, grid_per_class=1, graphs=mode,
-        )  # fmt: skip
-        execution = replace(config.execution, impl="reference")
-        trainer = Trainer(replace(config, execution=execution))
+    config = small(
+        out=str(out), name=mode, steps=24, batch=8, accumulate=2, log_every=5, save_every=0,
+        grid_every=0, grid_per_class=1, graphs=mode,
+    )  # fmt: skip
+    holder: list[Any] = []
 
-        def statics(t: Any = trainer) -> Iterator[Tensor]:
-            yield from (*t.optimizer.flat.values(), t.optimizer.buffer, t.diffusion._tables)
-            yield from (*t.model.buffers(), *t.prepared.copies.values())
-            yield from t.micro.held.tensors()
+    def statics() -> Iterator[Tensor]:
+        t = holder[0]
+        yield from (*t.optimizer.flat.values(), t.optimizer.buffer, t.diffusion._tables)
+        yield from (*t.model.buffers(), *t.prepared.copies.values())
+        yield from t.micro.held.tensors()
 
-        backend = RecordingBackend(statics)
-        monkeypatch.setattr(graphs, "backend_for", lambda device, b=backend: b)
-        monkeypatch.setattr(trainer, "_grid", lambda: None)
+    backend = RecordingBackend(statics)
+    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
+    execution = replace(config.execution, impl="reference")
+    # two graphs: recording one takes seconds
+    fixed = replace(config.fixed_point, n_min=1, n_max=1, m_min=1, m_max=2)
+    trainer = Trainer(replace(config, execution=execution, fixed_point=fixed))
+    holder.append(trainer)
+    monkeypatch.setattr(trainer, "_grid", lambda: None)
+    run, left = MicroStep._run, [refuses]
+
+    def crowded(self: MicroStep, *args: Any) -> Tensor:
+        rows = run(self, *args)
+        if left[0] and self.graphs is not None and self.graphs.captures:
+            left[0] -= 1
+            if not left[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MicroStep, "_run", crowded)
         trainer.run()
-        found[mode] = trainer.directory.metrics.read_text(), trainer.optimizer.flat["w"].clone()
-        if mode == "on":
-            assert trainer.micro.graphs.replays > 15
-    assert found["on"][0] == found["off"][0]
-    assert torch.equal(found["on"][1], found["off"][1])
+    return trainer
+
+
+def same_run(a: Any, b: Any) -> None:
+    assert a.directory.metrics.read_text() == b.directory.metrics.read_text()
+    assert torch.equal(a.optimizer.flat["w"], b.optimizer.flat["w"])
