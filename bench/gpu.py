@@ -30,6 +30,7 @@ from bench import suites, timing
 from bench.rows import inputs, randomised
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.diffusion import Diffusion, DiffusionConfig
+from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, DiT, build_model
 from fpdm.optim import AdamWEMA
 from fpdm.recipes import MODEL_PRESETS, RECIPES
@@ -224,7 +225,8 @@ REPLAYS: list[tuple[str, int, tuple[int, int], str, dict[str, Any]]] = [
 
 
 def replays(report: Report) -> None:
-    """A training micro-batch replayed as one graph against the same launched kernel by kernel."""
+    """A training micro-batch replayed as one graph against the same launched kernel by kernel; what
+    a graph takes of the device's memory beside the pool that all share."""
     for recipe, batch, (n, m), precision, execution in REPLAYS:
         facts = {"recipe": recipe, "batch": batch, "n": n, "m": m, "precision": precision}
         with report.row(**facts, **execution) as found:
@@ -235,6 +237,23 @@ def replays(report: Report) -> None:
             times = timing.interleave(arms, 9)
             found |= {f"{mode}_ms": 1e3 * t.median for mode, t in times.items()}
             found["launched_over_replayed"] = timing.ratio(times["off"], times["on"])
+    pairs = [(n, m) for n in (1, 4, 8) for m in (2, 4)]
+    with report.row(arm="graphs", recipe="imagenet256", batch=8, graphs=len(pairs)) as found:
+        run = micro_batches("imagenet256", 8, (8, 8), "bf16", "on", {})
+        # the pool has the size of the largest m from the first graph on
+        run(8, 8)
+        run(8, 8)
+        for pair in pairs:
+            run(*pair)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info()
+        for pair in pairs:
+            run(*pair)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        after, _ = torch.cuda.mem_get_info()
+        found["mb_each"] = (before - after) / len(pairs) / 1e6
 
 
 def micro_step(
@@ -243,13 +262,26 @@ def micro_step(
 ) -> Callable[[], Any]:  # fmt: skip
     """The trainer's micro-batch of one (n, m) on random data. Raises RuntimeError where ``mode`` is
     on and nothing is replayed."""
+    run = micro_batches(recipe, batch, pair, precision, mode, execution, kind)
+    # launched once, then captured
+    run(*pair)
+    step = run(*pair)
+    if mode == "on" and not (step.graphs and step.graphs.replays):
+        raise RuntimeError("train.graphs: got no replay, expected one to be timed")
+    return lambda: run(*pair)
+
+
+def micro_batches(
+    recipe: str, batch: int, largest: tuple[int, int], precision: str, mode: str,
+    execution: dict[str, Any], kind: str = "cuda",
+) -> Callable[[int, int], MicroStep]:  # fmt: skip
+    """The same of every (n, m) up to ``largest``; returns what ran it."""
     from fpdm.batches import Draws
-    from fpdm.microstep import MicroStep
     from fpdm.train import DTYPES
 
-    config, (n, m), device = RECIPES[recipe], pair, torch.device(kind)
+    config, (n_max, m_max), device = RECIPES[recipe], largest, torch.device(kind)
     # the largest m is captured first: with another in the recipe this one never would be
-    fixed = replace(config.fixed_point, n_max=n, m_max=m)
+    fixed = replace(config.fixed_point, n_max=n_max, m_max=m_max)
     train = replace(
         config.train,
         precision=precision,  # type: ignore[arg-type]
@@ -263,15 +295,11 @@ def micro_step(
     x, t, y = inputs(config.model, batch, device)
     draws = Draws(t, torch.randn_like(x), y)
 
-    def run() -> Any:
+    def run(n: int, m: int) -> MicroStep:
         optimizer.zero_grad()
-        return step(x, draws, n, m, 1.0)
+        step(x, draws, n, m, 1.0)
+        return step
 
-    # launched once, then captured
-    run()
-    run()
-    if mode == "on" and not (step.graphs and step.graphs.replays):
-        raise RuntimeError("train.graphs: got no replay, expected one to be timed")
     return run
 
 

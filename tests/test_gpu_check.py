@@ -180,6 +180,12 @@ def test_replays_are_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     for pair in ((1, 1), (1, 2)):
         gpu.micro_step("digits", 2, pair, "fp32", "on", how, "cpu")
     gpu.micro_step("digits", 2, (1, 1), "fp32", "off", how, "cpu")
+    # graphs of smaller pairs after one of the largest m
+    run = gpu.micro_batches("digits", 2, (1, 2), "fp32", "on", how, "cpu")
+    for pair in ((1, 2), (1, 2), (0, 1), (0, 1)):
+        cache = run(*pair).graphs
+    assert cache is not None
+    assert (cache.captures, cache.replays) == (2, 2)
 
     def refuse(self: Any, work: Any) -> None:
         raise RuntimeError("no")
