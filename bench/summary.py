@@ -49,19 +49,20 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]
     mine, theirs = (report.peak(arms.get(a, {})) for a in (OURS, "published eager"))
     memory = f"{mine}, {theirs}" if theirs else mine
-    return [f"{row['suite']}, {row['name']}", report.duration(arms[OURS]["median_s"]), *ratios,
-            memory]  # fmt: skip
+    # that is the baseline, not ours
+    name = row["name"].removesuffix(" compiled")
+    return [f"{row['suite']}, {name}", report.duration(arms[OURS]["median_s"]), *ratios, memory,
+            row.get("commit", "")]  # fmt: skip
 
 
 def machine_table(result: dict[str, Any]) -> str:
     """The headline rows of one machine, under what it is."""
-    head = ["", "fpdm", *BASELINES, "peak: fpdm, published"]
+    head = ["", "fpdm", *BASELINES, "peak: fpdm, published", "commit"]
     lines = [_line(row) for row in headlines(result)]
     # a baseline that no row has is no column
     kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines)]
     table = report.markdown([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
-    # its first sentence; the whole table has it all
-    note = f" {result['note'].partition('. ')[0]}." if "note" in result else ""
+    note = f" {result['note']}" if "note" in result else ""
     return f"**{report.place(result)}**, commit {result['commit']}.{note}\n\n{table}\n"
 
 
@@ -71,6 +72,7 @@ def memory_table(counted: dict[str, Any]) -> str:
     for row in counted["memory"]:
         totals.setdefault(row["model"], {})[row["arm"]] = row["total"]
     arms = list(dict.fromkeys(row["arm"] for row in counted["memory"]))
+    chunks = {row["chunks"] for row in counted["memory"]}
     body = [
         [model, *(f"{found[arm]:.1f}" for arm in arms), f"{counted['paper_gb'][model]}"]
         for model, found in totals.items()
@@ -78,8 +80,9 @@ def memory_table(counted: dict[str, Any]) -> str:
     return (
         f"Memory of a training step in GB with all state, batch {counted['batch']}, n = m = "
         f"{counted['m']}, bf16, counted storage by storage without allocating it "
-        "(`bench/memory.py`). The paper's code recomputes DiT and the pre and post blocks, not the "
-        f"iterations:\n\n{report.markdown(['', *arms, 'the paper'], body)}\n"
+        f"(`bench/memory.py`), what is recomputed in `execution.chunks={max(chunks)}`, without "
+        "graphs, which hold as much beside it. The paper's code recomputes DiT and the pre and "
+        f"post blocks, not the iterations:\n\n{report.markdown(['', *arms, 'the paper'], body)}\n"
     )
 
 
@@ -108,9 +111,9 @@ def section(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> st
         "written plainly; *gemm + attention* the library's products alone with nothing between "
         "them, below `1.00x` where we are slower than that. A row names model, batch B, dtype, "
         "timesteps S, iterations k, and in training n without gradient, m with it and what is "
-        "recomputed. Shown are the largest rows of each model; every row, single operators, "
-        "spreads, commands and shares of the ceilings: "
-        "[bench/results](bench/results/README.md).\n"
+        "recomputed; over several draws of (n, m) it is the time of all of them. Shown are the "
+        "largest rows of each model; every row, single operators, spreads, commands and shares of "
+        "the ceilings: [bench/results](bench/results/README.md).\n"
     ]
     parts += [machine_table(r) for r in sorted(results, key=lambda r: not r.get("gpu"))]
     if counted is not None:

@@ -358,7 +358,7 @@ def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
     names = [r["name"] for r in summary.headlines(result)]
     assert names == ["S/2 B8 bfloat16 k=4", "S/2 B1 float32", "S/2 B8 float32"]
     text = summary.section([result], None)
-    assert "**P, 2 of 2 cores**, commit abc. One.\n" in text
+    assert "**P, 2 of 2 cores**, commit abc. One. Two.\n" in text
     assert "sampler, published compiled (box): no compiler; anything on a V100" in text
     # no row has it, so it is no column
     assert "frozen" not in text
