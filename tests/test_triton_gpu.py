@@ -107,6 +107,30 @@ def xl_gradients(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"output": out.detach(), **grads}
 
 
+@pytest.mark.parametrize("batch", [2, 16, 64])
+def test_xl_network_without_gradient_is_within_the_contract(batch: int) -> None:
+    """By the routes of the committed table, at the sizes it was measured at: 512, 4,096 and 16,384
+    rows, folded weights, k = 2."""
+    found, low, oracle = (
+        xl_output(batch, "triton", torch.bfloat16), xl_output(batch, "reference", torch.bfloat16),
+        xl_output(batch, "reference", torch.float64),
+    )  # fmt: skip
+    assert violation(found, low, oracle, torch.bfloat16) is None
+
+
+def xl_output(batch: int, impl: str, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    model = FPDM(ModelConfig(), ExecutionConfig(impl=impl)).cuda()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+        model = model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        weights = None if dtype == torch.float64 else PreparedWeights(model, dtype, fold=True)
+        x = torch.randn(batch, 4, 32, 32).to("cuda", model.pos_embed.dtype)
+        t, y = torch.arange(batch).cuda() * 10, torch.arange(batch).cuda()
+        return model(x, t, y, 2, weights=weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "triton-fused"])
 def test_a_thousand_repeats_are_bitwise_equal(impl: str) -> None:
