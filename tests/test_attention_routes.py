@@ -109,6 +109,22 @@ def test_the_fastest_that_can_run(hopper: None, table: Callable[..., None]) -> N
         assert routes.route(*other, GPU)[0] == "triton"
 
 
+@pytest.mark.parametrize(
+    ("ms", "name"),
+    [
+        ({"triton": 0.1, "sdpa-cudnn": 0.099}, "triton"),
+        ({"triton": 0.1, "sdpa-cudnn": 0.097}, "sdpa-cudnn"),
+        ({"triton": 0.12, "sdpa": 0.1, "sdpa-cudnn": 0.099}, "sdpa"),
+    ],
+)
+def test_two_percent_are_noise(
+    hopper: None, table: Callable[..., None], ms: dict[str, float], name: str
+) -> None:
+    """Between routes that are as fast the earlier one: ours, then torch's own choice."""
+    table(entry(ms=ms))
+    assert routes.route(256, 72, HALF, GPU)[0] == name
+
+
 def test_an_installed_package_is_chosen(
     hopper: None, table: Callable[..., None], flash: list[Tensor]
 ) -> None:
