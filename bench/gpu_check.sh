@@ -111,12 +111,12 @@ case "$part" in
       --out "$out/bench_train.json"
     ;;
   compiled)
-    piece compiled_train 200 "$python" -m bench --suite training --row compiled \
+    piece compiled_1 180 "$python" -m bench --suite sampler --row 'B1 .*compiled' \
+      --out "$out/compiled_1.json"
+    piece compiled_train 150 "$python" -m bench --suite training --row compiled \
       --out "$out/compiled_train.json"
     piece compiled_64 120 "$python" -m bench --suite sampler --row 'B64.*compiled' \
       --out "$out/compiled_64.json"
-    piece compiled_1 150 "$python" -m bench --suite sampler --row 'B1 .*compiled' \
-      --out "$out/compiled_1.json"
     ;;
 esac
 echo
