@@ -107,15 +107,16 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
     if torch.cuda.is_available() and arms.images:
         found["joules_per_image"] = joules(alive[rows.OURS], ours.median) / arms.images
     found |= machine.shares(found, ours.median, ceilings)
-    for name, fn in alive.items():
-        # inside a compiled function nothing is seen
-        if row.suite in MEASURED and "compiled" not in name and "frozen" not in name:
-            found["arms"][name]["peak_bytes"] = peak_bytes(fn)
+    measured = {n: fn for n, fn in alive.items() if "compiled" not in n and "frozen" not in n}
     if torch.cuda.is_available() and row.suite in ("sampler", "training"):
         # ours is replayed, which allocates nothing: its pool holds what the launches need
+        del measured[rows.OURS]
+    if row.suite in MEASURED:
+        # inside a compiled function nothing is seen
+        for name, fn in measured.items():
+            found["arms"][name]["peak_bytes"] = peak_bytes(fn)
         launched = found["arms"].get(rows.LAUNCHED, {})
-        found["arms"][rows.OURS].pop("peak_bytes", None)
-        if "peak_bytes" in launched:
+        if rows.OURS not in measured and "peak_bytes" in launched:
             found["arms"][rows.OURS]["peak_bytes"] = launched["peak_bytes"]
     return found
 

@@ -11,7 +11,7 @@ of that size (bench/results/nvidia-h200/autotune.txt).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -220,22 +220,18 @@ def training(
 
         floors = [floor_of_training(s, n, m) for n, m in draws]
 
-        def all_of(steps: Sequence[Arm]) -> None:
-            for step in steps:
-                step()
-
         launched = [partial(ours, *pair) for pair in pairs]
         arms: dict[str, Arm | str] = {
             OURS: timing.one_by_one(launched),
-            "gemm + attention": partial(all_of, floors),
-            LAUNCHED: partial(all_of, launched),
+            "gemm + attention": timing.in_turn(floors),
+            LAUNCHED: timing.in_turn(launched),
         }
         plainly = [partial(theirs, *pair) for pair in pairs]
         if eager:
-            arms["published eager"] = partial(all_of, plainly)
+            arms["published eager"] = timing.in_turn(plainly)
         if compiled:
             regions = Regions()
-            arms["published compiled"] = partial(regions, partial(all_of, plainly))
+            arms["published compiled"] = partial(regions, timing.in_turn(plainly))
             arms["published compiled, replayed"] = attempt(
                 lambda: timing.one_by_one([partial(regions, step) for step in plainly])
             )

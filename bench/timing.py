@@ -52,14 +52,21 @@ def replayed(fn: Arm, calls: int = REPLAYED) -> Arm:
     return one_by_one([work])
 
 
+def in_turn(works: Sequence[Arm]) -> Arm:
+    """All of them, one after the other, as one arm."""
+
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
+
+
 def one_by_one(works: Sequence[Callable[[], None]]) -> Arm:
     """All of them in turn, each a CUDA graph of its own in one memory pool, the first one captured
     first: it is to be the largest. Without a GPU they are called."""
 
-    def launched() -> None:
-        for work in works:
-            work()
-
+    launched = in_turn(works)
     if not torch.cuda.is_available():
         return launched
     stream = torch.cuda.Stream()
@@ -73,11 +80,11 @@ def one_by_one(works: Sequence[Callable[[], None]]) -> Arm:
     # a graph reads the buffers of its work by address: they live as long as it does
     captured = [(backend.capture(work), work) for work in works]
 
-    def run() -> None:
+    def replay() -> None:
         for graph, _ in captured:
             graph.replay()
 
-    return run
+    return replay
 
 
 def device_times(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, Times], dict[str, str]]:

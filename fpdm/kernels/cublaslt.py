@@ -1,7 +1,6 @@
 """Products with the epilogues of cuBLASLt that torch does not reach: y = f(x W^T + u).
 
-    linear          u a bias (N,) or nothing, f the identity
-    linear_gelu     u a bias (N,) or a tensor (M,N), f tanh GELU of the float32 sum
+u is a bias (N,), a tensor (M,N) or nothing, f the identity or tanh GELU of the float32 sum.
 
 Two things differ from torch's own calls into the same library. An addend of y's shape goes in as C
 with beta = 1, so that GELU needs no pass of its own. And the library lists algorithms for a shape,
@@ -36,7 +35,7 @@ COMPUTE_32F = 68  # CUBLAS_COMPUTE_32F
 # attributes of a product, of a search, and epilogues
 TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8
 WORKSPACE_BYTES, ALIGNMENTS = 1, (5, 6, 7, 8)
-IDENTITY, BIAS, GELU, GELU_BIAS = 1, 4, 32, 36
+IDENTITY, BIAS, GELU = 1, 4, 32  # bias and GELU are bits
 ALGORITHMS = 4  # the first of the list are worth timing
 ALIGNED = 16  # bytes, of every operand
 
@@ -82,9 +81,20 @@ def _make(function: str, *args: Any) -> ctypes.c_void_p:
     return made
 
 
+def _tell(function: str, thing: ctypes.c_void_p, attribute: int, value: Any) -> None:
+    size = ctypes.sizeof(value)
+    status = getattr(library(), function)(thing, attribute, ctypes.byref(value), size)
+    _done(status, f"{function} {attribute}")
+
+
+def _on(device: int) -> Any:
+    """The device as the current one; -1: a library in memory, for the tests."""
+    return torch.cuda.device(device) if device >= 0 else contextlib.nullcontext()
+
+
 @functools.cache
 def _handle(device: int) -> ctypes.c_void_p:
-    with torch.cuda.device(device) if device >= 0 else contextlib.nullcontext():
+    with _on(device):
         return _make("cublasLtCreate")
 
 
@@ -110,9 +120,10 @@ class Product:
             for rows, cols, apart in ((k, n, distance), (k, m, k), (n, m, n))
         )  # fmt: skip
         search = _make("cublasLtMatmulPreferenceCreate")
-        self._prefer(search, WORKSPACE_BYTES, ctypes.c_uint64(0))
-        for attribute in ALIGNMENTS:
-            self._prefer(search, attribute, ctypes.c_uint32(ALIGNED))
+        wishes: dict[int, Any] = {WORKSPACE_BYTES: ctypes.c_uint64(0)}
+        wishes |= dict.fromkeys(ALIGNMENTS, ctypes.c_uint32(ALIGNED))
+        for attribute, value in wishes.items():
+            _tell("cublasLtMatmulPreferenceSetAttribute", search, attribute, value)
         found, count = (_Algorithm * (algorithm + 1))(), ctypes.c_int()
         status = library().cublasLtMatmulAlgoGetHeuristic(
             self.handle, self.description, self.w, self.x, self.y, self.y, search, algorithm + 1,
@@ -128,17 +139,7 @@ class Product:
         self.one = threading.Lock()
 
     def _set(self, attribute: int, value: Any) -> None:
-        status = library().cublasLtMatmulDescSetAttribute(
-            self.description, attribute, ctypes.byref(value), ctypes.sizeof(value)
-        )
-        _done(status, f"attribute {attribute}")
-
-    @staticmethod
-    def _prefer(search: ctypes.c_void_p, attribute: int, value: Any) -> None:
-        status = library().cublasLtMatmulPreferenceSetAttribute(
-            search, attribute, ctypes.byref(value), ctypes.sizeof(value)
-        )
-        _done(status, f"preference {attribute}")
+        _tell("cublasLtMatmulDescSetAttribute", self.description, attribute, value)
 
     def run(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor | None, y: Tensor,
@@ -202,19 +203,10 @@ def linear(
     if not m:
         return out
     bias = None if tensor else addend
-    epilogue = {
-        (False, False): IDENTITY, (True, False): BIAS, (False, True): GELU,
-        (True, True): GELU_BIAS,
-    }[bias is not None, gelu]  # fmt: skip
+    epilogue = BIAS * (bias is not None) | GELU * gelu or IDENTITY
     index = x.device.index if x.is_cuda else -1
     plan = _product(m, n, k, weight.stride(0), x.dtype, epilogue, float(tensor), algorithm, index)
-    c = addend if tensor else None
-    if not x.is_cuda:
-        # a library in memory, for the tests
-        plan.run(x, weight, bias, c, out, 0)
-    elif index == torch.cuda.current_device():
-        plan.run(x, weight, bias, c, out, torch.cuda.current_stream().cuda_stream)
-    else:
-        with torch.cuda.device(index):
-            plan.run(x, weight, bias, c, out, torch.cuda.current_stream().cuda_stream)
+    with _on(index):
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        plan.run(x, weight, bias, addend if tensor else None, out, stream)
     return out
