@@ -8,7 +8,7 @@
     python -m bench --render              report.html and the tables of the READMEs from the JSON
 
 Each row is one process state: arms in turn, round by round; results are written after every row.
-Single operators on a CPU are timed in several fresh processes, see bench/processes.py.
+Short rows on a CPU are timed in several fresh processes, see bench/processes.py.
 ``--against`` says how many ratios agree within 15 %, and which rows got slower, see
 bench/against.py: one that did by more than ``--tolerance`` is measured again, up to twice; it exits
 with 1 when one stays slower.
@@ -17,6 +17,7 @@ with 1 when one stays slower.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import sys
@@ -87,7 +88,7 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
             found["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             del alive[name]
     found |= told(alive[rows.OURS], arms.dtype)
-    if row.suite in processes.SUITES and torch.cuda.is_available():
+    if row.suite in ("operators", "iteration") and torch.cuda.is_available():
         # a single one takes the host longer than the device
         times, uncaptured = timing.device_times(alive, rounds or row.rounds)
         found["missing"] |= uncaptured
@@ -158,7 +159,7 @@ def chosen(args: argparse.Namespace) -> list[rows.Row]:
 
 
 def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) -> dict[str, Any]:
-    """Runs the rows and writes the file after each, after single operators together."""
+    """Runs the rows and writes the file after each, after short ones together."""
     wanted = chosen(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # where a file of this machine lies tells a reader nothing
@@ -182,7 +183,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
         result["others"] = company.share()
         write(path, result)
 
-    pooled = [r for r in wanted if r.suite in processes.POOLED and pools(args)]
+    pooled = [r for r in wanted if r.pooled and pools(args)]
     if pooled:
         words = ["--processes", "1", "--rounds", str(args.rounds or processes.ROUNDS)]
         words += ["--threads", str(torch.get_num_threads())]
@@ -196,7 +197,7 @@ def measure(args: argparse.Namespace, path: Path, old: dict[str, Any] | None) ->
 
 
 def pools(args: argparse.Namespace) -> bool:
-    """Whether single operators are timed in processes of their own; a GPU replays them instead."""
+    """Whether short rows are timed in processes of their own; a GPU replays them instead."""
     return args.processes > 1 and not torch.cuda.is_available()
 
 
@@ -258,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--against", help="JSON file or commit")
     p.add_argument("--compare", action="store_true", help="what is in --out, without measuring it")
     p.add_argument("--tolerance", type=float, default=0.12, help="slower by more is told: 0.12")
-    p.add_argument("--processes", type=int, default=11, help="of single operators on a CPU: to 11")
+    p.add_argument("--processes", type=int, default=15, help="of short rows on a CPU: to 15")
     p.add_argument("--threads", type=int, help="of torch")
     p.add_argument("--strict", action="store_true", help="a failing row ends the run")
     p.add_argument("--count", action="store_true", help="only count memory and the cost model")
@@ -298,4 +299,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # modules are never garbage: to look through them before a short row takes longer than the row
+    gc.freeze()
     sys.exit(run_main("bench", main))

@@ -1,4 +1,4 @@
-"""Single operators, timed in several fresh processes.
+"""Short rows, single operators above all, timed in several fresh processes.
 
 Where a baseline's intermediates lie is decided once per process, and with it how long one call
 takes: the same within a process, up to 1.7 times apart between two. So a row holds the mean of the
@@ -20,9 +20,6 @@ from bench import machine
 from bench.against import Found, key
 from bench.rows import OURS, Row
 
-SUITES = ("operators", "iteration")
-# and on a CPU an optimiser's lists of tensors
-POOLED = (*SUITES, "optimizer")
 # as many as fit the seconds, and a middle needs three; rounds of each row in one
 LEAST, SECONDS, ROUNDS = 3, 120.0, 5
 
@@ -63,7 +60,7 @@ def measure(
             if index >= LEAST and seconds > SECONDS:
                 break
             told = f"process {index + 1}/{count} {seconds:4.0f} s"
-            print(f"[{told}] {len(rows)} rows of single operators", flush=True)
+            print(f"[{told}] {len(rows)} short rows", flush=True)
             out = Path(folder) / f"{index}.json"
             command = [sys.executable, "-m", "bench", *chosen, *words, "--out", str(out)]
             done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)

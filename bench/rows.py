@@ -40,13 +40,15 @@ class Arms:
 
 @dataclass(frozen=True)
 class Row:
-    """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``."""
+    """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``.
+    ``pooled``: so short that what a process decides once shows; on a CPU timed in several."""
 
     suite: str
     name: str
     build: Callable[[], Arms]
     rounds: int = 15
     seconds: float = 60.0
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def optimizer(label: str, config: ModelConfig, device: torch.device) -> Row:
             arms[OURS if impl == "auto" else impl] = partial(opt.step, 1e-4)
         return Arms(arms, 0, size)
 
-    return Row("optimizer", f"{label} {device.type}", build, 15, 5.0)
+    return Row("optimizer", f"{label} {device.type}", build, 15, 5.0, True)
 
 
 def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
@@ -277,7 +277,8 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
         facts = {"steps": steps, "k": iters, "guidance": guidance, "batch": s.batch}
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
-    return Row("sampler", f"{s.name} S={steps} k={iters} guidance {guidance:g}", build, 9, 5.0)
+    name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
+    return Row("sampler", name, build, 9, 5.0, s.batch <= 8)
 
 
 def published_sampler(
