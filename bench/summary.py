@@ -1,4 +1,5 @@
-"""What the README says of the results: a few rows a machine, the memory of a training step.
+"""What the README says of the results: first what a user gains, then a few rows a machine and the
+memory of a training step.
 
 A function of the committed JSON alone, like the whole tables (bench/report.py), to which it leads.
 """
@@ -12,6 +13,7 @@ from bench import report
 from bench.rows import OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GAIN_BEGIN, GAIN_END = "<!-- gain:begin -->", "<!-- gain:end -->"
 SUITES = ("network", "sampler", "training")
 # the columns: a baseline's time over ours
 BASELINES = {
@@ -64,6 +66,44 @@ def machine_table(result: dict[str, Any]) -> str:
     table = report.markdown([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
     note = f" {result['note']}" if "note" in result else ""
     return f"**{report.place(result)}**, commit {result['commit']}.{note}\n\n{table}\n"
+
+
+def gain(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
+    """How many times faster than the published architecture, eager and compiled, the work of each
+    suite and batch is: on a GPU where one was measured; and the memory of a training step."""
+    result = sorted(results, key=lambda r: not r.get("gpu"))[0]
+    rows = [row for row in headlines(result) if row["suite"] in ("sampler", "training")]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        model, batch, dtype = row["name"].split(" ")[:3]
+        line = found.setdefault((row["suite"], f"{model} {dtype}, batch {batch[1:]}"), {})
+        for column in ("published eager", "published compiled"):
+            arms = [row["arms"][arm] for arm in BASELINES[column] if arm in row["arms"]]
+            if arms:
+                line[column] = f"{arms[0]['ratio']:.2f}x"
+    verbs = {"sampler": "sampling", "training": "training"}
+    body = [
+        [f"{verbs[suite]}, {what}", line.get("published eager", "not measured"),
+         line.get("published compiled", "not measured")]
+        for (suite, what), line in found.items()
+    ]  # fmt: skip
+    device = next((d["name"] for d in result["devices"].values() if isinstance(d, dict)),
+                  result["processor"]["name"])  # fmt: skip
+    head = [f"{device}: times as fast as the published code", "in eager PyTorch",
+            "under torch.compile"]  # fmt: skip
+    text = report.markdown(head, body) + "\n"
+    if counted is None:
+        return text
+    gb = {(row["model"], row["arm"]): f"{row['total']:.1f}" for row in counted["memory"]}
+    ours = [gb["fpdm-xl-2", f"fpdm {kept}"] for kept in ("none", "elementwise", "full")]
+    paper = counted["paper_gb"]
+    return text + (
+        f"\nA training step of XL/2, batch {counted['batch']}, n = m = {counted['m']}, with all "
+        f"its state: {ours[0]} GB, or {ours[1]} or {ours[2]} GB where more is recomputed. The "
+        f"published code: {gb['fpdm-xl-2', 'published bf16 eager']} GB; DiT: "
+        f"{gb['dit-xl-2', 'published bf16 eager']} GB (in the paper {paper['fpdm-xl-2']} and "
+        f"{paper['dit-xl-2']}, both partly recomputed).\n"
+    )
 
 
 def memory_table(counted: dict[str, Any]) -> str:
@@ -122,9 +162,12 @@ def section(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> st
 
 
 def readme(text: str, results: Path) -> str | None:
-    """``text`` with the section between its markers written again; None when it has none."""
-    if BEGIN not in text or END not in text:
-        return None
-    head, rest = text.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    return f"{head}{BEGIN}\n{section(*report.load(results))}{END}{tail}"
+    """``text`` with what lies between its markers written again; None when it has none."""
+    loaded = report.load(results)
+    for begin, end, written in ((GAIN_BEGIN, GAIN_END, gain), (BEGIN, END, section)):
+        if begin not in text or end not in text:
+            return None
+        head, rest = text.split(begin, 1)
+        _, tail = rest.split(end, 1)
+        text = f"{head}{begin}\n{written(*loaded)}{end}{tail}"
+    return text

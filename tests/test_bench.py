@@ -337,6 +337,10 @@ def test_tables_are_what_render_writes() -> None:
     changed = block.replace("| 14.1 |", "| 4.1 |")
     assert changed != block
     assert summary.readme(head + summary.BEGIN + changed, RESULTS) == text
+    changed = head.replace("batch 64 | 1.", "batch 64 | 9.")
+    assert changed != head
+    assert summary.readme(changed + summary.BEGIN + block, RESULTS) == text
+    assert summary.readme(text.replace(summary.GAIN_END, ""), RESULTS) is None
 
 
 def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
@@ -362,6 +366,16 @@ def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
     assert "sampler, published compiled (box): no compiler; anything on a V100" in text
     # no row has it, so it is no column
     assert "frozen" not in text
+    rows += [made("sampler", "S/2 B8 float32 compiled", 8), made("training", "S/2 B2 float32", 1)]
+    rows[-2]["arms"]["published compiled"] = {"ratio": 2.0}
+    rows[-1]["arms"]["published eager"] = {"ratio": 3.0}
+    told = summary.gain([result], None).splitlines()
+    assert told[0].startswith("| P: times as fast")
+    assert told[2:] == [
+        "| sampling, S/2 float32, batch 1 | not measured | not measured |",
+        "| sampling, S/2 float32, batch 8 | not measured | 2.00x |",
+        "| training, S/2 float32, batch 2 | 3.00x | not measured |",
+    ]
 
 
 def test_every_committed_result_has_a_page() -> None:
