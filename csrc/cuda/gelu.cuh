@@ -12,16 +12,15 @@
 
 namespace fpdm {
 
-struct GeluParams {  // "PPPPqi4x": 48 bytes
+struct GeluParams {  // "PPPPq": 40 bytes
     const void* x;       // (count,); the pre-activation, or for add_gelu the product
     const void* other;   // gelu: unused; gelu_backward: dy; add_gelu: the addend
     void* pre;           // add_gelu: receives x + addend, may be x or out; gelu_backward: the
                          // float32 total; null: not wanted
     void* out;           // may be x or other
     i64 count;           // elements
-    i32 width;           // of the bias: element i takes other[i % width]; 0: other is a tensor
 };
-static_assert(sizeof(GeluParams) == 48);
+static_assert(sizeof(GeluParams) == 40);
 
 struct GeluTraits {
     static constexpr i32 threads = 128;
@@ -117,17 +116,9 @@ FPDM_KERNEL void FPDM_BOUNDS(GeluTraits::threads, GeluTraits::blocks_per_sm)
     add_gelu_kernel(const GeluParams p) {
     const i64 first = (i64(block_x()) * GeluTraits::threads + thread_x()) * 8;
     const i64 n = p.count - first;
-    const C* other = static_cast<const C*>(p.other);
     float v[8], u[8];
     load8<Aligned>(static_cast<const C*>(p.x) + first, n, v);
-    if (p.width == 0) {
-        load8<Aligned>(other + first, n, u);
-    } else if constexpr (Aligned) {
-        load8<Aligned>(other + u64(first) % u32(p.width), n, u);
-    } else {
-        FPDM_UNROLL
-        for (i32 i = 0; i < 8; ++i) u[i] = widen(ld_global(other + u64(first + i) % u32(p.width)));
-    }
+    load8<Aligned>(static_cast<const C*>(p.other) + first, n, u);
     FPDM_UNROLL
     for (i32 i = 0; i < 8; ++i) v[i] = round_to<C>(v[i] + u[i]);
     if (p.pre != nullptr) store8<Aligned>(static_cast<C*>(p.pre) + first, n, v);

@@ -32,7 +32,6 @@ from fpdm.kernels.launch import (
 )
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad
 
-NAME = "cuda"
 LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
 DTYPES = (torch.float16, torch.float32)
 RUN = 32  # tokens per partial sum
@@ -43,7 +42,12 @@ LOG2_E = 1 / math.log(2)
 _ELEMENT = {torch.float16: ck.HALF, torch.float32: ck.FLOAT}
 _backend: Launcher = Driver()
 
-__all__ = ["LIBRARY", "NAME", "linear", "linear_dgrad", "linear_wgrad", "prepare", "unavailable"]
+__all__ = [
+    "LIBRARY", "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward",
+    "gate_residual", "gate_residual_adaln", "gate_residual_backward", "gelu", "gelu_backward",
+    "linear", "linear_add_gelu", "linear_dgrad", "linear_gate_residual",
+    "linear_gate_residual_adaln", "linear_wgrad", "prepare", "unavailable",
+]  # fmt: skip
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -277,7 +281,7 @@ def _gelu(
     kernel = ck.gelu(
         form, _ELEMENT[x.dtype], aligned((x, other, pre, out), 16) and not x.numel() % 8
     )
-    arguments: list[Argument] = [x, other, pre, out, x.numel(), 0]
+    arguments: list[Argument] = [x, other, pre, out, x.numel()]
     if x.numel():
         _linear_launch(kernel, cdiv(x.numel(), COLUMNS), arguments, x)
 

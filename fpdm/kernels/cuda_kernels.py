@@ -30,7 +30,7 @@ FORMATS = {
     "AdalnBackwardParams": "PPPPPqiiif",
     "GateResidualParams": "PPPPPPqiii4x",
     "GateResidualBackwardParams": "PPPPPqiii4x",
-    "GeluParams": "PPPPqi4x",
+    "GeluParams": "PPPPq",
     "ReduceColumnsParams": "PPPqqiiii",
     "ReduceNormsParams": "PPqii",
     "AttentionParams": "PPiif4x",
