@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fpdm import budget
-from fpdm.config import ModelConfig
+from fpdm.config import ModelConfig, Recompute
 
 Style = Literal["published", "library", "fused"]
 STYLES: tuple[Style, ...] = ("published", "library", "fused")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "elementwise", "full")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ def iteration(
     ]  # fmt: skip
 
 
+def _block(one: list[Part]) -> list[Part]:
+    """What of an iteration follows the injection."""
+    return one[1 + next(i for i, p in enumerate(one) if p.name == "fc2 injection") :]
+
+
 def network(
     config: ModelConfig, batch: int, iters: int, itemsize: int = 2, style: Style = "library"
 ) -> list[Part]:
@@ -131,43 +137,88 @@ def network(
     iterations; without embedding and final layer, less than a hundredth of it."""
     gemm, _, _ = _counter(config, batch, itemsize)
     one = iteration(config, batch, itemsize, style)
-    begin = 1 + next(i for i, p in enumerate(one) if p.name == "fc2 injection")
-    block = [p for p in one if p.name == "modulation"] + one[begin:]
+    block = [p for p in one if p.name == "modulation"] + _block(one)
     injection = gemm("injection", 1, 1 if style == "published" else 2)
     return [injection, *block * (config.pre_depth + config.post_depth), *one * iters]
 
 
 def iteration_backward(
-    config: ModelConfig, batch: int, itemsize: int = 2, recompute: str = "elementwise"
+    config: ModelConfig,
+    batch: int,
+    itemsize: int = 2,
+    recompute: Recompute = "elementwise",
+    injected: bool = True,
 ) -> list[Part]:
-    """The parts of the backward of f(x) in the library style; ``full`` adds the forward."""
-    gemm, attention, glue = _counter(config, batch, itemsize)
+    """The parts of the backward of f(x) in the library style, or of a pre or post block, which has
+    no injection; ``full`` adds the forward."""
+    _, attention, glue = _counter(config, batch, itemsize)
     wide = 4 / itemsize  # float32 in units of U
-    parts = []
-    for name, i, o in (
-        ("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3), ("fc2 injection", 2, 1),
-        ("fc1 injection", 1, 2),
-    ):  # fmt: skip
-        wgrad, d = gemm(f"{name} wgrad", i, o), config.hidden_size
+    products = [("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3)]
+    if injected:
+        products += [("fc2 injection", 2, 1), ("fc1 injection", 1, 2)]
+    parts = _products_backward(config, batch, itemsize, products)
+    parts += [
+        # dq and dk, dv are two kernels, which find the scores and dP each, and the sums first
+        attention("attention backward", 5, 8, again=3),
+        glue("gate backward", 6, 2), glue("gelu backward", 12), glue("adaln backward", 8, 2),
+    ]  # fmt: skip
+    if injected:
+        # it adds to the gradient of u
+        parts.append(glue("gelu backward, injection", 6 + 4 * wide))
+    if recompute != "none":
+        # z', and x where no iterate is kept
+        gates = (3, 1) if recompute == "full" or not injected else (9, 3)
+        gelu = (8 + 4, 2) if injected else (8, 1)
+        parts += [
+            glue("gelu again", *gelu), glue("adaln again", 4, 2), glue("gates again", *gates),
+        ]  # fmt: skip
+    if recompute == "full":
+        forward = iteration(config, batch, itemsize)
+        parts += forward if injected else _block(forward)
+    return parts
+
+
+def _products_backward(
+    config: ModelConfig, batch: int, itemsize: int, products: list[tuple[str, int, int]]
+) -> list[Part]:
+    """Gradients of x, W and b of y (O) = x (I) W^T + b for every (name, I, O) in units of D."""
+    gemm, _, glue = _counter(config, batch, itemsize)
+    parts, d = [], config.hidden_size
+    for name, i, o in products:
+        wgrad = gemm(f"{name} wgrad", i, o)
         # read and written in float32
         size = wgrad.bytes + i * o * d * d * (8 - itemsize)
         tiles = math.ceil(i * d / TILE) * math.ceil(o * d / TILE)
         parts += [gemm(f"{name} dgrad", o, i), replace(wgrad, bytes=size, tiles=tiles)]
-    parts += [
-        # dq and dk, dv are two kernels, which find the scores and dP each, and the sums first
-        attention("attention backward", 5, 8, again=3),
-        # the gradient of u is added to by the injection's gelu backward
-        glue("gate backward", 6, 2), glue("gelu backward", 12 + 6 + 4 * wide, 2),
-        glue("adaln backward", 8, 2),
+        parts.append(glue(f"{name} bias gradient", o))
+    return parts
+
+
+def training(
+    config: ModelConfig,
+    batch: int,
+    n: int,
+    m: int,
+    itemsize: int = 2,
+    recompute: Recompute = "none",
+) -> list[Part]:
+    """The parts of the forward and backward of a training step in the library style: everything
+    forward, everything but the n iterations back; the injection is not folded."""
+    gemm, _, _ = _counter(config, batch, itemsize)
+    _, *forward = network(config, batch, n + m, itemsize)
+    forward = [gemm("injection", 1, 1), gemm("injection, fc1", 1, 2), *forward]
+    back = [(True, m), (False, config.pre_depth + config.post_depth)]
+    parts = [
+        part for injected, count in back
+        for part in iteration_backward(config, batch, itemsize, recompute, injected) * count
     ]  # fmt: skip
-    if recompute != "none":
-        parts += [
-            glue("gelu again", 8 + 4, 2),
-            glue("adaln again", 4, 2),
-            # z', and x where no iterate is kept
-            glue("gates again", 3, 1) if recompute == "full" else glue("gates again", 9, 3),
-        ]
-    return parts + (iteration(config, batch, itemsize) if recompute == "full" else [])
+    injection = [("injection", 1, 1), ("injection, fc1", 1, 2)]
+    return forward + parts + _products_backward(config, batch, itemsize, injection)
+
+
+def products(parts: list[Part]) -> list[Part]:
+    """GEMMs and attention alone, nothing computed again: what the library needs at least."""
+    return [replace(p, again=0) for p in parts if p.kind != "elementwise"]
 
 
 def flops(parts: list[Part]) -> int:
@@ -200,6 +251,21 @@ def seconds(parts: list[Part], device: Device) -> float:
     return sum(work(p) + device.gap * p.launches for p in parts)
 
 
+def training_predictions(
+    config: ModelConfig, batch: int, n: int, m: int
+) -> list[dict[str, float | str]]:
+    """Milliseconds of a training step without optimiser for every device, by what is computed again
+    in the backward, in half precision."""
+    rows: list[dict[str, float | str]] = []
+    for device in DEVICES.values():
+        row: dict[str, float | str] = {"device": device.name}
+        for mode in RECOMPUTE:
+            row[mode] = 1e3 * seconds(training(config, batch, n, m, 2, mode), device)
+        row["gemm + attention"] = 1e3 * seconds(products(training(config, batch, n, m)), device)
+        rows.append(row)
+    return rows
+
+
 def predictions(config: ModelConfig, batch: int) -> list[dict[str, float | str]]:
     """Microseconds per sample and iteration for every device and style, in half precision."""
     rows: list[dict[str, float | str]] = []
@@ -208,8 +274,7 @@ def predictions(config: ModelConfig, batch: int) -> list[dict[str, float | str]]
         for style in STYLES:
             time = seconds(iteration(config, batch, 2, style), device) / batch
             row[style] = 1e6 * time
-        gemms = [p for p in iteration(config, batch) if p.kind != "elementwise"]
-        row["gemm + attention"] = 1e6 * seconds(gemms, device) / batch
+        row["gemm + attention"] = 1e6 * seconds(products(iteration(config, batch)), device) / batch
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
         rows.append(row)
     return rows

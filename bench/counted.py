@@ -8,20 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 from bench import cost, machine, memory
-from fpdm.config import ExecutionConfig, ModelConfig, Recompute
+from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.recipes import MODEL_PRESETS
 
 BATCH, M = 64, 12
+# the (n, m) of the training rows of bench.gpu_rows
+STEP = (5, 6)
 # GB in the paper, Tab. 1, of a training step at batch 64
 PAPER = {"fpdm-xl-2": 10.2, "dit-xl-2": 25.2}
-MODES: tuple[Recompute, ...] = ("none", "elementwise", "full")
 
 
 def curve(config: ModelConfig, batch: int) -> dict[str, list[list[float]]]:
     """GB of a training step against m, n = 0: [m, total] by arm."""
     ms = (1, 4, 8, 12)
     found: dict[str, list[list[float]]] = {}
-    for mode in MODES:
+    for mode in cost.RECOMPUTE:
         execution = ExecutionConfig(recompute=mode, chunks=1 if mode == "none" else 4)
         totals = [memory.training(config, batch, execution, 0, m).total for m in ms]
         found[f"recompute {mode}"] = [[m, t / memory.GB] for m, t in zip(ms, totals)]
@@ -52,5 +53,7 @@ def collect() -> dict[str, Any]:
         "curve": curve(config, BATCH),
         "devices": [vars(d) for d in cost.DEVICES.values()],
         "model": {str(b): cost.predictions(config, b) for b in (1, BATCH)},
+        "n_m": STEP,
+        "training": cost.training_predictions(config, BATCH, *STEP),
         "parts": network(config, BATCH),
     }

@@ -29,7 +29,13 @@ TABLES = {
 }
 HEAD = ["suite", "row", "fpdm (median, IQR)", "baselines, times ours (IQR between processes)",
         "of the ceiling", "peak"]  # fmt: skip
-PREDICTED = ["one evaluation", "arm", "predicted", "measured", "measured over predicted"]
+PREDICTED = [
+    "one evaluation, or training step",
+    "arm",
+    "predicted",
+    "measured",
+    "measured over predicted",
+]
 
 
 # of the processors, that other programs may take before a row's times say little
@@ -210,28 +216,42 @@ def measured_memory(rows: list[dict[str, Any]]) -> str:
 
 
 def predictions(result: dict[str, Any]) -> list[list[str]]:
-    """Of the rows of XL/2 in half precision on a device of the cost model: one evaluation of the
-    network as predicted and as measured, the whole sampler's time over its timesteps."""
+    """Of the rows of XL/2 in half precision on a device of the cost model, as predicted and as
+    measured: one evaluation of the network, the whole sampler's time over its timesteps; one
+    training step."""
     device = next((d for n, d in cost.DEVICES.items() if n.lower() in result["machine"]), None)
-    pattern = re.compile(r"XL/2 B(\d+) \w+16(?: S=(\d+))? k=(\d+)(?: guidance (\S+))?$")
     lines = []
     for row in result["rows"]:
-        named = pattern.match(row["name"])
-        if device is None or named is None or reason(row) is not None:
+        modelled = None if reason(row) is not None else _modelled(row["name"])
+        if device is None or modelled is None:
             continue
-        steps, guided = int(named[2] or 1), float(named[4] or 1) != 1.0
-        shape = MODEL_PRESETS["fpdm-xl-2"], int(named[1]) * (2 if guided else 1), int(named[3])
-        library = cost.network(*shape)
-        parts = {
-            OURS: library,
-            LIBRARY: [p for p in library if p.kind != "elementwise"],
-            "published eager": cost.network(*shape, style="published"),
-        }
+        count, parts = modelled
         for arm in (a for a in parts if a in row["arms"]):
-            want, got = cost.seconds(parts[arm], device), row["arms"][arm]["median_s"] / steps
+            want, got = cost.seconds(parts[arm], device), row["arms"][arm]["median_s"] / count
             cells = [f"{row['suite']} {row['name']}", arm, duration(want), duration(got)]
             lines.append([*cells, f"{got / want:.2f}"])
     return lines
+
+
+def _modelled(name: str) -> tuple[int, dict[str, list[cost.Part]]] | None:
+    """How many evaluations or steps the row of this name does, and the parts of one by arm; None
+    where the cost model does not know it."""
+    config = MODEL_PRESETS["fpdm-xl-2"]
+    start = r"XL/2 B(\d+) \w+16 "
+    if found := re.fullmatch(start + r"(?:S=(\d+) )?k=(\d+)(?: guidance (\S+))?", name):
+        guided = float(found[4] or 1) != 1.0
+        shape = config, int(found[1]) * (2 if guided else 1), int(found[3])
+        library = cost.network(*shape)
+        plain = cost.network(*shape, style="published")
+        arms = {OURS: library, LIBRARY: cost.products(library), "published eager": plain}
+        return int(found[2] or 1), arms
+    if found := re.fullmatch(start + r"n=(\d+) m=(\d+) (none|elementwise|full)", name):
+        batch, n, m = (int(found[i]) for i in (1, 2, 3))
+        mode = next(r for r in cost.RECOMPUTE if r == found[4])
+        library = cost.training(config, batch, n, m, recompute=mode)
+        least = cost.products(cost.training(config, batch, n, m))
+        return 1, {OURS: library, LIBRARY: least}
+    return None
 
 
 def place(result: dict[str, Any]) -> str:
@@ -306,10 +326,18 @@ def counted_section(counted: dict[str, Any]) -> str:
         [str(row["device"]), batch, *(f"{row[n]:.1f}" for n in names)]
         for batch in batches for row in counted["model"][batch]
     ]  # fmt: skip
+    n, m = counted["n_m"]
+    kept = [name for name in counted["training"][0] if name != "device"]
+    steps = [
+        [str(row["device"]), *(f"{row[name]:.1f}" for name in kept)] for row in counted["training"]
+    ]
     return memory + (
         "\n**A model, not a measurement**: microseconds per sample and iteration of XL/2 in half "
         "precision, from counted FLOPs, bytes, launches and waves of tiles, and each device's "
-        f"rates (`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}"
+        f"rates (`bench/cost.py`).\n\n{markdown(['device', 'batch', *names], lines)}\n\n"
+        f"The same model's milliseconds of a training step at batch {counted['batch']}, n = {n}, "
+        f"m = {m}, without optimiser, by what the backward recomputes.\n\n"
+        f"{markdown(['device', *kept], steps)}"
     )
 
 

@@ -138,6 +138,21 @@ def test_the_hand_count_of_a_training_step() -> None:
     assert cost.training_flops(XL, 4, 5, 6) == want
 
 
+def test_the_parts_of_a_training_step_are_its_count() -> None:
+    parts = cost.training(XL, 4, 5, 6)
+    assert cost.flops(parts) == cost.training_flops(XL, 4, 5, 6)
+    # a step of n = 0, m = 1 has every weight's gradient once
+    found = [p.name for p in cost.training(XL, 4, 0, 1) if p.name.endswith("wgrad")]
+    assert len(found) == 6 + 2 * 4 + 2
+    # what is computed again: products only where no pre-activation is kept
+    extra = {mode: cost.flops(cost.training(XL, 4, 5, 6, 2, mode)) - cost.flops(parts)
+             for mode in cost.RECOMPUTE}  # fmt: skip
+    block = cost.flops(cost.iteration(XL, 4)) - 2 * 4 * 256 * 4 * 1152**2
+    full = 6 * cost.flops(cost.iteration(XL, 4)) + 2 * block
+    assert extra == {"none": 0, "elementwise": 0, "full": full}
+    assert all(p.again == 0 and p.kind != "elementwise" for p in cost.products(parts))
+
+
 def test_backward_is_twice_the_forward() -> None:
     """Every GEMM has two gradients; attention's backward has five products for two."""
     forward, backward = cost.iteration(XL, 2), cost.iteration_backward(XL, 2)
