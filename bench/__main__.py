@@ -108,17 +108,17 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
     if torch.cuda.is_available() and arms.images:
         found["joules_per_image"] = joules(alive[rows.OURS], ours.median) / arms.images
     found |= machine.shares(found, ours.median, ceilings)
-    measured = {n: fn for n, fn in alive.items() if "compiled" not in n and "frozen" not in n}
-    if torch.cuda.is_available() and row.suite in ("sampler", "training"):
-        # ours is replayed, which allocates nothing: its pool holds what the launches need
-        del measured[rows.OURS]
     if row.suite in MEASURED:
-        # inside a compiled function nothing is seen
-        for name, fn in measured.items():
+        replayed = torch.cuda.is_available() and row.suite in ("sampler", "training")
+        for name, fn in alive.items():
+            # inside a compiled function nothing is seen, and a replay allocates nothing
+            if "compiled" in name or "frozen" in name or (replayed and name == rows.OURS):
+                continue
             found["arms"][name]["peak_bytes"] = peak_bytes(fn)
-        launched = found["arms"].get(rows.LAUNCHED, {})
-        if rows.OURS not in measured and "peak_bytes" in launched:
-            found["arms"][rows.OURS]["peak_bytes"] = launched["peak_bytes"]
+        if replayed and rows.LAUNCHED in found["arms"]:
+            # the graphs' pool holds what the launches need
+            peak = found["arms"][rows.LAUNCHED]["peak_bytes"]
+            found["arms"][rows.OURS]["peak_bytes"] = peak
     return found
 
 
@@ -147,7 +147,7 @@ def told(fn: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
 def chosen(args: argparse.Namespace) -> list[rows.Row]:
     """The rows asked for. Raises ConfigError when there are none."""
     known = gpu_rows.rows() if torch.cuda.is_available() else suites.cpu_rows()
-    found = [r for r in known if r.suite in (args.suite or r.suite)]
+    found = [r for r in known if not args.suite or r.suite in args.suite]
     found = [r for r in found if re.search(args.row or "", r.name)]
     found = [r for r in found if not (args.skip and re.search(args.skip, r.name))]
     if not found:

@@ -24,6 +24,7 @@ from bench.timing import Arm, device_times, interleave
 from fpdm.cli import run_main
 from fpdm.kernels import attention, attention_routes
 from fpdm.kernels.attention_routes import OURS
+from fpdm.kernels.gemm_table import merge
 from fpdm.kernels.launch import dtype_name
 from fpdm.settings import UserError
 
@@ -96,10 +97,7 @@ def write(new: list[dict[str, Any]], path: Path = attention_routes.TABLE) -> Non
     if lost := [f"{e['dtype']} T={e['t']}" for e in new if OURS not in e["ms"]]:
         # such an entry would end every later use of the table
         raise UserError(f"{path.name}: got no time of {OURS} for {', '.join(lost)}, expected all")
-    merged = {key(e): e for e in json.loads(path.read_text())["entries"]}
-    merged |= {key(e): {n: e[n] for n in kept} for e in new}
-    lines = ",\n".join(f"    {json.dumps(merged[k])}" for k in sorted(merged))
-    path.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
+    merge(path, [{n: e[n] for n in kept} for e in new], key)
 
 
 def main(argv: list[str]) -> int:

@@ -99,10 +99,10 @@ def calls(o: Any, v: dict[str, Tensor], heads: int) -> dict[str, Call]:
     }  # fmt: skip
 
 
-OPERATORS = tuple(
-    calls(None, dict.fromkeys(
-        ("z", "y", "dy", "out", "dz", "wide", "dwide", "wide_out", "qkv", "dqkv", "mod", "dmod",
-         "w", "bias", "dw", "db"), torch.empty(1, 6)), 1)
+# the names of ``calls``
+OPERATORS = (
+    "adaln", "adaln_backward", "gate_residual", "gate_residual_backward", "gate_residual_adaln",
+    "gelu", "gelu_backward", "linear_add_gelu", "linear_wgrad", "attention", "attention_backward",
 )  # fmt: skip
 
 

@@ -37,10 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def settings(device: torch.device) -> list[Setting]:
-    """The models of the operator and iteration suites: small ones on a CPU, XL/2 on a GPU."""
-    if device.type == "cuda":
-        halves = (torch.bfloat16, torch.float16)
-        return [Setting("XL/2", XL, b, d, device) for b in (2, 64) for d in halves]
+    """The models of the operator and iteration suites on a CPU; bench.gpu_rows has a GPU's."""
     kinds = (("digits", DIGITS, 64), ("S/2", S2, 2))
     return [Setting(label, c, b, d, device) for label, c, b in kinds for d in DTYPES]
 
@@ -104,11 +101,10 @@ def gemms(s: Setting, iters: int) -> Arm:
 
 
 def compiled(module: nn.Module, args: tuple[Any, ...], freezing: bool = False) -> Arm:
-    """``module`` under torch.compile, compiled here; on a CPU also with inductor's freezing."""
+    """``module`` under torch.compile, compiled here; ``freezing``: its weights are constants."""
     from torch._inductor import config as inductor
 
-    mode = "max-autotune-no-cudagraphs" if args[0].is_cuda else None
-    optimised = published.optimised(module.eval(), mode=mode)
+    optimised = published.optimised(module.eval())
     run = _no_grad(lambda: optimised(*args))
     with inductor.patch(freezing=freezing):
         run()
@@ -124,8 +120,8 @@ def attempt(make: Callable[[], Arm]) -> Arm | str:
 
 
 def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True) -> Row:
-    """The whole network once, without gradient; ``full``: compiled baselines too, ``with_dit``: and
-    DiT."""
+    """The whole network once, without gradient. ``full`` (on a CPU): also against compiled
+    baselines and, unless ``with_dit`` is false, DiT."""
 
     def build() -> Arms:
         model = randomised(s.config, s.device)
@@ -142,9 +138,8 @@ def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True
             arms["published eager float32"] = _no_grad(lambda: shipped(x, t, y, iters))
         if full:
             arms["published compiled"] = attempt(lambda: compiled(plain, args))
-            if s.device.type == "cpu":
-                frozen = Plain(model, s.dtype)
-                arms["published frozen"] = attempt(lambda: compiled(frozen, args, True))
+            frozen = Plain(model, s.dtype)
+            arms["published frozen"] = attempt(lambda: compiled(frozen, args, freezing=True))
             arms |= _dit_arms(s, iters) if with_dit else {}
         count = network_flops(s.config, s.batch, iters)
         facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}

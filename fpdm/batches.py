@@ -54,7 +54,7 @@ def draw_flips(seed: int, step: int, slots: range) -> Any:
 
 @dataclass(frozen=True)
 class Draws:
-    """t (B,) int64 in [0,T), noise (B,C,h,w) fp32, y (B,) int64; dropped: the null label."""
+    """t (B,) int64 in [0,T); noise (B,C,h,w) fp32; y (B,) int64, the null label where dropped."""
 
     t: Tensor
     noise: Tensor
@@ -111,7 +111,7 @@ class Loader:
         return micros
 
     def read(self, step: int) -> list[Micro]:
-        """Reads them now."""
+        """``get`` without the reading ahead."""
         train, data = self.config.train, self.config.data
         micros = []
         for a in range(train.accumulate):

@@ -18,8 +18,8 @@ dtype, the rest in the compute dtype); x of the first iteration is the caller's:
 
 Without injection pre and a do not exist and z is x. The element-wise ledger keeps p and r instead
 of z' and the next x: both follow from them by one fused multiply-add, bit for bit, without a GEMM.
-What ``full`` computes again is what it was but for the rounding of h and pre where the GELU of
-cuBLASLt served, which keeps neither (fpdm.kernels.cublaslt).
+``full`` recomputes the forward bit for bit, with one exception: where the forward took cuBLASLt's
+GELU, which stores neither h nor pre, theirs is one rounding more (fpdm.kernels.cublaslt).
 """
 
 from __future__ import annotations
@@ -157,11 +157,12 @@ def slot_views(
 
 
 def forward_workspace(x: Tensor, dtype: torch.dtype, recompute: str) -> Activations:
-    """Buffers for what an iteration does not keep, used again by the next one.
+    """Buffers for what an iteration does not keep; the next iteration uses them again.
 
-    ``none`` keeps everything. ``elementwise``: 5 U (a and gelu(h) share 4). ``full``, and the loop
-    without gradient: 7 U; the GELUs overwrite their inputs. z', and in ``full`` z too, are to live
-    in the buffer that receives f(x). No fused operator finds its operand in its result.
+    ``none`` keeps everything and needs none. ``elementwise``: 5 U (a and gelu(h) share 4).
+    ``full``, and the loop without gradient: 7 U (the GELUs overwrite their inputs). The caller puts
+    z', and under ``full`` z too, into the buffer that receives f(x). The sharing is chosen so that
+    no fused operator writes its result over its own operand.
     """
     b, t, d = x.shape
     unit = b * t * d
@@ -204,8 +205,8 @@ def step_forward(
     ``ops`` is an operator set (kernels.implementations.resolve). x, out (B,T,D) residual dtype; u
     (B,T,2D), or None without injection, and mod (B,6D) in the compute dtype; ``norms`` (2,B)
     receives |f(x) - x| and |f(x)| per sample. ``out`` may share memory with acts.z and acts.z2,
-    never with x. Only the buffers named in ``kept`` are read again: a fused operator need not
-    fill the others.
+    never with x. ``kept`` names the buffers that a backward will read: a fused operator need
+    not fill the others.
     """
     s1, a1, g1, s2, a2, g2 = modulation(mod)
     z = x

@@ -19,7 +19,7 @@ from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
 from fpdm.files import CheckpointError, atomic_write, make_directory, read_small, write_problem
 from fpdm.model import FPDM
-from fpdm.settings import UserError
+from fpdm.settings import UserError, one_line
 
 NAME = "calibration.json"
 FORMAT = 1
@@ -99,5 +99,4 @@ def _parse(path: Path) -> Calibration:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = str(error).replace("\n", " ")[:200]
-        raise CheckpointError(f"{path}: got no calibration: {reason}") from None
+        raise CheckpointError(f"{path}: got no calibration: {one_line(error)}") from None

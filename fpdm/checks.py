@@ -1,4 +1,5 @@
-"""What must hold before step 1: between settings, with the data, with an earlier session."""
+"""What must hold before step 1: settings that agree with each other, with the data and with an
+earlier session of the run; and the advice when a step runs out of memory."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Pat
 def too_large(
     config: Config, device: torch.device, step: int, without_graphs: bool, error: Exception
 ) -> str:
-    """What to do about a step that found no memory."""
+    """The message for a step that ran out of memory: which settings would need less."""
     t, e = config.train, config.execution
     graphs = "" if without_graphs else ", or train.graphs off"
     return (

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from fpdm import noise
 from fpdm.data import stream_indices
-from fpdm.settings import UserError
+from fpdm.settings import UserError, one_line
 
 WEIGHTS = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
 SHAPES = {
@@ -67,8 +67,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read ({reason}); install fpdm again") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); install fpdm again") from None
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != SHAPES:
         raise UserError(f"{path}: got tensors {found}, expected {SHAPES}; install fpdm again")

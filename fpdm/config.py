@@ -1,13 +1,13 @@
-"""Every setting and every default of fpdm: frozen dataclasses; presets, recipes and the reading of
-files and command lines in fpdm.recipes.
+"""The settings of a run and of a sampler, with their defaults, as frozen dataclasses.
 
-Nowhere else are there defaults. Dimensions: B batch, T tokens, D width, H heads, C channels,
-n iterations without gradient, m iterations with gradient, k iterations, S sampling steps. A
-``Config`` is a whole run. It needs neither torch nor, until YAML is wanted, yaml.
+A ``Config`` is a whole run. Presets, recipes and the reading of files and command lines are in
+fpdm.recipes. The comment on a field is its text in ``--help``. Dimensions: B batch, T tokens,
+D width, H heads, C channels, n iterations without gradient, m iterations with gradient,
+k iterations, S sampling steps. This module imports neither torch nor, until YAML is read, yaml.
 
-``needs(default, mode)`` is a setting that does something in that mode only: where a user gives it
-and the mode is off, it is refused (``settings.used``). A resumed run may change what
-``RESUME_FREE`` names and what is idle before and after; everything else makes another run.
+A field declared with ``needs(default, mode)`` does something in that mode only; given while the
+mode is off, it is refused (``settings.used``). A resumed run may change what ``RESUME_FREE`` names,
+and settings whose mode is off before and after; any other change makes another run.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class ModelConfig(Settings):
 
     section: ClassVar[str] = "model"
 
-    kind: Literal["fpdm", "dit"] = "fpdm"  # the model, or its baseline
+    kind: Literal["fpdm", "dit"] = "fpdm"  # fpdm: fixed point; dit: the baseline
     input_size: int = 32  # height and width of what the model sees
     patch_size: int = 2  # p; T = (input_size / p)^2
-    in_channels: int = 4  # C
-    hidden_size: int = 1152  # D
-    num_heads: int = 16  # H
+    in_channels: int = 4  # C, channels of an image or latent
+    hidden_size: int = 1152  # D, width of a token
+    num_heads: int = 16  # H, attention heads; they divide D
     pre_depth: int = 1  # fpdm: blocks before the loop
     post_depth: int = 1  # fpdm: blocks after the loop
-    depth: int = 0  # dit: blocks
-    num_classes: int = 1000  # the null label is num_classes
+    depth: int = 0  # dit: number of blocks
+    num_classes: int = 1000  # labels are 0..num_classes-1, the null label is num_classes
     pre_post_timestep_conditioning: bool = False  # pre, post and final blocks see t too
 
     def check(self) -> None:
@@ -98,10 +98,11 @@ class ExecutionConfig(Settings):
 
     section: ClassVar[str] = "execution"
 
-    impl: Impl = "auto"  # what cannot run is an error, never replaced
-    recompute: Recompute = "none"  # memory against time in the m iterations
-    chunks: int = 1  # parts of the batch that they walk in turn: divides the working set
-    # of the iterate, in half precision
+    impl: Impl = "auto"  # of the operators; one that is named and cannot run is an error
+    # what the backward of the m iterations computes again instead of keeping it
+    recompute: Recompute = "none"
+    chunks: int = 1  # parts of the batch that the m iterations take in turn, for less memory
+    # dtype of the iterate where the compute is in half precision
     residual_dtype: Literal["compute", "float32"] = needs(
         "compute", "train.precision!=fp32 or sample.dtype!=float32"
     )
@@ -122,17 +123,17 @@ class FixedPointConfig(Settings):
     section: ClassVar[str] = "fixed_point"
     modes: ClassVar[tuple[str, ...]] = ("model.kind=fpdm",)
 
-    n_min: int = 0  # iterations without gradient, lowest
-    n_max: int = 10  # N
-    m_min: int = 1  # iterations with gradient, lowest
-    m_max: int = 12  # M
-    # no gradient through the iterate that enters the m iterations; after n > 0 there is none
+    n_min: int = 0  # fewest iterations without gradient
+    n_max: int = 10  # N, most iterations without gradient
+    m_min: int = 1  # fewest iterations with gradient
+    m_max: int = 12  # M, most iterations with gradient
+    # stop the gradient at the iterate that enters the m iterations (n > 0 stops it anyway)
     detach_init: bool = needs(True, "gradient!=implicit", "n_min=0")
-    draws: Literal["global", "per_rank"] = "global"  # of n and m: for all ranks, or each its own
-    gradient: Literal["unroll", "implicit", "phantom"] = "unroll"  # unroll: S-JFB
+    draws: Literal["global", "per_rank"] = "global"  # one (n, m) for all ranks, or one each
+    gradient: Literal["unroll", "implicit", "phantom"] = "unroll"  # unroll is S-JFB
     # implicit: evaluations of the transposed Jacobian in the backward
     implicit_iters: int = needs(10, "gradient=implicit")
-    phantom_damping: float = needs(0.5, "gradient=phantom")  # phantom: of a step, 1: none
+    phantom_damping: float = needs(0.5, "gradient=phantom")  # phantom: b of a step; 1: undamped
 
     def check(self) -> None:
         """Both ranges are in order."""
@@ -149,14 +150,14 @@ class DiffusionConfig(Settings):
 
     section: ClassVar[str] = "diffusion"
 
-    timesteps: int = 1000  # T
-    beta_start: float = 1e-4  # of a linear schedule, before the rescaling
-    beta_end: float = 0.02  # see beta_start
-    zero_terminal_snr: bool = True  # rescaled so that abar at the last timestep is exactly 0
+    timesteps: int = 1000  # T, of the training schedule
+    beta_start: float = 1e-4  # first beta of the linear schedule, before rescaling
+    beta_end: float = 0.02  # last beta of the linear schedule, before rescaling
+    zero_terminal_snr: bool = True  # rescale so that abar at the last timestep is exactly 0
     prediction: Literal["v", "eps", "x0"] = "v"  # what the network predicts
     loss_weight: Literal["v_mse", "p2", "min_snr", "eps_mse"] = "v_mse"  # see above
-    min_snr_gamma: float = needs(5.0, "loss_weight=min_snr")  # of loss_weight=min_snr
-    vb_weight: float = 1.0  # of the variational bound that trains the variance
+    min_snr_gamma: float = needs(5.0, "loss_weight=min_snr")  # min_snr: the cap gamma
+    vb_weight: float = 1.0  # weight of the variational bound, which trains the variance
 
     def check(self) -> None:
         """Betas rise inside (0, 1); eps is refused where it says nothing about x0."""
@@ -184,38 +185,38 @@ class SamplerConfig(Settings):
     section: ClassVar[str] = "sample"
 
     method: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"  # dpmpp_2m: DPM-Solver++
-    steps: int = 28  # S
+    steps: int = 28  # S, timesteps
     iters: int | None = None  # k, the same at every step
     budget: int | None = None  # blocks per image
     budget_macs: float | None = None  # MACs per image, guidance included
-    spacing: Literal["trailing", "linspace", "leading"] = "trailing"  # of timesteps
-    # of iterations to timesteps, from noise to image
+    spacing: Literal["trailing", "linspace", "leading"] = "trailing"  # which timesteps
+    # how iterations are spread over the timesteps, from noise to image
     allocation: Literal[
         "constant", "increasing", "decreasing", "explicit", "adaptive", "learned"
     ] = "constant"
     schedule: tuple[int, ...] = ()  # k per step in sampling order, for allocation=explicit
     tol: float = 0.0  # relative residual that ends a sample's iteration; 0: always k
-    solver: Literal["picard", "anderson", "broyden"] = "picard"  # picard: x = f(x)
-    damping: float = 1.0  # of the solver's step
-    # differences that anderson and broyden remember
+    solver: Literal["picard", "anderson", "broyden"] = "picard"  # picard: x <- f(x)
+    damping: float = 1.0  # b of the solver's step, 0 < b <= 1; 1: undamped
+    # past differences that anderson and broyden use
     window: int = needs(3, "solver=anderson|broyden")
-    max_iters: int | None = None  # adaptive: most in a timestep; none: twice the average
-    reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # of the previous solution
+    max_iters: int | None = None  # adaptive: most per timestep; none: twice the average
+    reuse: Literal["none", "full", "blend", "extrapolate"] = "none"  # where a timestep starts
     reuse_gamma: float = needs(0.5, "reuse=blend")  # blend: h + gamma (x*_prev - h)
     # blend: gamma at t = 0, linear in t; none: constant
     reuse_gamma_end: float | None = needs(None, "reuse=blend")
     # extrapolate: x*_1 + rho (x*_1 - x*_2)
     reuse_rho: float = needs(0.5, "reuse=extrapolate")
-    guidance: float = 1.0  # 1: none
-    # none: all C; 3: the published habit
+    guidance: float = 1.0  # scale; 1: unguided
+    # how many of the first channels are guided; none: all; 3: the published habit
     guidance_channels: int | None = needs(None, "guidance!=1")
     guidance_low: float = needs(0.0, "guidance!=1")  # guided where low <= t / (T - 1) <= high
     guidance_high: float = needs(1.0, "guidance!=1")  # see guidance_low
-    # 0: none, 1: the guided prediction has cond's deviation
+    # 0: off; 1: the guided prediction gets the conditional one's standard deviation
     guidance_rescale: float = needs(0.0, "guidance!=1")
     eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
     batch: int = 64  # images at once
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the compute
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # what it computes in
     invariant: bool = False  # bitwise the same image in every batch, at a cost
     graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs; auto: those that measure faster
 
@@ -268,16 +269,16 @@ class OptimConfig(Settings):
 
     section: ClassVar[str] = "optim"
 
-    impl: Literal["auto", "onepass", "fused", "foreach", "single"] = "auto"  # of AdamW
+    impl: Literal["auto", "onepass", "fused", "foreach", "single"] = "auto"  # which AdamW runs
     lr: float = 1e-4  # learning rate, at its highest
     lr_final: float | None = None  # cosine to this at the last step; none: constant
-    warmup_steps: int = 0  # linear
+    warmup_steps: int = 0  # steps of a linear warm-up
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.999  # decay of the mean of their squares
-    eps: float = 1e-8  # of AdamW's denominator
+    eps: float = 1e-8  # added to AdamW's denominator
     weight_decay: float = 0.0  # decoupled, times the learning rate
-    clip_norm: float | None = None  # of the gradient of all parameters
-    ema_decay: float = 0.9999  # of the average of the parameters, per step
+    clip_norm: float | None = None  # largest norm of the whole gradient; none: unclipped
+    ema_decay: float = 0.9999  # decay of the parameters' average, per step
     ema_warmup: bool = False  # shorter average early on
 
     def check(self) -> None:
@@ -297,28 +298,28 @@ class TrainConfig(Settings):
     section: ClassVar[str] = "train"
 
     out: str = "runs"  # runs live in OUT/NAME
-    name: str = ""  # empty: the recipe's
-    steps: int = 400_000  # of the optimiser, in all
+    name: str = ""  # empty: the recipe's name
+    steps: int = 400_000  # optimiser steps in all
     batch: int = 512  # global: all ranks, all micro-batches
     accumulate: int = 1  # micro-batches per step
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the compute; weights are fp32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # what it computes in; weights stay fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    seed: int = 0  # of everything random
+    seed: int = 0  # seed of everything random
     label_dropout: float = 0.1  # share of labels replaced by the null label
     log_every: int = 100  # steps per row of metrics.jsonl
     save_every: int = 5_000  # steps per checkpoint; 0: at the end only
-    keep: int = 3  # checkpoints
+    keep: int = 3  # checkpoints that stay
     grid_every: int = 10_000  # steps per sample grid; 0: at the end only
     grid_per_class: int = 4  # images in a row of a sample grid
-    max_nonfinite: int = 20  # in a row, then the run ends
-    scale_init: float = needs(65536.0, "precision=fp16")  # fp16 loss scale
+    max_nonfinite: int = 20  # non-finite steps in a row that end the run
+    scale_init: float = needs(65536.0, "precision=fp16")  # fp16 loss scale, at the start
     # good fp16 steps until the scale doubles
     scale_growth_interval: int = needs(2000, "precision=fp16")
     scale_floor: float = needs(1.0, "precision=fp16")  # fp16 loss scale, lowest
     resume: Literal["auto", "never"] = "auto"  # never: refuse a run that has checkpoints
     # CUDA graphs of micro-batches; auto: where faster, and memory allows
     graphs: Literal["auto", "on", "off"] = "auto"
-    tensorboard: bool = False  # the metrics there too (package tensorboard)
+    tensorboard: bool = False  # log the metrics to TensorBoard too (package tensorboard)
     ddp_timeout_s: int = 600  # seconds that a rank waits for the others
 
     def check(self) -> None:
@@ -385,9 +386,9 @@ class Config:
             )
 
 
-# settings and sections that a resumed run may change, each with the reason; a changed seed, batch
-# or cadence of metrics.jsonl makes another run. train.steps counts as changed after all when
-# optim.lr_final is set, and an idle setting does not (see ``diff``).
+# settings and sections that a resumed run may change, each with the reason. Not among them: seed,
+# batch, and the cadence of metrics.jsonl. Two exceptions are made by ``diff``: with optim.lr_final
+# set train.steps may not change, and a setting whose mode is off always may
 RESUME_FREE: Mapping[str, str] = {
     "recipe": "a label",
     "execution": "rounding only",
@@ -413,9 +414,9 @@ RESUME_FREE: Mapping[str, str] = {
 def diff(old: Any, new: Any, ignore: Mapping[str, str] | None = None) -> list[str]:
     """``["section.key: old -> new", ...]`` for two Configs, sections or their dicts.
 
-    ``ignore`` (``RESUME_FREE``, of whole Configs) names settings or whole sections that may differ.
-    With it ``train.steps`` may not when the learning rate depends on it (``optim.lr_final``), and
-    settings may whose mode is off in both.
+    ``ignore`` (``RESUME_FREE``; for whole Configs) names settings or sections that may differ. When
+    it is given, ``train.steps`` may still not differ where the learning rate depends on it
+    (``optim.lr_final``), and settings whose mode is off on both sides may.
     """
     a, b = settings.flat(old), settings.flat(new)
     free = set(ignore or ())

@@ -29,10 +29,8 @@ from tqdm import tqdm
 from fpdm import shards
 from fpdm.cli import Parser, run_main, stoppable
 from fpdm.config import ConfigError, DataConfig
-from fpdm.encode import encoded_batches, resume_shards
 from fpdm.images import ImageFolder, index_images
 from fpdm.shards import DataError, LatentBatch, check_request, listed
-from fpdm.vae import load_vae
 
 __all__ = ["DataError", "Dataset", "Digits", "open_dataset", "stream_indices"]
 
@@ -366,7 +364,10 @@ def _latents_info(folder: Path) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from fpdm.pretrained import choose_device  # the model comes with it, for this command alone
+    # for this command alone: a trainer, which imports this module too, needs no VAE
+    from fpdm.encode import encoded_batches, resume_shards
+    from fpdm.pretrained import choose_device
+    from fpdm.vae import load_vae
 
     for name, least in (("batch", 1), ("seed", 0)):
         if not least <= getattr(args, name) < 2**64:

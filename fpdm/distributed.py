@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fpdm.config import ConfigError, UserError
 
-_SAME_S = 1.0
+_SAME_S = 1.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -43,8 +43,8 @@ class StopRequested(BaseException):
 class StopFlag:
     """Turns ``SIGNALS`` into a flag; a second signal ends the process at once.
 
-    Not within ``_SAME_S``, where it is the same request: a batch system signals every process of a
-    job, and torchrun passes on to its workers what it gets itself.
+    A signal within ``_SAME_S`` of the first is the same request: a batch system signals every
+    process of a job, and torchrun passes on to its workers what it gets itself.
 
     ``install`` from the main thread; ``restore`` puts the old handlers back.
     """
@@ -55,8 +55,8 @@ class StopFlag:
         self._old: dict[int, object] = {}
 
     def install(self) -> None:
-        """Takes the signals, but for SIGHUP under nohup. The others also where they were ignored: a
-        script that ignores SIGTERM to outlive it hands that on."""
+        """Takes the signals, except SIGHUP under nohup. The others are taken even where they were
+        ignored: a script that ignores SIGTERM for itself hands that on to its children."""
         for signum in SIGNALS:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue
@@ -122,8 +122,8 @@ class Ranks:
             ) from error
 
     def agree(self, failure: Exception | None, *flags: int) -> list[int]:
-        """Maximum of every flag over the ranks. If one failed, all leave: itself with its error,
-        the others naming it."""
+        """Maximum of every flag over the ranks. If one failed, all raise: that one its own error,
+        the others a PeerError that names it."""
         failed, *agreed = self._maximum([0 if failure is None else self.rank + 1, *flags])
         if failure is not None:
             self._told = failure
@@ -133,15 +133,15 @@ class Ranks:
         return agreed
 
     @contextmanager
-    def telling(self, flags: int) -> Iterator[None]:
-        """An error inside that this rank has alone reaches the others when they next ``agree``, on
-        so many ``flags``: they name this rank and not a lost connection."""
+    def telling(self, count: int) -> Iterator[None]:
+        """An error that this rank alone meets inside is passed on where the others next ``agree``
+        on ``count`` flags: they then name this rank, instead of reporting a lost connection."""
         try:
             yield
         except Exception as error:
             if error is not self._told and not isinstance(error, PeerError):
                 with suppress(PeerError):
-                    self._maximum([self.rank + 1, *[0] * flags])
+                    self._maximum([self.rank + 1, *[0] * count])
             raise
 
     def _maximum(self, flags: Sequence[int]) -> list[int]:

@@ -1,9 +1,9 @@
 """Photos to latent shards: ``python -m fpdm.data encode PHOTOS OUT --vae VAE``.
 
-ImageNet takes hours, so what stops an encode costs the shard it was at, no more: shards that are
-whole stay in ``.OUT.partial`` beside ``origin.json``, on which they depend, and the same command
-goes on behind the last good one. Batches begin anew with every shard, so that the result is, bit
-for bit, that of a run nobody stopped.
+ImageNet takes hours, so an encode that is stopped loses only the shard it was writing. Finished
+shards stay in ``.OUT.partial`` beside ``origin.json``, which says what they depend on, and the same
+command continues after the last good one. Batches start anew with every shard, so that the result
+is bit for bit that of an uninterrupted run.
 """
 
 from __future__ import annotations

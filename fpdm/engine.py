@@ -37,7 +37,7 @@ from fpdm.solvers import Solver
 from fpdm.weights import PreparedWeights
 from fpdm.workspace import Sizes, Workspace
 
-TABLE_BYTES = 64 << 20
+TABLE_BYTES = 64 << 20  # of adaLN vectors computed ahead, for several timesteps at once
 KEPT = {"none": 0, "full": 1, "blend": 1, "extrapolate": 2}
 
 
@@ -212,7 +212,7 @@ class Sampler:
         found = self.statistics(len(y), stats)
         mine = self._taken.acquire(blocking=False)
         try:
-            # the caller's autocast is none of a captured launch's business, nor of a solver's
+            # the caller's autocast must reach neither a captured launch nor a solver
             with ops.no_autocast(self.device):
                 self.wait()
                 workspace = self._workspace(len(y), mine)
@@ -235,19 +235,20 @@ class Sampler:
         return Samples(x, found)
 
     def mark(self) -> None:
-        """Here ends what was launched for this sampler so far."""
+        """Records, on the current stream, the end of all work launched for this sampler so far."""
         self._free = _now(self.device)
 
     def wait(self, buffers: Sequence[Tensor] = ()) -> None:
-        """Before a call, which may be on another stream than the last: after what that launched,
-        with ``buffers``, which outlive the call, held for this stream too."""
+        """Makes the current stream wait for the work of the last call, which may have been on
+        another one. ``buffers`` outlive the call: they are not reused before this stream is done
+        with them."""
         if self._free is not None:
             self._free.wait()
         if buffers:
             _hold(buffers)
 
     def statistics(self, count: int, residuals: bool) -> SampleStats:
-        """Empty ones of ``count`` samples."""
+        """Statistics of ``count`` samples, still empty; no residuals unless ``residuals``."""
         s, branches = len(self.plan.steps), max(self.plan.branches)
         size = (s, max(self.most) if residuals else 0, count)
         residual = torch.full(size, math.nan, dtype=torch.float32, device=self.device)
@@ -283,7 +284,7 @@ class Sampler:
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:
-    """An event behind all that was launched so far on a GPU."""
+    """An event after everything launched so far on the current stream; None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -292,8 +293,8 @@ def _now(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _hold(buffers: Sequence[Tensor]) -> None:
-    """Whoever frees the buffers, the allocator waits for the current stream before it gives them to
-    that on which they were allocated."""
+    """Tells the allocator that the current stream uses ``buffers``: once freed, they are handed out
+    again only when that stream has passed this point."""
     for buffer in buffers:
         if buffer.is_cuda:
             buffer.record_stream(torch.cuda.current_stream(buffer.device))

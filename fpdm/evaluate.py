@@ -66,8 +66,8 @@ def _check_digits(given: Sequence[str]) -> None:
     ignored = [n for n in given if n in ("count", "held_out") or n.startswith("data.")]
     if ignored:
         raise ConfigError(
-            f"--{', --'.join(ignored)}: got one with a model of the digits, which has its own "
-            "data, expected --sets alone"
+            f"--{', --'.join(ignored)}: got one with a model of the digits, expected none: it is "
+            "measured against the built-in digits (--sets: how often)"
         )
 
 
@@ -153,6 +153,22 @@ def results_path(source: LoadedSource, options: Options) -> Path:
     return out
 
 
+def _measure(source: LoadedSource, options: Options, strict: bool) -> int:
+    """Samples drawn and measured: the table is printed, the record written. Exit status."""
+    out = results_path(source, options)
+    found = evaluate(source, options)
+    print(found.table(), flush=True)
+    record = found.to_dict() | {
+        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+        "sample": plain(options.sample),
+        "seed": options.seed,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    print(f"wrote {out}")
+    return 1 if strict and not found.passed else 0
+
+
 def command(argv: list[str]) -> int:
     """``python -m fpdm.evaluate``; see the module. Raises UserError."""
     help_only = "-h" in argv or "--help" in argv
@@ -166,7 +182,7 @@ def command(argv: list[str]) -> int:
         wanted[name], argv = take_option(f"--{name}", argv)
     sweeping = "--sweep" in argv
     if any(wanted.values()) and not sweeping:
-        raise ConfigError("--budgets, --ks, --seeds: got one without --sweep")
+        raise ConfigError("--budgets, --ks, --seeds: got one without --sweep, expected none")
     argv = [token for token in argv if token != "--sweep"]
     extra = {
         "SOURCE": "run or export directory (first; default: the shipped digits)",
@@ -195,18 +211,7 @@ def command(argv: list[str]) -> int:
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
             )
         return _sweep(source, options, wanted)
-    out = results_path(source, options)
-    found = evaluate(source, options)
-    print(found.table(), flush=True)
-    record = found.to_dict() | {
-        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
-        "sample": plain(options.sample),
-        "seed": options.seed,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
-    print(f"wrote {out}")
-    return 1 if strict and not found.passed else 0
+    return _measure(source, options, strict)
 
 
 if __name__ == "__main__":

@@ -230,5 +230,5 @@ def read_export(path: str | Path) -> Export:
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")[:200]
+        reason = settings.one_line(error)
         raise CheckpointError(f"{file}: got no description of an export: {reason}") from None

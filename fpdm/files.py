@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpdm.settings import ConfigError, UserError, flat
+from fpdm.settings import ConfigError, UserError, flat, one_line
 
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
@@ -162,9 +162,9 @@ def claim(
     directory: Path, settings: Mapping[str, Any], name: str = "settings.json",
     told: Collection[str] = (),
 ) -> None:  # fmt: skip
-    """Take ``directory``, made when it is missing, for ``settings`` (JSON), which ``name`` in it
-    holds from then on; ConfigError names the first difference to those that are there. ``told``
-    are written down only."""
+    """Claim ``directory`` (created when missing) for ``settings`` (JSON), which its file ``name``
+    holds from then on. Raises ConfigError, naming the first difference, where it already holds
+    others. Settings in ``told`` are recorded and not compared."""
     path = directory / name
     if directory.exists() and not directory.is_dir():
         raise ConfigError(
@@ -195,9 +195,9 @@ def directory_lock(root: Path, wait_s: float) -> Iterator[str]:
     """Lock ``root`` against other writers; yields "held", "busy", or "unsupported": a file system
     without locks, or a directory in which nothing can be made.
 
-    The lock is on a file: of directories network file systems have none that other hosts see. The
-    kernel drops it with the last process that has it open, so that whoever holds it knows that
-    every temporary is an orphan; a child that was forked meanwhile counts.
+    The lock is on a file in it: on network file systems other hosts do not see the lock of a
+    directory. The kernel drops it when the last process that has the file open ends (a child forked
+    meanwhile counts), so that its holder may take every temporary for an orphan.
     """
     try:
         fd = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -394,8 +394,7 @@ def _read_header(
     try:
         return bytes(prefix + text), _parse_header(bytes(text), size - 8 - length)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")[:200]
-        raise CheckpointError(f"{path}: header damaged: {reason}") from None
+        raise CheckpointError(f"{path}: header damaged: {one_line(error)}") from None
 
 
 def read_safetensors(

@@ -117,13 +117,13 @@ def unroll(
     Returns (x_m, norms (m,2,B) or (0,2,B), and what the backward needs: iterates (m-1 or 0,B,T,D),
     residual-dtype buffer (m, .), compute-dtype buffer (m, .)). The gradient reaches x, i, mod and
     ``params`` (the block's eight parameters and W1, b1, W2, b2, in their own dtype); ``weights``
-    are their compute-dtype copies and ``u`` = E i + b1 is given ready: both are constants here, the
-    gradient of u flows to i, E and b1 in the backward. Forward and backward walk the batch in
-    ``chunks`` parts, one after another, which divides their working sets. Raises ValueError for
-    i without u or the reverse, and for an m that the block cannot have.
+    are their compute-dtype copies and ``u`` is E i + b1, computed by the caller. Both are constants
+    to autograd; the backward carries the gradient of u on to i, E and b1. Forward and backward take
+    the batch in ``chunks`` parts, one after another, which divides their working sets. Raises
+    ValueError for i without u or u without i, for m < 1, and for m > 1 without injection.
 
-    With ``accumulate`` the backward adds the gradients of ``params`` to the ``.grad`` that they
-    have, in place, and autograd is given none: no second buffer of their size.
+    With ``accumulate`` the backward adds the gradients of ``params`` to their existing ``.grad`` in
+    place and returns none to autograd, which saves a second buffer of their size.
     """
     b, t, d = x.shape
     injected, unit = u is not None, b * t * d
@@ -338,9 +338,9 @@ def s_jfb(
     x         (B,T,D) the first iterate x_0, in the residual dtype: that of the stream from block to
               block, the compute dtype unless ``residual_dtype`` keeps it in float32
     i         (B,T,D) the injection W_p h + b_p in the compute dtype; None: a block without one
-    u         (B,T,2D) E i + b1 in the compute dtype, taken as a constant: its gradient goes through
-              i, and to E and b1 of ``params``. None where i is, and i is None where weights are
-              folded, which only works without gradient
+    u         (B,T,2D) E i + b1 in the compute dtype; None: a block without injection. A constant:
+              its gradient reaches i, and E and b1 of ``params``, in the backward. u without i
+              means folded weights, which work only without gradient
     mod       (B,6D) the block's adaLN vectors for its timesteps, in the compute dtype
     params    the parameters in their own dtype, in the order of ``block.BlockGrads``: eight of the
               block, with injection also W1, b1, W2, b2. They receive the gradient

@@ -12,8 +12,8 @@ writes in place and keeps the keys.
     auto   3 eager launches are timed, then 3 replays; the graph is kept if it takes at most 95 % of
            the time, else dropped. Times are read when the device has them: nothing waits
 
-A loop (``on`` only) is a body that the device repeats while a flag of its own says so, captured
-where the backend can.
+A loop (under ``on`` only, where the backend can capture one) is a body that the device repeats for
+as long as a flag in its memory is set.
 
 At most ``limit`` keys are kept, the least recently used goes first. A capture that fails gives back
 its memory and that of all graphs, and everything runs eagerly from then on, after one warning.
@@ -36,6 +36,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from fpdm.config import ConfigError
+from fpdm.settings import one_line
 from fpdm.weights import WeightView
 
 GRAPHS = 64  # keys
@@ -119,10 +120,6 @@ class Backend(Protocol):
         """All graphs are gone: give back what they shared."""
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 @dataclass
 class _Entry:
     """What is known about a key. ``graph`` once captured; ``settled``: no more trials."""
@@ -171,7 +168,7 @@ class GraphCache:
             except Exception as error:
                 self.loops = False
                 warnings.warn(
-                    f"graphs: capture of a loop failed, the host follows it now: {_line(error)}",
+                    f"graphs: capture of a loop failed, the host follows it now: {one_line(error)}",
                     stacklevel=4,
                 )
         if entry.graph is None:
@@ -228,7 +225,7 @@ class GraphCache:
             return
         except Exception as error:
             # a failure half-way must not end what runs eagerly without trouble
-            reason = _line(error)
+            reason = one_line(error)
         # only now, as the error's frames held what the work had allocated
         self.clear()
         self.broken, entry.settled = True, True
@@ -272,7 +269,7 @@ class CudaBackend:
         self.stream = self._stream_of_its_own()
         self._living.add(self)
         self.pool: Any = None
-        # alive graphs; references to the pool that going graphs may leave behind
+        # graphs alive; references to the pool that destroyed graphs may have left behind
         self.alive = self.left = 0
 
     def _stream_of_its_own(self) -> torch.cuda.Stream:
@@ -351,7 +348,7 @@ class CudaBackend:
         self._unwind(graph)
 
     def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A capture that CUDA invalidated, or did not begin, ends for the allocator too."""
+        """Tells the allocator, too, that a capture which failed or never began has ended."""
         # gives the pool back from pull request 190348 on, and only after a good capture before;
         # with 190308 ends what follows too, which must not have been ended
         graph.reset()
@@ -362,7 +359,7 @@ class CudaBackend:
         self._part()
 
     def _part(self) -> None:
-        """Without graphs the pool goes: its name may not be used again."""
+        """Gives up the pool once no graph uses it; its id may not be used again."""
         if not self.alive:
             if self.left:
                 self._owed[self.device.index, self.pool] = self.left
@@ -379,9 +376,11 @@ class CudaBackend:
         return start.elapsed_time(end) / 1e3 if end.query() else None
 
     def release(self) -> None:
-        """Return the memory of pools without graphs, and of eager work, to the device. What is idle
-        and stays is still referred to: one reference at a time, since which versions of torch leave
-        one is not told, and one too many would be another graph's."""
+        """Return to the device the memory of pools without graphs, and what eager work has cached.
+
+        A pool that is idle and yet keeps its memory is still referred to. References are dropped
+        one at a time: torch does not tell which of its versions leave one behind, and dropping one
+        too many would take another graph's memory."""
         with self._one:
             torch.cuda.empty_cache()
             for (index, pool), count in list(self._owed.items()):

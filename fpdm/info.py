@@ -2,7 +2,7 @@
 
 Versions, devices, processor, the implementations of the operators on every device with the reason
 why the others cannot run, what was compiled, and the optional packages. It imports no optional
-package but the implementations' own, and does not fail: what cannot be found out is told as a line.
+package but the implementations' own, and does not fail: a part that does says why in its place.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _memory_gib() -> float | None:
 
 @_guarded
 def devices() -> dict[str, Any]:
-    """CUDA devices: name, capability, memory, driver."""
+    """CUDA devices: name, capability, memory, multiprocessors, torch's CUDA; else why there are
+    none."""
     import torch
 
     if not torch.cuda.is_available():

@@ -66,7 +66,9 @@ def _read_weights(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if start[8:] != b"{":
-        raise CheckpointError(f"{path}: expected a safetensors file or a torch zip archive (.pt)")
+        raise CheckpointError(
+            f"{path}: got neither, expected a safetensors file or a torch zip archive (.pt)"
+        )
     return read_safetensors(path)
 
 

@@ -85,7 +85,7 @@ class MicroStep:
         # fewer than there are would be captured again and again
         self.graphs = graphs.cache_for("train.graphs", config.train.graphs, device, pairs)
         self.held: _Held | None = None
-        # captures of buffers that are gone: the next ones begin with the largest m again
+        # captures made before the buffers were last replaced: the next has the largest m again
         self.before = 0
         self.params = list(model.parameters())
         self.launched = False  # a micro-batch of the largest m, so that its memory is known
@@ -132,8 +132,8 @@ class MicroStep:
         return held.rows.clone()
 
     def _room(self, device: torch.device) -> bool:
-        """Whether graphs may go on; under ``auto`` not where a launched step beside their pool
-        would find no memory, which nothing but the end of the run could follow."""
+        """Whether graphs may be used. Under ``auto`` not where a launched step would no longer fit
+        beside their pool: running out of memory there could only end the run."""
         assert self.graphs is not None
         if self.graphs.always or self.graphs.broken or self.graphs.captures > self.before:
             return True

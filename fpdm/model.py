@@ -321,8 +321,9 @@ class FPDM(_Transformer):
 
     def _solve(
         self, x: Tensor, injected: tuple[Tensor | None, Tensor], vectors: Tensor, n: int, m: int,
-        w: WeightView, detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
+        w: WeightView, *, detach_init: bool, stats: bool, gradient: Gradient = S_JFB,
     ) -> tuple[Tensor, SolveStats | None]:  # fmt: skip
+        """n iterations without and m with gradient from x (B,T,D), for ``injected`` = (i, u)."""
         i, u = injected
         if i is None and torch.is_grad_enabled():
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
@@ -352,7 +353,7 @@ class FPDM(_Transformer):
 
         def f(x: Tensor) -> Tensor:
             operands.check_tokens(self.config, "x", x, len(h))
-            return self._solve(x, injected, vectors, 0, 1, w, False, False)[0]
+            return self._solve(x, injected, vectors, 0, 1, w, detach_init=False, stats=False)[0]
 
         return f
 
@@ -370,7 +371,7 @@ class FPDM(_Transformer):
         operands.check_tokens(self.config, "x0", x0, len(h))
         w = self.view(weights, h)
         injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
-        return self._solve(x0, injected, vectors, iters, 0, w, True, stats)
+        return self._solve(x0, injected, vectors, iters, 0, w, detach_init=True, stats=stats)
 
     def solve(
         self, x: Tensor, t: Tensor, y: Tensor, iters: int = 8, no_grad_iters: int = 0,
@@ -393,8 +394,8 @@ class FPDM(_Transformer):
         assert mod.fp is not None
         start = h if init is None else init.to(h.dtype)
         z, found = self._solve(
-            start, self._inject(h, w), mod.fp, no_grad_iters, iters, w, detach_init, stats,
-            gradient,
+            start, self._inject(h, w), mod.fp, no_grad_iters, iters, w,
+            detach_init=detach_init, stats=stats, gradient=gradient,
         )  # fmt: skip
         return Solved(self.decode(z, mod, weights=w), z, found)
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fpdm.kernels import implementations
 
-SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS, GRID = range(8)
+# domains; 7 is free, and none may change its number: the same seeds would draw other images
+SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS = range(7)
 ENCODE, ENCODE_FLIP = 8, 9
 
 MASK = 0xFFFFFFFF

@@ -1,8 +1,8 @@
 """What a command asks of its process: threads that soon sleep, no more than it has processors for,
 freed memory kept.
 
-A library must not decide any of it for its process, so ``import fpdm`` changes nothing; a command,
-``python -m fpdm.NAME``, owns its process. What the environment says already is left alone.
+A library must not decide this for the program that imports it, so ``import fpdm`` changes nothing.
+A command, ``python -m fpdm.NAME``, owns its process. Variables that are already set are left alone.
 
 Threads. A training step of the digits is some hundred parallel regions, at the end of each of which
 OpenMP's threads spin for milliseconds, libgomp's default, before they sleep: beside other programs
@@ -27,8 +27,9 @@ from pathlib import Path
 
 # what OpenMP reads of the environment
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# turns that a waiting thread spins: about a millisecond, longer than a step has no parallel region
-# for; where other programs wait for processors, no longer than from one region to the next
+# turns that a waiting thread spins before it sleeps. 60,000 are about a millisecond, longer than a
+# training step goes without a parallel region; 2,000, for when other programs want the processors,
+# just bridge the gap between two regions
 SPIN, SPIN_BUSY = 60_000, 2_000
 # numbers of mallopt (malloc.h); the first two may also be given in the environment
 _OPTIONS = {
@@ -49,8 +50,9 @@ def is_command(argv: Sequence[str], original: Sequence[str], package: str = "fpd
 
 
 def set_threads(root: Path = Path("/sys/fs/cgroup")) -> dict[str, str]:
-    """Sets how OpenMP waits, and how many threads it has where a quota of control group ``root``
-    allows fewer than there are processors; what was set. Nothing once torch is loaded."""
+    """Sets how OpenMP waits and, where the quota of control group ``root`` is smaller than the
+    number of processors, how many threads it has. Returns the variables that it set: none once
+    torch is loaded."""
     if "torch" in sys.modules:
         return {}
     wanted = {}

@@ -143,8 +143,8 @@ def with_preset(config: Config, preset: str) -> Config:
 
 
 def _read(recipe: str) -> tuple[Config, list[str]]:
-    """A named recipe, or a YAML file: ``recipe:`` names its base, ``preset:`` its architecture.
-    Beside it what the file changes and its modes ignore."""
+    """A named recipe, or a YAML file, whose ``recipe:`` names its base and ``preset:`` its
+    architecture; and the settings that the file changes although their mode is off."""
     if recipe in RECIPES:
         return RECIPES[recipe], []
     if not recipe.endswith((".yaml", ".yml")):
@@ -175,7 +175,7 @@ def _read(recipe: str) -> tuple[Config, list[str]]:
     # a run's own file holds every setting; older ones lack those that are new since
     if not values.keys() - given.keys() or (path.parent / "checkpoints").is_dir():
         return config, []
-    # what it says and would be anyway asks for nothing
+    # a setting that the file gives the value which it had anyway is no mistake
     ignored = [name for name in idle(Config, values) if name in given]
     return config, [name for name in ignored if values[name] != before[name]]
 

@@ -51,10 +51,16 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("source", nargs="?", help="run or export directory (default: shipped digits)")
-    p.add_argument("--out", help="output directory (default: samples/<source>-<settings>)")
     p.add_argument("--weights", choices=("ema", "raw"), help="of a run directory (default: ema)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--impl", help="auto, " + ", ".join(implementations.IMPLEMENTATIONS))
+    _add_sampling(p)
+    _add_drawing(p)
+    return p
+
+
+def _add_sampling(p: Parser) -> None:
+    """Options that replace settings of the source's sampler."""
     p.add_argument("--steps", type=int, help="timesteps S")
     cost = p.add_mutually_exclusive_group()
     cost.add_argument("--iters", type=int, help="fixed-point iterations per timestep")
@@ -89,17 +95,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance-low", type=float, help="guide where low <= t / (T - 1) <= high")
     p.add_argument("--guidance-high", type=float, help="see --guidance-low")
     p.add_argument("--guidance-rescale", type=float, help="0 none, 1 deviation of the conditional")
-    p.add_argument("--labels", default="balanced", help="balanced, all, or 0,3,5-7 (cycled)")
-    p.add_argument("--count", type=int, help="number of images")
-    seeds = p.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
-    seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument("--batch", type=int, help="images at once")
     p.add_argument("--dtype", choices=choices("dtype"), help="of the compute")
     p.add_argument(
         "--graphs", choices=choices("graphs"), help="CUDA graphs; auto: where measured faster"
     )
     p.add_argument("--invariant", action="store_true", default=None, help="one by one, bit for bit")
+
+
+def _add_drawing(p: Parser) -> None:
+    """Options of what is drawn, those of ``DRAWN``."""
+    p.add_argument("--out", help="output directory (default: samples/<source>-<settings>)")
+    p.add_argument("--labels", default="balanced", help="balanced, all, or 0,3,5-7 (cycled)")
+    p.add_argument("--count", type=int, help="number of images")
+    seeds = p.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="image i has seed + i")
+    seeds.add_argument("--seeds", help="one per image: 0,5,10-19")
     p.add_argument(
         "--vae", metavar="DIR_OR_ID",
         help="of diffusers, for latents: a directory or a hub's OWNER/NAME, such as "
@@ -113,7 +124,6 @@ def parser() -> argparse.ArgumentParser:
         "--compare", choices=choices("reuse"),
         help="a report, and numbers, with the same images under this reuse beside them",
     )  # fmt: skip
-    return p
 
 
 def sampler_config(base: SamplerConfig, args: argparse.Namespace) -> SamplerConfig:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from fpdm.config import Config, ConfigError, UserError
 from fpdm.files import atomic_write, directory_lock, write_problem
+from fpdm.settings import one_line
 
 
 class RunDirectory:
@@ -96,7 +97,7 @@ class RunDirectory:
         Raises UserError when it cannot be written; then nothing of it remains."""
         data = (json.dumps(row) + "\n").encode()
         try:
-            # of a rank on another host, which may not share the file system
+            # a rank on a host with a file system of its own has no run directory yet
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
@@ -172,7 +173,7 @@ class Progress:
         }
         self.bar.set_postfix(shown, refresh=False)
         if self.board is not None:
-            with _told(self.directory.board):
+            with _writing(self.directory.board):
                 for key, value in {**row, "images_per_s": rate, "peak_memory": memory}.items():
                     if key != "step" and value is not None:
                         self.board.add_scalar(key, value, step)
@@ -180,7 +181,7 @@ class Progress:
                 self.board.flush()
 
     def say(self, line: str) -> None:
-        """One line that does not tear the bar; none where the terminal was closed, which must not
+        """Prints a line above the progress bar. Silent once the terminal is closed: that must not
         keep the run from being saved."""
         try:
             tqdm.write(line, file=sys.stdout)
@@ -193,7 +194,7 @@ class Progress:
         """Ends bar and board."""
         self.bar.close()
         if self.board is not None:
-            with contextlib.suppress(OSError):  # told by the row that was lost
+            with contextlib.suppress(OSError):  # the row that was lost has said so
                 self.board.close()
 
 
@@ -202,7 +203,8 @@ def _short(value: float | None) -> str:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
+    """An OSError inside becomes the UserError that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -214,9 +216,9 @@ def _tensorboard(path: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception as error:  # versions that do not fit raise errors of many kinds
-        why = " ".join(str(error).split())
         raise ConfigError(
-            f"train.tensorboard: got true, expected the package tensorboard to be installed: {why}"
+            "train.tensorboard: got true, expected the package tensorboard to be installed: "
+            f"{one_line(error)}"
         ) from error
-    with _told(path):
+    with _writing(path):
         return SummaryWriter(str(path), purge_step=start + 1)

@@ -12,7 +12,7 @@ with it draws nothing again. Pictures are functions of the stored latents, to on
 another ``--vae-batch``, bit for bit with ``--invariant``, which decodes one by one.
 
 ``--calibrate IMAGES`` draws nothing: it learns from so many images how many iterations a timestep
-deserves and saves that in the run, of an export in calibrations/, for ``--allocation learned``.
+deserves and saves that for ``--allocation learned``: in the run, or in calibrations/ for an export.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
 def report(
     sampler: Sampler, other: Sampler | None, made: Made, request: Request, path: Path
 ) -> None:
-    """``path``: residuals and iterations of the first images that were made, or of the first that
-    were there, drawn again for it as they are by an ``other`` sampler, with which they are compared
-    in numbers too."""
+    """Draws, into ``path``, residuals and iterations of the first images. Where none was made now,
+    the first ones are sampled again for it. An ``other`` sampler makes the same images for
+    comparison, which is also printed in numbers."""
     ids = made.traced or request.ids[:REPORTED]
     labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
     runs = {}
@@ -244,7 +244,7 @@ def make_pictures(
 
 
 def tell(sampler: Sampler, made: Made, told: str) -> None:
-    """What the iterations of the images that were made did."""
+    """Prints what the iterations of the images made now came to."""
     if sampler.tol:
         mean = made.iterations.float().mean()
         print(f"iterations mean {mean:.3g} of {sampler.plan.mean():.3g} per timestep")

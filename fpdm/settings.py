@@ -35,6 +35,11 @@ class ConfigError(UserError):
     """A setting that cannot be met."""
 
 
+def one_line(error: Exception, most: int = 200) -> str:
+    """What an error of somebody else's says, on one line, or its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class Settings:
     """Base of a frozen dataclass of settings: every value fits its annotation, then ``check``.
 
@@ -131,6 +136,7 @@ def hints(cls: Any) -> dict[str, Any]:
     return _hints(cls)
 
 
+# mypy takes no class for hashable
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     resolved = typing.get_type_hints(cls)

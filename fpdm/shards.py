@@ -41,7 +41,7 @@ from fpdm.files import (
     write_problem,
     write_safetensors,
 )
-from fpdm.settings import UserError
+from fpdm.settings import UserError, one_line
 
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"  # of shards that fpdm.encode makes
@@ -142,8 +142,8 @@ class LatentShards:
         return self.manifest.count
 
     def batch(self, indices: np.ndarray, flips: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Rows ``indices`` (B,); raises DataError for one out of range, one that is not there any
-        more, or a flip without a copy."""
+        """Rows ``indices`` (B,). Raises DataError for an index out of range, a row that the file no
+        longer holds, and a flip where no mirrored latents are stored."""
         check_request(indices, flips, len(self))
         if flips is not None and flips.any() and not self.manifest.flip:
             raise DataError("flips: got true, expected false: the shards hold no latents_flip")
@@ -203,8 +203,8 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
 
 
 def _allow_open_files(count: int) -> None:
-    """So many more than now: every shard stays open, and the soft limit is often 1024, the hard one
-    far more."""
+    """Raises the soft limit by ``count`` as far as the hard one allows: every shard stays open, and
+    the soft limit is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
@@ -327,7 +327,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def first_nonfinite(latents: np.ndarray) -> int | None:
@@ -410,8 +410,8 @@ def write_groups(
     groups: Iterable[LatentBatch], folder: Path, done: Manifest, num_classes: int | None,
     keep: Callable[[Manifest], object] = lambda done: None,
 ) -> Manifest:  # fmt: skip
-    """Write each group as a shard behind those of ``done``; the manifest with them, which ``keep``
-    is told after every one."""
+    """Write each group as a shard after those of ``done``. Returns the manifest with all of them;
+    ``keep`` is called with the manifest so far after every shard."""
     for latents, labels, mirrored in groups:
         tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels)}
         if mirrored is not None:

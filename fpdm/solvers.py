@@ -10,9 +10,10 @@ and restarts: none sees its batch-mates. Inner products and coefficients are flo
 whatever the iterate's dtype; histories have the iterate's. Nothing here waits for the device, but
 for ``solve`` under a tolerance.
 
-A solver is told x and f(x) and proposes the next point; who evaluates f, and how often, is the
-caller's affair, so a captured graph may do it. ``solve`` is the plain loop; the sampler's own, on
-static buffers and with compaction, decides by the same ``mark`` and ``proceed`` (fpdm.stopping).
+A solver is given x and f(x) and proposes the next point. It never evaluates f itself, so that the
+caller may do that in a captured graph. ``solve`` is the plain loop; the sampler has one of its own,
+on static buffers and with compaction, which decides by the same ``mark`` and ``proceed``
+(fpdm.stopping).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Solver(Protocol):
     """Proposes the next point from (x, f(x)); may keep a history with one row per sample."""
 
     def advance(self, x: Tensor, fx: Tensor) -> Tensor:
-        """The next point (B,...), from x and f(x) of the same shape and dtype, as which it returns.
-        Called once per evaluation, always with the same samples in the same rows."""
+        """The next point (B,...), in the shape and dtype of x, which are those of f(x). Called once
+        per evaluation, always with the same samples in the same rows."""
 
     def select(self, rows: Tensor) -> None:
         """Keep only the samples ``rows`` (n,) int64, in that order."""
@@ -79,12 +80,12 @@ def solve(
 ) -> Solution:
     """At most ``evaluations`` >= 1 of ``f`` from x (B,...), fewer when every sample is done.
 
-    A sample is done by the evaluation whose ``residual``, of x and f(x), is at most ``tol``, in the
-    unit of ``residual``: by default relative, |f(x) - x| / |f(x)|. Without ``tol`` none is. Its
-    result is f of its best iterate, the one with the least residual: with ``tol``, the one that met
-    it. It keeps that result: f is still called on the whole batch, since it may depend on the row,
-    but for a sample that is done this has no effect. What a sample gets, and after how many
-    evaluations, does not depend on its batch-mates beyond the rounding of f itself.
+    A sample is done after the evaluation whose ``residual`` of x and f(x) is at most ``tol``; by
+    default that is |f(x) - x| / |f(x)|. Without ``tol`` no sample is done before the last
+    evaluation. The result of a sample is f of its best iterate, the one with the least residual,
+    which with ``tol`` is the one that met it. f is always called on the whole batch, since it may
+    depend on the row; for a sample that is done the call changes nothing. What a sample gets, and
+    after how many evaluations, does not depend on its batch-mates beyond the rounding of f itself.
 
     A residual of NaN meets no tolerance. One below what rounding lets the iterate's dtype reach,
     about 2 eps, is not met either: the sample runs to the cap.
@@ -176,8 +177,8 @@ class Flag:
 
 
 class Best:
-    """The f(x) with the smallest relative residual so far, per sample; the later one of equals, and
-    any finite one before a NaN."""
+    """Per sample the f(x) with the smallest residual so far: the later of two equal ones, and any
+    finite one rather than a NaN."""
 
     def __init__(self, like: Tensor):
         b, device = like.shape[0], like.device

@@ -99,7 +99,8 @@ class Trainer:
             self.ranks = Ranks(self.config.train.device, self.config.train.ddp_timeout_s)
             self._build_together()
             self._share()
-            with self.ranks.telling(flags=2):
+            # the two flags of _advance: a bad step, a signal
+            with self.ranks.telling(2):
                 self._open_log()
                 if self._loop() and self.ranks.rank == 0:
                     self._finish()

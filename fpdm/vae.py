@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fpdm import noise
 from fpdm.files import tensors_digest
-from fpdm.settings import ConfigError
+from fpdm.settings import ConfigError, one_line
 
 CONFIG = "config.json"
-TOLD = ("vae.name",)  # of what a VAE made: its weights decide, wherever they lie
+TOLD = ("vae.name",)  # recorded, not compared: the hash of its weights identifies a VAE
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def load_vae(name: str, device: torch.device) -> VAE:
     except ConfigError:
         raise
     except Exception as error:  # of diffusers, the hub, JSON, safetensors and torch
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = one_line(error)
         hub = " (no directory here; asked of the hub, where a pipeline's is OWNER/NAME/vae)"
         hub = "" if Path(where).is_dir() else hub
         raise ConfigError(f"vae: got {name}, which cannot be loaded{hub}: {reason}") from None

@@ -83,8 +83,8 @@ class WeightView:
         return self.get(f"{name}.weight"), self.get(f"{name}.bias")
 
     def injection(self) -> tuple[Tensor, Tensor]:
-        """(E (2D,D), b1 (2D,)) of u = E i + b1; folded: (E W_p, E b_p + b1), of the same shapes, of
-        u = E W_p h + (E b_p + b1)."""
+        """(E (2D,D), b1 (2D,)), for u = E i + b1; folded: (E W_p, E b_p + b1) of the same shapes,
+        for u = E W_p h + (E b_p + b1)."""
         if self.folded:
             return self.copies["fold.weight"], self.copies["fold.bias"]
         return self.halves()[1], self.get(f"{FC1}.bias")
@@ -115,7 +115,8 @@ class WeightView:
         return BlockWeights(*own, packed.get(FIRST_HALF, a), e, w2, b2)  # type: ignore[call-arg]
 
     def _usable(self) -> dict[str, Tensor]:
-        # a backward reads weights as they are
+        """The packed weights that may be read now: none with gradients on, as a backward reads
+        weights unpacked."""
         return {} if torch.is_grad_enabled() else self.packed
 
 
@@ -185,7 +186,7 @@ class PreparedWeights(WeightView):
         }
 
     def _usable(self) -> dict[str, Tensor]:
-        # so does another implementation, which the model may have been given since
+        # packed for one implementation, and the model may have been given another since
         model = self._model()
         impl = None if model is None else model.execution.impl  # type: ignore[union-attr]
         return super()._usable() if impl in self._packed_for else {}

@@ -143,9 +143,9 @@ def test_streams_differ() -> None:
     """Key (either half), c1, c2 and domain each make another stream."""
     domains = [
         noise.SAMPLE_INIT, noise.SAMPLE_STEP, noise.TRAIN_NOISE, noise.TRAIN_T, noise.TRAIN_DROP,
-        noise.TRAIN_FLIP, noise.TRAIN_ITERS, noise.GRID,
+        noise.TRAIN_FLIP, noise.TRAIN_ITERS, noise.ENCODE, noise.ENCODE_FLIP,
     ]  # fmt: skip
-    assert len(set(domains)) == 8
+    assert len(set(domains)) == 9
     calls = [(k, a, b, d) for k in (0, 1, 2**32) for a in (0, 1) for b in (0, 1) for d in domains]
     streams = [noise.uint32(noise.as_keys([k]), a, b, d, 16)[0].tolist() for k, a, b, d in calls]
     words = [word for stream in streams for word in stream]

@@ -21,7 +21,6 @@ try:
 except ImportError as error:
     native, _missing = None, " ".join(str(error).split())
 
-NAME = "cpu"
 DEVICE = torch.device("cpu")
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(CODES)
@@ -61,7 +60,7 @@ def _count(x: Tensor) -> int:
 
 
 def address(x: Tensor | None) -> int:
-    """0 where it is not given."""
+    """Address of ``x``; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -99,7 +98,7 @@ def pack(weight: Tensor, out: Tensor | None = None) -> Tensor | None:
 
 
 def weight_operand(weight: Tensor, o: int, i: int, name: str = "weight") -> tuple[int, Operand]:
-    """Row distance of a weight (O,I), or what stands for one that is packed; and the operand."""
+    """Distance between rows of a weight (O,I), or the code for a packed one; and the operand."""
     if weight.dim() == 4:
         return native.packed, (name, weight, _panels(o, i, weight.dtype), DTYPES)
     return weight.stride(0), (name, weight, (o, i), DTYPES)
@@ -115,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     out = x.new_empty(shape) if out is None else out
     stride, operand = weight_operand(weight, o, i)
     if bias is None:
-        # nothing tells O of a packed weight
+        # O of a packed weight is known by its bias alone: without one it must be a plain (O,I)
         operand = ("weight", weight, (o, i), DTYPES)
     operands: list[Operand] = [("x", x, x.shape, (dtype,)), operand, ("bias", bias, (o,), (dtype,))]
     check("linear", DEVICE, operands, [("out", out, shape, DTYPES)])

@@ -30,7 +30,8 @@ INTEGERS = (torch.int64,)
 
 
 def loops(residual: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether iterates and products of these dtypes can be had: one dtype, products in csrc/cpu."""
+    """Whether these loops run for iterates of dtype ``residual`` and products in ``compute``: one
+    dtype, whose products csrc/cpu computes itself."""
     return residual == compute and compute in cpu.CODES and compute not in cpu.LIBRARY_PRODUCTS
 
 
@@ -61,7 +62,8 @@ def _addends(u: Tensor | None, mod: Tensor) -> list[int]:
 def _weights(
     op: str, w: BlockWeights, d: int, injected: bool, dtype: torch.dtype, plain: bool = False
 ) -> tuple[list[Operand], list[int]]:
-    """Operands, and addresses with distances, as in ``_products``. ``plain``: not packed ones."""
+    """Weights as operands; and their addresses, row distances and biases, in the order of
+    ``_products``. ``plain``: packed weights are refused."""
     given = [(w.inj_a, None), (w.inj_w2, w.inj_b2), *zip(w[0:8:2], w[1:8:2])]
     operands: list[Operand] = []
     addresses: list[int] = []
@@ -166,7 +168,8 @@ def solve(
 
 
 def _kept(k: Kept) -> tuple[list[Operand], list[int]]:
-    """Iterates and slots as operands; their addresses after x_0's, and where what is in a slot."""
+    """Iterates and slots as operands; and the addresses of x_0, the iterates and the slots, then
+    ``Kept.layout``."""
     b, t, d = k.x.shape
     dtype, units = (k.x.dtype,), b * t * d
     between = 0 if k.recompute == "elementwise" else k.m - 1

@@ -5,15 +5,16 @@ u is a bias (N,), a tensor (M,N) or nothing, f the identity or tanh GELU of the 
 Two things differ from torch's own calls into the same library. An addend of y's shape goes in as C
 with beta = 1, so that GELU needs no pass of its own. And the library lists algorithms for a shape,
 likeliest first: which of them is best is measured (``python -m bench.gemm``) and held by
-fpdm.kernels.gemm_table together with the library's version, as the list is that version's. No
-workspace is offered, without which these products are no slower.
+fpdm.kernels.gemm_table together with the library's version, which the list belongs to. The library
+is offered no workspace: these products were no faster with one.
 
-GELU is taken of the sum, not of a stored pre-activation. It serves where none is kept: a loop
-without gradient, and a forward that will be recomputed, differ from an iteration that keeps it by
-that one rounding. Columns are contiguous there: y^T (N,M) = W x^T, nothing is copied.
+GELU is applied to the float32 sum, not to a stored pre-activation, so it is used only where none is
+kept: in the loop without gradient, and in a forward that will be recomputed. Those differ from an
+iteration that keeps it by that one rounding. cuBLAS is column-major and computes y^T (N,M) = W x^T;
+nothing is copied.
 
-Called through ctypes in the copy of the library that torch has loaded; on torch's current stream,
-and within a capture like any other launch.
+The library is the copy that torch has loaded, called through ctypes on torch's current stream; a
+capture may contain these calls like any other launch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fpdm.kernels.launch import FLOATS, LaunchError, aligned, check
 # cudaDataType
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 COMPUTE_32F = 68  # CUBLAS_COMPUTE_32F
-# attributes of a product, of a search, and epilogues
+# attributes of a product; of a search for its algorithm; and epilogues
 TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8
 WORKSPACE_BYTES, ALIGNMENTS = 1, (5, 6, 7, 8)
 IDENTITY, BIAS, GELU = 1, 4, 32  # bias and GELU are bits

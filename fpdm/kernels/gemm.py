@@ -20,9 +20,9 @@ Bytes of activations beside x, W and the result, in U = B T D, N U the width of 
 
 and what is kept is written on top (y 1, pre N, p 1), where the library has written it already.
 
-``fused``: None asks the committed table (fpdm.kernels.gemm_table), True runs these kernels, a tile
-that one of them, False the library and glue. The library is torch's, or cuBLASLt past torch where
-that measures faster (fpdm.kernels.cublaslt).
+``fused``: None asks the committed table (fpdm.kernels.gemm_table); True runs these kernels with
+their first tile, a ``Tile`` with that one; False runs the library's GEMM and the glue kernels. The
+library is torch's, or cuBLASLt past torch where that measured faster (fpdm.kernels.cublaslt).
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _plan(
     return grid, *operands, constants
 
 
+# what the argument ``fused`` may be: see the module
 Fused = bool | Tile | None
 
 

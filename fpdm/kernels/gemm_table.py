@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,17 +197,23 @@ def validate(entry: dict[str, Any]) -> None:
         raise TableError(f"gemm_table: tile: got {entry['tile']}, expected {Tile._fields}")
 
 
+def merge(
+    path: Path, new: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[Any, ...]]
+) -> None:
+    """Merges ``new`` into the entries of a table, one a line: an entry replaces that of its key."""
+    merged = {key(e): e for e in (*json.loads(path.read_text())["entries"], *new)}
+    lines = ",\n".join(f"    {json.dumps(merged[k])}" for k in sorted(merged))
+    path.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
+
+
 def write(new: Sequence[dict[str, Any]], path: Path = TABLE) -> None:
     """Merges ``new`` into the table: an entry replaces one with the same key. Raises TableError."""
 
     def key(e: dict[str, Any]) -> tuple[Any, ...]:
         return e["op"], e["keep"], e["device"], e["dtype"], e["n"], e["k"], tuple(e["m"])
 
-    merged = {key(e): e for e in json.loads(path.read_text())["entries"]}
     for e in new:
         validate(e)
-        merged[key(e)] = e
-    lines = ",\n".join(f"    {json.dumps(merged[k])}" for k in sorted(merged))
-    path.write_text('{\n  "entries": [\n' + lines + "\n  ]\n}\n")
+    merge(path, new, key)
     entries.cache_clear()
     _choice.cache_clear()

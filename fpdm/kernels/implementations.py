@@ -94,8 +94,8 @@ def _operator_set(impl: str) -> SimpleNamespace:
 
 
 def _loop(impl: str) -> dict[str, Callable[..., Any]]:
-    """Where whole loops are one call (``loops`` says for which dtypes), and ``pack`` for weights
-    that meet no backward."""
+    """What only csrc/cpu has: whole loops as one call (``loops`` says for which dtypes), and
+    ``pack``, for weights that no backward reads."""
     if impl != "cpu":
         return {}
     cpu, loop = (importlib.import_module(f"fpdm.kernels.{name}") for name in ("cpu", "cpu_loop"))
@@ -133,8 +133,9 @@ def preferred(device: torch.device) -> tuple[str, ...]:
 
 
 def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Impl:
-    """Name of the implementation that will run; ``auto`` takes FPDM_IMPL, then the best available,
-    and warns where on a GPU that is plain PyTorch for want of something that can be installed.
+    """Name of the implementation that will run. ``auto``: what FPDM_IMPL names, else the best that
+    is available; a warning says so when that is plain PyTorch on a GPU for which a faster one only
+    lacks something that could be installed.
 
     Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
     """

@@ -31,8 +31,8 @@ Operand = tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]
 Span = tuple[int, int, int, int, Tensor | None, str]
 
 
-# by all that ``check`` read but addresses: the operands' extents in bytes, and the alignments and
-# overlaps that it let pass; forgotten when full
+# what has passed ``check``. Key: all that it reads except addresses. Value: the operands' extents
+# in bytes, and the alignments and overlaps that it accepted. Emptied when full
 _passed: dict[tuple[object, ...], tuple[tuple[int, ...], set[tuple[object, ...]]]] = {}
 REMEMBERED = 2048
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NAME = "reference"
 LN_EPS = 1e-6
 
 

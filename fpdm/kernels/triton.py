@@ -33,7 +33,6 @@ __all__ = [
     "linear_add_gelu", "linear_dgrad", "linear_gate_residual", "linear_gate_residual_adaln",
     "linear_wgrad", "unavailable",
 ]  # fmt: skip
-NAME = "triton"
 WIDE = (torch.float32,)
 # counted as the library's
 LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
