@@ -21,9 +21,9 @@ A test of an implementation is
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,8 +64,8 @@ OVERFLOWS = {("adaln_backward", "dy")}
 class Case:
     """One call. ``residual``: dtype of the residual stream, where it is another; ``variant``: which
     of the operator's forms; ``f``: the other width of a GEMM; ``alias``: (output, operand in the
-    same buffer); ``fresh``: no output buffers are given; ``extreme`` is put into one sample of the
-    operand ``where``."""
+    same buffer); ``fresh``: outputs for which no buffer is given; ``extreme`` is put into one
+    sample of the operand ``where``."""
 
     op: str
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class Case:
     residual: torch.dtype | None = None
     variant: int = 0
     alias: tuple[str, str] | None = None
-    fresh: bool = False
+    fresh: tuple[str, ...] = ()
     extreme: str = ""
     where: str = ""
     seed: int = 0
@@ -90,7 +90,7 @@ class Case:
         words += [f"stream {dtype_name(self.stream)}"] if self.stream != self.dtype else []
         words += [self.layout] if self.layout != "dense" else []
         words += [f"{self.alias[0]} is {self.alias[1]}"] if self.alias else []
-        words += ["fresh"] if self.fresh else []
+        words += [f"fresh {' '.join(self.fresh)}"] if self.fresh else []
         words += [f"{self.extreme} in {self.where}"] if self.extreme else []
         return f"{self.op}[{' '.join(w for w in words if w)}]"
 
@@ -252,11 +252,12 @@ def _case(op: str, decks: dict[str, Deck], cap: int, rng: random.Random, seed: i
     b = min(max(b, 2) if extreme and b else b, most)
     alias, form = drawn["alias"], SPECS[op].forms[drawn["variant"]]
     fresh = alias == "fresh" and form in ("", "norms", "bias", "no bias")
+    outs = tuple(n for n in shapes(SPECS[op].outs) if n != "norms") if fresh else ()
     alias = None if alias == "fresh" or (alias and f"without {alias[0]}" in form) else alias
     streams = dtype != torch.float32 and set(STREAM) & set(shapes(SPECS[op].inputs))
     case = Case(
         op, dtype, b, t, d, heads, drawn["f"], drawn["layout"],
-        drawn["residual"] if streams else None, drawn["variant"], alias, fresh, seed=seed,
+        drawn["residual"] if streams else None, drawn["variant"], alias, outs, seed=seed,
     )  # fmt: skip
     return _with_extreme(case, extreme, rng) if b else case
 
@@ -289,7 +290,8 @@ def generate(
 
 def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """T=256, D=1152 for every element-wise operator, rows narrower than any tile, one head of
-    attention over 1024 tokens, and equal values in a row whose sum, rounded, is not D times one."""
+    attention over 1024 tokens, equal values in a row whose sum, rounded, is not D times one, and
+    some outputs given where others are not."""
     for i, op in enumerate(SPECS):
         dtype = dtypes[i % len(dtypes)]
         if "attention" in op:
@@ -300,6 +302,11 @@ def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     constant: dict[str, Any] = {"extreme": "constant", "where": "z"}
     yield Case("adaln", torch.float32, 3, 64, 1000, seed=662, **constant)
     yield Case("adaln_backward", torch.float32, 3, 64, 1000, seed=662, **constant)
+    for op, spec in SPECS.items():
+        outs = [n for n in shapes(spec.outs) if n != "norms"]
+        some = [x for i in range(1, len(outs)) for x in itertools.combinations(outs, i)]
+        for i, (form, fresh) in enumerate(itertools.product(range(len(spec.forms)), some)):
+            yield Case(op, dtypes[i % len(dtypes)], 2, 5, 48, f=40, variant=form, fresh=fresh)
 
 
 def odd_attention(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
@@ -316,17 +323,6 @@ def fused_rows(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
                extreme="constant", where="z")  # fmt: skip
     for dtype in dtypes:
         yield Case("linear_gate_residual", dtype, 2, 7, 48, variant=1, extreme="inf", where="x")
-
-
-def thin(cases: Sequence[Case]) -> dict[str, Counter[Any]]:
-    """How many cases hold each value, by field."""
-    fields = ("op", "dtype", "b", "t", "layout", "fresh", "extreme", "residual", "f")
-    found = {n: Counter(getattr(c, n) for c in cases) for n in fields}
-    found["alias"] = Counter(f"{c.op}: {c.alias}" for c in cases)
-    found["form"] = Counter(f"{c.op}: {c.form}" for c in cases)
-    found["d"] = Counter(c.d for c in cases if "attention" not in c.op)
-    found["head size"] = Counter(c.d // c.heads for c in cases if "attention" in c.op)
-    return found
 
 
 def values_of(case: Case, clean: bool = False) -> Values:
@@ -365,7 +361,7 @@ def _poison(x: Tensor, case: Case) -> None:
 def execute(ops: Any, case: Case, values: Values) -> tuple[Values, list[str]]:
     """Calls the operator in an arena: (what it wrote, what it did wrong with memory)."""
     arena, sums = Arena(case), case.operands("sums")
-    given = [n for n in case.operands("outs") if n == "norms" or not case.fresh]
+    given = [n for n in case.operands("outs") if n not in case.fresh]
     given = [n for n in given if f"without {n}" not in case.form]
     alias, other = case.alias or ("", "")
     v: dict[str, Any] = {}

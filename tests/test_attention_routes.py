@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fpdm import info
 from fpdm.kernels import attention_routes as routes
+from fpdm.kernels import reference
 from fpdm.kernels.implementations import ImplError
 from fpdm.settings import UserError
 
@@ -264,7 +265,6 @@ class TestLauncher:
             (torch.empty(2, 3, 72), 5, "attention: heads: got 5, expected a divisor of 24"),
             (torch.empty(2, 3, 73), 2, "attention: qkv: got a width of 73, expected 3D"),
             (torch.empty(2, 3, 72), 0, "attention: heads: got 0"),
-            (torch.empty(2, 3, 3 * 144), 1, "attention: head size: got 144, expected 1 to 128"),
             (torch.empty(2, 3, 72).double(), 2, "attention: qkv: got float64"),
             (torch.empty(3, 2, 72).transpose(0, 1), 2, "attention: qkv: got strides"),
             (torch.empty(1, 2**20, 3072, device="meta"), 16, "under 2\\^31"),
@@ -275,6 +275,16 @@ class TestLauncher:
 
         with pytest.raises(LaunchError, match=says):
             self.attention.attention(qkv, heads)
+
+    def test_wider_heads_run_in_plain_pytorch(self) -> None:
+        torch.manual_seed(0)
+        qkv, dy = torch.randn(2, 5, 3 * 288), torch.randn(2, 5, 288)
+        with pytest.warns(UserWarning, match="attention: got head size 144, expected at most 128"):
+            y = self.attention.attention(qkv, 2)
+        assert torch.equal(y, reference.attention(qkv, 2))
+        with pytest.warns(UserWarning, match="attention_backward: got head size 144"):
+            dqkv = self.attention.attention_backward(dy, qkv, y, 2)
+        assert torch.equal(dqkv, reference.attention_backward(dy, qkv, y, 2))
 
     def test_parts_of_a_head(self) -> None:
         """Powers of two that cover it: 80 columns of work for 72, never 96 or 128."""

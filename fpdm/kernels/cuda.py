@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fpdm.kernels import cuda_driver
+from fpdm.kernels import cuda_driver, reference
 from fpdm.kernels import cuda_kernels as ck
 from fpdm.kernels.cuda_driver import Argument, Driver, Launcher
 from fpdm.kernels.cuda_kernels import Kernel
@@ -28,6 +28,7 @@ from fpdm.kernels.launch import (
     cdiv,
     check,
     dtype_name,
+    plainly,
     row_stride,
 )
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad
@@ -324,7 +325,6 @@ def linear_add_gelu(
     A bias rides in the GEMM; a tensor is added by the kernel that applies GELU.
     """
     shape, dtype = (*x.shape[:-1], weight.shape[0]), (weight.dtype,)
-    out = pre if out is None and pre is not None else out
     out = x.new_empty(shape) if out is None else out
     product = out if pre is None else pre
     bias = addend.dim() == 1
@@ -344,13 +344,15 @@ def linear_add_gelu(
     return out
 
 
-def _head_size(op: str, qkv: Tensor, heads: int) -> int:
+def _head_size(op: str, qkv: Tensor, heads: int) -> tuple[int, bool]:
+    """K, and whether a kernel has it; a warning says so once where none does."""
     width = qkv.shape[-1]
-    if width % (3 * heads) or (head := width // (3 * heads)) not in ck.HEAD_SIZES:
-        known = ", ".join(map(str, ck.HEAD_SIZES))
-        got = f"width {width} for {heads} heads"
-        raise LaunchError(f"{op}: qkv: got {got}, expected 3 heads K with K one of {known}")
-    return head
+    if heads < 1 or width % (3 * heads):
+        raise LaunchError(f"{op}: qkv: got width {width}, expected a multiple of 3 x {heads} heads")
+    head = width // (3 * heads)
+    if head not in ck.HEAD_SIZES:
+        plainly(op, f"head size {head}", f"one of {', '.join(map(str, ck.HEAD_SIZES))}")
+    return head, head in ck.HEAD_SIZES
 
 
 def _attention(form: str, qkv: Tensor, head: int, heads: int, extra: tuple[Argument, ...]) -> None:
@@ -373,13 +375,16 @@ def _attention(form: str, qkv: Tensor, head: int, heads: int, extra: tuple[Argum
 
 
 def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v: see ``reference.attention``. Raises LaunchError."""
+    """softmax(q k^T / sqrt(K)) v: see ``reference.attention``, which runs head sizes that no kernel
+    has. Raises LaunchError."""
     (b, t, width), op = qkv.shape, "attention"
     out = qkv.new_empty(b, t, width // 3) if out is None else out
-    head = _head_size(op, qkv, heads)
+    head, known = _head_size(op, qkv, heads)
     packed: Operand = ("qkv", qkv, (b, t, width), DTYPES)
     result: Operand = ("out", out, (b, t, width // 3), (qkv.dtype,))
-    check(op, qkv.device, (packed,), (result,), align=_alignment(qkv, head))
+    check(op, qkv.device, (packed,), (result,), align=_alignment(qkv, head) if known else 1)
+    if not known:
+        return reference.attention(qkv, heads, out)
     if qkv.numel():
         _attention(op, qkv, head, heads, (qkv, out))
     return out
@@ -391,7 +396,7 @@ def attention_backward(
     """Gradient with respect to qkv: see ``reference.attention_backward``. Raises LaunchError."""
     (b, t, width), op, dtype = qkv.shape, "attention_backward", (qkv.dtype,)
     out = torch.empty_like(qkv) if out is None else out
-    head, narrow = _head_size(op, qkv, heads), (b, t, width // 3)
+    (head, known), narrow = _head_size(op, qkv, heads), (b, t, width // 3)
     check(
         op,
         qkv.device,
@@ -401,8 +406,10 @@ def attention_backward(
             ("y", y, narrow, dtype),
         ),
         (("out", out, (b, t, width), dtype),),
-        align=_alignment(qkv, head),
+        align=_alignment(qkv, head) if known else 1,
     )
+    if not known:
+        return reference.attention_backward(dy, qkv, y, heads, out)
     if qkv.numel():
         statistics = qkv.new_empty(b, heads, 3, t, dtype=torch.float32)
         for form in ("attention_dq", "attention_dkv"):

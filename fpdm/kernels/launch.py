@@ -7,13 +7,15 @@ the same operands come back step after step: 4 instead of 40 microseconds, in a 
 take 20 to 100. They seldom have the same addresses, which count only where bytes may be shared.
 
 Layout rule of all operators: an operand is contiguous, except that the rows of a two-dimensional
-one may lie at any distance (a chunk of (B,6D), one vector expanded over the batch, a column slice
-of a weight), with unit stride inside a row.
+vector or weight may lie at any distance (a chunk of (B,6D), one vector expanded over the batch, a
+column slice of a weight), with unit stride inside a row. What is named in ``DENSE`` is contiguous
+in two dimensions too: kernels walk over it as one run of elements.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
@@ -22,6 +24,10 @@ from torch import Tensor
 
 from fpdm.settings import UserError
 
+DENSE = frozenset(
+    ("x", "y", "z", "p", "pre", "out", "z_out", "prev", "total", "addend", "norms",
+     "dy", "dz", "dout")
+)  # fmt: skip
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 # name, tensor (None: not given), expected shape, accepted dtypes
@@ -139,6 +145,12 @@ def head_width(op: str, d: int, heads: int) -> int:
     return d // heads
 
 
+@functools.cache
+def plainly(op: str, what: str, known: str) -> None:
+    """Warns, once, that plain PyTorch runs ``op`` for ``what``: the kernels know ``known``."""
+    warnings.warn(f"{op}: got {what}, expected {known}: plain PyTorch runs it", stacklevel=3)
+
+
 def row_stride(t: Tensor) -> int:
     """Elements between the rows of a (B,D) operand; 0 where one row serves all, and for B <= 1."""
     return t.stride(0) if t.shape[0] > 1 else 0
@@ -159,8 +171,9 @@ def _span(op: str, device: torch.device, align: int, operand: Operand) -> Span:
         return 0, 0, 0, 0, t, name
     extent = count
     if not t.is_contiguous():
-        if len(shape) != 2 or (t.stride(1) != 1 and shape[1] > 1):
-            what = "contiguous" if len(shape) != 2 else "unit stride in the last dimension"
+        whole = len(shape) != 2 or name in DENSE
+        if whole or (t.stride(1) != 1 and shape[1] > 1):
+            what = "contiguous" if whole else "unit stride in the last dimension"
             _refuse(op, name, f"strides {t.stride()}", what)
         distance, width = t.stride(0) * size, shape[1] * size
         extent = (shape[0] - 1) * t.stride(0) + shape[1]
