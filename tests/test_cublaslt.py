@@ -4,6 +4,7 @@ it, so that a wrong layout, leading dimension, epilogue or pointer is a wrong re
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpdm.kernels import cublaslt, gemm_table
+from fpdm.kernels import cublaslt, gemm_table, reference
 from fpdm.kernels.launch import LaunchError
 
 
@@ -41,6 +42,9 @@ class Library:
     ) -> int:
         assert kind == 0
         return self._new(made, rows=rows.value, cols=cols.value, apart=apart.value)
+
+    def cublasLtGetStatusString(self, status: int) -> bytes:
+        return b"no such thing"
 
     def cublasLtMatmulPreferenceCreate(self, made: Any) -> int:
         return self._new(made)
@@ -98,7 +102,7 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
     monkeypatch.setattr(cublaslt, "library", lambda: found)
-    caches = cublaslt._handle, cublaslt._product
+    caches = cublaslt._handle, cublaslt._product, cublaslt._warn
     for cached in caches:
         cached.cache_clear()
     yield found
@@ -159,11 +163,42 @@ def test_errors(library: Library) -> None:
     cublaslt.linear(x, weight, None, algorithm=3)
     assert library.calls == [0, 2]
     library.status = 13
-    with pytest.raises(LaunchError, match=r"cublasLtMatmul: got status 13, expected 0"):
+    with pytest.raises(
+        LaunchError, match=r"cublasLtMatmul: got status 13, no such thing, expected 0"
+    ):
         cublaslt.linear(x, weight, None)
     library.listed = 0
     with pytest.raises(LaunchError, match=r"cublasLt: got no algorithm for 3 x 12 x 8"):
         cublaslt.linear(x[:1], weight, None)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_torch_does_what_the_library_refuses(
+    library: Library, tabled: None, monkeypatch: pytest.MonkeyPatch, gelu: bool
+) -> None:
+    """Without an algorithm, and at the launch: told once, and the product is there."""
+    gemm = pytest.importorskip("fpdm.kernels.gemm")
+    monkeypatch.setattr(cublaslt, "version", lambda: 130100)
+    x, weight, u = operands("bias")
+    expected = x @ weight.t() + u
+    if gelu:
+        # its glue is Triton's
+        monkeypatch.setattr(gemm.mlp, "linear_add_gelu", lambda *a, **_: reference.linear(*a[:3]))
+    call = gemm.linear_add_gelu if gelu else gemm.linear
+    library.listed, made = 0, len(library.searches)
+    with pytest.warns(UserWarning, match=r"no algorithm for 6 x 12 x 8.*torch's own"):
+        assert torch.allclose(call(x, weight, u), expected, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(call(x, weight, u), expected, atol=1e-5)
+    assert len(library.searches) == made + 1
+    cublaslt._product.cache_clear()
+    library.listed, library.status = 3, 15
+    with pytest.warns(UserWarning, match=r"status 15, no such thing.*torch's own"):
+        assert torch.allclose(call(x, weight, u), expected, atol=1e-5)
+    # what is wrong with the operands is no refusal
+    with pytest.raises(LaunchError, match="out: got"):
+        call(x, weight, u, *[torch.empty(5, 12)] * (2 if gelu else 1))
 
 
 def test_operands_that_would_be_read_or_written_outside(library: Library) -> None:

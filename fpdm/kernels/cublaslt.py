@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import functools
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def library() -> Any:
     pointer = ctypes.c_void_p
     found.cublasLtMatmul.argtypes = [*[pointer] * 14, ctypes.c_size_t, pointer]
     found.cublasLtGetVersion.restype = ctypes.c_size_t
+    found.cublasLtGetStatusString.restype = ctypes.c_char_p
     return found
 
 
@@ -71,9 +73,14 @@ def version() -> int | None:
         return None
 
 
+class RefusalError(LaunchError):
+    """What the library does not do, in its words."""
+
+
 def _done(status: int, what: str) -> None:
     if status:
-        raise LaunchError(f"cublasLt: {what}: got status {status}, expected 0")
+        told = library().cublasLtGetStatusString(status)
+        raise RefusalError(f"cublasLt: {what}: got status {status}, {told.decode()}, expected 0")
 
 
 def _make(function: str, *args: Any) -> ctypes.c_void_p:
@@ -133,7 +140,7 @@ class Product:
         library().cublasLtMatmulPreferenceDestroy(search)
         _done(status, "cublasLtMatmulAlgoGetHeuristic")
         if not count.value:
-            raise LaunchError(f"cublasLt: got no algorithm for {m} x {n} x {k}, expected one")
+            raise RefusalError(f"cublasLt: got no algorithm for {m} x {n} x {k}, expected one")
         self.algorithm = found[min(algorithm, count.value - 1)]
         self.alpha, self.beta = ctypes.c_float(1.0), ctypes.c_float(beta)
         # the description holds the bias of the call under way
@@ -169,7 +176,13 @@ class Product:
 
 
 # a plan is made before a capture: in one, some versions refuse to search
-_product = functools.cache(Product)
+@functools.cache
+def _product(*key: Any) -> Product | RefusalError:
+    """The plan, or why there is none: asked once."""
+    try:
+        return Product(*key)
+    except RefusalError as error:
+        return error
 
 
 def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -> bool:
@@ -182,6 +195,26 @@ def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -
         and weight.stride(0) >= weight.shape[1]
         and aligned((*dense, weight), ALIGNED)
     )
+
+
+def attempt(
+    x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None = None,
+    gelu: bool = False, algorithm: int = 0,
+) -> Tensor | None:  # fmt: skip
+    """``linear``; None where it cannot take the operands, or where the library refuses, of which
+    one warning tells: torch's own call does either."""
+    if not fits(x, weight, addend, out):
+        return None
+    try:
+        return linear(x, weight, addend, out, gelu, algorithm)
+    except RefusalError as error:
+        _warn(str(error))
+        return None
+
+
+@functools.cache
+def _warn(told: str) -> None:
+    warnings.warn(f"{told}: torch's own product runs instead", stacklevel=4)
 
 
 def linear(
@@ -207,6 +240,8 @@ def linear(
     epilogue = BIAS * (bias is not None) | GELU * gelu or IDENTITY
     index = x.device.index if x.is_cuda else -1
     plan = _product(m, n, k, weight.stride(0), x.dtype, epilogue, float(tensor), algorithm, index)
+    if isinstance(plan, RefusalError):
+        raise plan
     with _on(index):
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
         plan.run(x, weight, bias, addend if tensor else None, out, stream)

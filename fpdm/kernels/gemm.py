@@ -101,8 +101,10 @@ def _route(op: str, x: Tensor, weight: Tensor, keep: bool, fused: Fused) -> Choi
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x W^T + b: see ``reference.linear``; by torch, or past it where the table says so."""
     found = _route("linear", x, weight, False, None)
-    if found.route == "cublaslt" and cublaslt.fits(x, weight, bias, out):
-        return cublaslt.linear(x, weight, bias, out, algorithm=found.algorithm)
+    if found.route == "cublaslt":
+        y = cublaslt.attempt(x, weight, bias, out, algorithm=found.algorithm)
+        if y is not None:
+            return y
     return reference.linear(x, weight, bias, out=out)
 
 
@@ -173,8 +175,10 @@ def linear_add_gelu(
         kept = None
     op = "linear_bias_gelu" if addend.dim() == 1 else "linear_add_gelu"
     found = _route(op, x, weight, kept is not None, fused)
-    if found.route == "cublaslt" and cublaslt.fits(x, weight, addend, out):
-        return cublaslt.linear(x, weight, addend, out, gelu=True, algorithm=found.algorithm)
+    if found.route == "cublaslt":
+        y = cublaslt.attempt(x, weight, addend, out, True, found.algorithm)
+        if y is not None:
+            return y
     if found.route != "fused":
         return mlp.linear_add_gelu(x, weight, addend, pre=pre, out=out)
     (b, t, k), n, dtype = x.shape, weight.shape[0], (weight.dtype,)
