@@ -1,6 +1,6 @@
 """Times the fused GEMMs against the library with our glue, and writes the table that chooses.
 
-    python -m bench.gemm --out FILE          XL/2, fp16 and bf16, batches of 2, 16 and 64
+    python -m bench.gemm --out FILE          XL/2, fp16 and bf16, batches of 2 to 256
     python -m bench.gemm --out FILE --write  ... and enters what was found into gemm_table.json
     python -m bench.gemm --out FILE --write --routes cublaslt    without our tiles to compile
 
@@ -34,7 +34,13 @@ from fpdm.settings import UserError
 
 D, T = 1152, 256
 # samples timed -> rows M that the result stands for
-BATCHES = {2: (T, 4 * T), 16: (4 * T + 1, 32 * T - 1), 64: (32 * T, 256 * T)}
+BATCHES = {
+    2: (T, 4 * T),
+    16: (4 * T + 1, 32 * T - 1),
+    64: (32 * T, 256 * T),
+    128: (128 * T, 128 * T),  # the sampler's batch, guided
+    256: (256 * T, 1024 * T),
+}
 GAIN = 0.98
 DTYPES = ("bfloat16", "float16")
 
@@ -177,12 +183,10 @@ def entry(
     tile = found[best["fused"]][0] if "fused" in best else None
     algorithm = {}
     if "cublaslt" in best:
-        algorithm = {
-            "algorithm": int(best["cublaslt"].split()[1]), "cublas": cublaslt.version(),
-            "at": s.b * s.t,
-        }  # fmt: skip
+        number = int(best["cublaslt"].split()[1])
+        algorithm = {"algorithm": number, "cublas": cublaslt.version()}
     return {
-        "op": s.op, "keep": s.keep, "m": list(rows), "n": s.n, "k": s.k,
+        "op": s.op, "keep": s.keep, "m": list(rows), "at": s.b * s.t, "n": s.n, "k": s.k,
         "dtype": dtype_name(s.dtype), "device": gemm_table.names(device)[0],
         "route": route, "tile": tile and list(tile), **algorithm, "ms": ms, "source": source,
         "all_ms": times, "refused": refused,

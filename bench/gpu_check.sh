@@ -95,7 +95,11 @@ case "$part" in
     piece gpu_repeats 120 "$python" -m pytest -v --tb short -m "gpu and slow" "${files[@]}"
     ;;
   sample)
-    piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs"
+    piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs" \
+      --batches 2 16 64
+    # our tiles were slower at every smaller one
+    piece gemm_large 60 "$python" -m bench.gemm --out "$out/gemm_large.json" --write \
+      --batches 128 256 --dtypes bfloat16 --routes cublaslt
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
     cp fpdm/kernels/gemm_table.json fpdm/kernels/attention_table.json "$out"
     piece profile 60 "$python" -m bench.gpu profile --out "$out"

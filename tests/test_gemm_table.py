@@ -77,6 +77,15 @@ def test_a_name_comes_before_a_capability(scratch: Path, monkeypatch: pytest.Mon
     assert choice().route == "fused"
 
 
+def test_the_very_rows_come_before_a_range(scratch: Path) -> None:
+    """Of entries that overlap, one measured at M itself, whatever their order in the file."""
+    library = {"route": "library", "ms": {"library": 0.2, "fused": 0.29}}
+    wide, one = ENTRY | {"at": 16384}, ENTRY | library | {"at": 32768}
+    for other in ({"m": [32768, 32768]}, {"m": [32768, 262144]}, {"m": [256, 65536]}):
+        table.write([wide, one | other], scratch)
+        assert (choice(m=16384).route, choice(m=32768).route) == ("fused", "library")
+
+
 def test_writing_replaces_an_entry_and_keeps_the_others(scratch: Path) -> None:
     table.write([ENTRY, ENTRY | {"keep": True}], scratch)
     table.write([ENTRY | {"route": "library", "ms": {"library": 0.2, "fused": 0.29}}], scratch)

@@ -83,14 +83,14 @@ def check(tmp_path: Path) -> Check:
 def test_a_piece_that_fails_is_told_and_the_rest_goes_on(check: Check) -> None:
     check.run("sample", FAILS="bench.attention")
     assert check.status == 1
-    names = ("gemm", "attention", "profile", "syncs", "bench_sample")
+    names = ("gemm", "gemm_large", "attention", "profile", "syncs", "bench_sample")
     assert check.table() == dict.fromkeys(names, "passed") | {"attention": "exit 3"}
     assert check.said[-1].startswith("sample: 1 failed after")
     log = (check.out / "sample.log").read_text()
     assert all(f"== {name}:" in log for name in names)
     # words, results, and the tables that a run would have written
     assert {p.name for p in check.out.iterdir()} == {
-        "sample.log", "gemm.json", "attention.json", "bench_sample.json", "gemm_table.json",
+        "sample.log", "gemm.json", "gemm_large.json", "attention.json", "bench_sample.json", "gemm_table.json",
         "attention_table.json",
     }  # fmt: skip
     check.run("train")
@@ -141,7 +141,7 @@ def test_every_command_of_the_script_parses(check: Check, monkeypatch: pytest.Mo
     parts = ("tests", "sample", "train", "compiled")
     found = [words for part in parts for words in check.run(part)]
     pytests = [words for words in found if words[1] == "pytest"]
-    assert len(found) == 5 + 5 + 4 + 3
+    assert len(found) == 5 + 6 + 4 + 3
     for words in found:
         if words not in pytests:
             parses(words)

@@ -10,7 +10,8 @@ N, K, dtype and device, and carries that measurement. Where nothing was measured
      "ms": {"library": 0.31, "fused": 0.29, "cublaslt": 0.3}, "source": "bench/results/..."}
 
 ``keep`` says whether y, pre or p is kept for a backward; linear_bias_gelu is linear_add_gelu with a
-bias. ``algorithm`` is cuBLASLt's in the list of version ``cublas`` for M = ``at``
+bias. ``at`` is the M that was measured: of two entries for a number of rows, that of these very
+rows counts. ``algorithm`` is cuBLASLt's in the list of version ``cublas`` for that M
 (fpdm.kernels.cublaslt).
 ``device`` is a name as the driver reports it, or a capability ("sm_90"); a name comes first.
 Nothing here measures, and nothing depends on what ran before: a captured graph stays valid.
@@ -141,8 +142,10 @@ def names(device: torch.device) -> tuple[str, ...]:
 
 @functools.cache
 def _choice(op: str, m: int, n: int, k: int, dtype: str, keep: bool, *devices: str) -> Choice:
+    # what was measured with these very rows before what stands for them
+    nearest = sorted(entries(), key=lambda e: e.get("at") != m)
     for device in devices:
-        for e in entries():
+        for e in nearest:
             key = (e["op"], e["keep"], e["n"], e["k"], e["dtype"], e["device"])
             if key == (op, keep, n, k, dtype, device) and e["m"][0] <= m <= e["m"][1]:
                 times = ", ".join(f"{route} {ms:.3g} ms" for route, ms in e["ms"].items())
