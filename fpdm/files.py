@@ -160,11 +160,12 @@ def make_directory(path: Path) -> None:
 
 def claim(
     directory: Path, settings: Mapping[str, Any], name: str = "settings.json",
-    told: Collection[str] = (),
+    told: Collection[str] = (), written: str = "*",
 ) -> None:  # fmt: skip
     """Claim ``directory`` (created when missing) for ``settings`` (JSON), which its file ``name``
     holds from then on. Raises ConfigError, naming the first difference, where it already holds
-    others. Settings in ``told`` are recorded and not compared."""
+    others, or where there is no such file beside somebody's own: any that the pattern ``written``
+    names, hidden ones apart. Settings in ``told`` are recorded and not compared."""
     path = directory / name
     if directory.exists() and not directory.is_dir():
         raise ConfigError(
@@ -174,9 +175,17 @@ def claim(
         make_directory(directory)
     except OSError as error:
         raise ConfigError(write_problem(directory, error)) from error
+    # before ``name`` is looked for: who claims the directory meanwhile writes that one first
+    there = sorted(found.name for found in directory.glob(written) if found.name[0] != ".")
     if not path.exists():
-        atomic_write(path, json.dumps(settings, indent=1).encode() + b"\n")
-        return
+        if there:
+            raise ConfigError(
+                f"out: got {directory}, which holds {there[0]} and no {name}, expected a directory "
+                "that is new, empty or of these settings"
+            )
+        text = json.dumps(settings, indent=1).encode() + b"\n"
+        # other writers wait for this one's end: the first one's settings stay, and are compared
+        atomic_write(path, lambda file: file.write(path.read_bytes() if path.exists() else text))
     try:
         old = flat(json.loads(path.read_bytes()))
     except (ValueError, AttributeError) as error:

@@ -226,7 +226,7 @@ def claim_pictures(out: Path, vae: VAE | None, source: LoadedSource) -> float:
         return 1.0
     scale = source.latent_scale or vae.scale
     made_by = {"vae": {"name": vae.name, "sha256": vae.sha256}, "scale": scale}
-    claim(out, made_by, "vae.json", TOLD)
+    claim(out, made_by, "vae.json", TOLD, written="[0-9]*.png")
     return scale
 
 

@@ -10,7 +10,9 @@ import resource
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from test_checkpoint_kills import start_child, wait_child
 
 from fpdm import files
-from fpdm.config import UserError
+from fpdm.config import ConfigError, UserError
 from fpdm.files import CheckpointError, atomic_write
 
 
@@ -147,3 +149,49 @@ def test_a_wrong_name_is_not_called_a_full_disk(tmp_path: Path, name: str, words
     with pytest.raises(UserError, match=words) as caught:
         atomic_write(tmp_path / name, b"x")
     assert "disk space" not in str(caught.value)
+
+
+def claimed(directory: Path, seed: int = 0, **more: str) -> str:
+    """What a refused claim says, "" where it is none."""
+    try:
+        files.claim(directory, {"seed": seed}, **more)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+def test_a_directory_of_other_files_is_not_claimed(tmp_path: Path) -> None:
+    mine = tmp_path / "grid.png"
+    mine.write_bytes(b"mine")
+    assert claimed(tmp_path) == (
+        f"out: got {tmp_path}, which holds grid.png and no settings.json, expected a directory "
+        "that is new, empty or of these settings"
+    )
+    assert list(tmp_path.iterdir()) == [mine]
+    assert claimed(tmp_path, written="[0-9]*.png") == ""
+    assert "seed: got 1, expected 0 of" in claimed(tmp_path, 1)
+    assert claimed(tmp_path / "new") == ""
+
+
+def test_hidden_files_are_nobodys(tmp_path: Path) -> None:
+    """What a killed claim left behind, a lock, a file manager's notes."""
+    for name in (".tmp-settings.json", ".lock", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert claimed(tmp_path) == claimed(tmp_path) == ""
+    assert not (tmp_path / ".tmp-settings.json").exists()
+
+
+def test_two_claims_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen a new directory: one gets it, the other is told."""
+    both, opened = threading.Barrier(2, timeout=60), files._open_exclusively
+
+    def together(path: Path) -> BinaryIO:
+        both.wait()
+        return opened(path)
+
+    monkeypatch.setattr(files, "_open_exclusively", together)
+    with ThreadPoolExecutor(2) as pool:
+        told = sorted(pool.map(lambda seed: claimed(tmp_path, seed), range(2)))
+    assert told[0] == ""
+    assert told[1].startswith("seed: got ")
