@@ -4,8 +4,9 @@
 
 A budget buys S = floor(budget / (n_pre + k + n_post)) timesteps of k iterations; whatever is left
 is stranded and reported. Points whose S is more than the schedule's timesteps, or less than one, do
-not exist. Every point is one set of 898 digits per seed; rows are written as they are known, and a
-second run of the same command continues. The means over the seeds are printed at the end.
+not exist; they are named. Every point is one set of 898 digits per seed; rows are written as they
+are known, and a second run of the same command continues, or helps while the first one is at it.
+The means over the seeds are printed at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -51,12 +52,12 @@ class Point:
 def points(
     model: ModelConfig, budgets: Sequence[int], ks: Sequence[int], timesteps: int
 ) -> list[Point]:
-    """Every point that exists. Raises ConfigError for a DiT, and when there is none."""
+    """Every point that exists, once. Raises ConfigError for a DiT, and when there is none."""
     if model.kind == "dit":
         raise ConfigError("--sweep: got a dit, expected an fpdm model: a DiT has no iterations")
     found = []
-    for budget in budgets:
-        for k in ks:
+    for budget in dict.fromkeys(budgets):
+        for k in dict.fromkeys(ks):
             steps, stranded = divmod(budget, fixed_blocks(model) + k)
             if k >= 1 and 1 <= steps <= timesteps:
                 found.append(Point(budget, k, steps, stranded))
@@ -78,21 +79,37 @@ def _integers(name: str, text: str | None, default: Sequence[int]) -> list[int]:
 def asked(
     model: ModelConfig, options: Mapping[str, str | None], timesteps: int
 ) -> tuple[list[Point], int]:
-    """Points and number of seeds from ``budgets``, ``ks``, ``seeds`` as typed. Raises
-    ConfigError."""
+    """Points and number of seeds from ``budgets``, ``ks``, ``seeds`` as typed; which points do not
+    exist is printed. Raises ConfigError."""
     budgets = _integers("budgets", options["budgets"], BUDGETS)
     ks = _integers("ks", options["ks"], KS)
     seeds = _integers("seeds", options["seeds"], [3])
     if len(seeds) != 1 or seeds[0] < 1:
         raise ConfigError(f"--seeds: got {options['seeds']}, expected how many, at least 1")
-    return points(model, budgets, ks, timesteps), seeds[0]
+    found = points(model, budgets, ks, timesteps)
+    exist = {(p.budget, p.k) for p in found}
+    absent = [f"{b} x {k}" for b in budgets for k in ks if (b, k) not in exist]
+    if absent:
+        print(
+            f"left out: got {', '.join(dict.fromkeys(absent))} (budget x k), expected k at least 1 "
+            f"and 1 to {timesteps} timesteps"
+        )
+    return found, seeds[0]
 
 
 def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows in ``path``. Raises ConfigError for those of other settings and for no such file."""
+    """The rows in ``path``, none where there is no such file. Raises ConfigError for those of other
+    settings, for a file of something else, and for a picture that no rows belong to."""
+    if not path.exists():
+        if path.with_suffix(".png").exists():
+            raise ConfigError(
+                f"--out: got {path.parent}, which holds sweep.png and no sweep.json, expected "
+                "another directory"
+            )
+        return []
     try:
         old = json.loads(path.read_bytes())
-        rows, known = list(old["rows"]), old["settings"]
+        rows, known = sorted(old["rows"], key=_key), old["settings"]
         table(rows)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
@@ -133,6 +150,26 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
 
 
+def _add(
+    path: Path, settings: dict[str, Any], new: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """``new`` rows beside those in ``path``, which others may be adding to. Returns all of them."""
+    rows: list[dict[str, Any]] = []
+
+    def merge(file: BinaryIO) -> None:
+        # read where other writers wait for this one's end
+        found = {_key(row): row for row in [*new, *_earlier(path, settings)]}
+        rows.extend(found[key] for key in sorted(found))
+        file.write(_text(settings, rows).encode())
+
+    atomic_write(path, merge)
+    return rows
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    return row["budget"], row["k"], row["seed"]
+
+
 def run(
     wanted: Sequence[Point],
     seeds: Sequence[int],
@@ -144,13 +181,13 @@ def run(
     """``measure(point, seed)`` for all of them, into ``out``/sweep.json and sweep.png, which shows
     the Frechet distances ``references`` too.
 
-    Rows of an earlier run with the same settings are kept. Raises ConfigError where there are some
-    of others.
+    Rows that another run with the same settings has written, or writes meanwhile, are kept. Raises
+    ConfigError where there are some of others.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "sweep.json"
-    rows = _earlier(path, settings) if path.is_file() else []
-    known = {(r["budget"], r["k"], r["seed"]) for r in rows}
+    rows = _add(path, settings)
+    known = {_key(row) for row in rows}
     todo = [(p, seed) for p in wanted for seed in seeds if (p.budget, p.k, seed) not in known]
     done, total = 0, sum(p.budget - p.stranded for p, _ in todo)
     began = time.perf_counter()
@@ -158,8 +195,7 @@ def run(
         for point, seed in todo:
             row = {"budget": point.budget, "k": point.k, "steps": point.steps, "seed": seed,
                    "stranded": point.stranded, **measure(point, seed)}  # fmt: skip
-            rows = sorted([*rows, row], key=lambda r: (r["budget"], r["k"], r["seed"]))
-            atomic_write(path, _text(settings, rows).encode())
+            rows = _add(path, settings, [row])
             done += point.budget - point.stranded
             bar.update(point.budget - point.stranded)
             left = _duration((time.perf_counter() - began) * (total / done - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,53 @@ def test_a_second_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(json.loads((tmp_path / "sweep.json").read_text())["rows"]) == len(calls) == 6
 
 
+def test_two_sweeps_at_once(tmp_path: Path) -> None:
+    """Each keeps the rows that the other one writes meanwhile, and other settings are refused."""
+    wanted = sweep.points(DIGITS, (140,), (1, 2, 3, 5), 1000)
+    row = {"frechet": 2.0, "accuracy": 0.5}
+
+    def meanwhile(point: Point, seed: int) -> dict[str, float]:
+        sweep.run(wanted[2:], range(1), lambda point, seed: row, tmp_path, {"a": 1})
+        with pytest.raises(ConfigError, match="other settings; expected another directory"):
+            sweep.run(wanted, range(1), lambda point, seed: row, tmp_path, {"a": 2})
+        return row | {"frechet": 1.0}
+
+    rows = sweep.run(wanted[:3], range(1), meanwhile, tmp_path, {"a": 1})
+    # of a point that both have measured the first row stays
+    assert [(r["k"], r["frechet"]) for r in rows] == [(1, 1.0), (2, 1.0), (3, 2.0), (5, 2.0)]
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == rows
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.json", "sweep.png"]
+
+
+def test_rows_from_many_threads(tmp_path: Path) -> None:
+    def write(k: int) -> None:
+        row = {"budget": 9, "k": k, "seed": 0, "frechet": 1.0, "accuracy": 0.5}
+        sweep._add(tmp_path / "sweep.json", {}, [row])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(40)))
+    assert [r["k"] for r in sweep._add(tmp_path / "sweep.json", {})] == list(range(40))
+
+
+def test_a_picture_of_no_sweep_stays(tmp_path: Path) -> None:
+    (tmp_path / "sweep.png").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"holds sweep.png and no sweep.json, expected another"):
+        sweep.run([], range(1), lambda point, seed: {}, tmp_path, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.png"]
+
+
+def test_points_are_taken_once_or_named(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"budgets": "20,20", "ks": "1,1,500,0", "seeds": "2"}
+    found, seeds = sweep.asked(DIGITS, asked, 1000)
+    assert ([(p.budget, p.k) for p in found], seeds) == ([(20, 1)], 2)
+    assert capsys.readouterr().out == (
+        "left out: got 20 x 500, 20 x 0 (budget x k), expected k at least 1 and 1 to 1000 "
+        "timesteps\n"
+    )
+    sweep.asked(DIGITS, asked | {"ks": "1"}, 1000)
+    assert capsys.readouterr().out == ""
+
+
 def test_what_it_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +162,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"rows": 3, "settings": {}}', '{"rows": [{}], "settings": {}}', "\xff"]
-)
+    "text",
+    [
+        "", "{", "[]", '{"rows": 3, "settings": {}}', '{"rows": [{}], "settings": {}}', "\xff",
+        '{"rows": [{"budget": 1, "k": 1, "frechet": 1, "accuracy": 1}], "settings": {}}',
+    ],
+)  # fmt: skip
 def test_damaged_rows(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sweep.json"
     path.write_bytes(text.encode("latin-1"))
