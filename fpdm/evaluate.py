@@ -2,19 +2,23 @@
 
 SOURCE is a run directory (EMA of its newest checkpoint), an export directory, or nothing: the
 digits model of the package. What is measured, and the targets, are in fpdm.quality. The table is
-printed and written as ``evaluation.json`` of the run, or ``evaluations/NAME-HASH.json`` here for an
-export; exit status 0 whatever it says, unless ``--strict``.
+printed and written as ``evaluation.json`` of the run, as its ``evaluation-HASH.json`` where settings
+are not the run's own, or as ``evaluations/NAME-HASH.json`` here for an export. HASH is of weights
+and settings, and an evaluation of others is not replaced; ``evaluation.json`` follows the run's
+newest checkpoint. Exit status 0 whatever it says, unless ``--strict``.
 ``--sweep`` draws quality against iterations per timestep at fixed budgets (fpdm.sweep).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +28,11 @@ from fpdm import sweep
 from fpdm.cli import given_names, parse_options, replace_cost, run_main, take_option
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import open_dataset
-from fpdm.files import atomic_write, make_directory, write_problem
+from fpdm.files import TEMPORARY, atomic_write, make_directory, read_small, write_problem
 from fpdm.pretrained import LoadedSource, choose_device, load_source
 from fpdm.quality import Evaluation, baseline, digits, evaluate_pixels, evaluate_samples
 from fpdm.recipes import load_config
-from fpdm.settings import plain
+from fpdm.settings import flat, plain
 
 # what every point of a sweep decides itself
 SWEPT = (
@@ -135,35 +139,82 @@ def _run_data(path: str | None) -> DataConfig:
     return load_config(str(config)).data if path and config.is_file() else DataConfig()
 
 
-def results_path(source: LoadedSource, options: Options) -> Path:
-    """Where results go, made ready before anything is measured: ``--out``, else the run; beside an
-    export, which may be shared or installed, nothing is written. Raises UserError."""
-    named = f"evaluations/{source.name}-{source.digest()[:8]}.json"
-    run = source.path / "evaluation.json" if (source.path / "checkpoints").is_dir() else named
-    out = Path(options.out or run)
-    if out.is_dir() or options.out.endswith("/"):
-        out = out / "evaluation.json"
+def settings_of(source: LoadedSource, options: Options) -> dict[str, Any]:
+    """What an evaluation of the source depends on, as its record keeps it."""
+    sample = {k: v for k, v in plain(options.sample).items() if k not in ("batch", "graphs")}
+    settings = {"sample": sample, "sets": options.sets, "seed": options.seed}
+    if not is_digits(source):
+        data = plain(options.data)
+        settings |= {"count": options.count, "data": data, "held_out": options.held_out}
+    return settings
+
+
+def results_path(source: LoadedSource, given: str, settings: dict[str, Any], own: bool) -> Path:
+    """Where results go, made ready before anything is measured: ``--out``, else the run, whose
+    ``own`` settings have a place of theirs; beside an export, which may be shared or installed,
+    nothing is written.
+
+    Raises:
+        UserError: it cannot be written, or holds something else than an evaluation of these.
+    """
+    tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    newest = own and not given and (source.path / "checkpoints").is_dir()
+    if given:
+        out = Path(given)
+        if out.is_dir() or given.endswith("/"):
+            out = out / "evaluation.json"
+    elif (source.path / "checkpoints").is_dir():
+        out = source.path / ("evaluation.json" if own else f"evaluation-{tag}.json")
+    else:
+        out = Path(f"evaluations/{source.name}-{tag}.json")
     try:
         make_directory(out.parent)
         # an unwritable place must not cost the measurement
-        atomic_write(out.with_name(f"{out.name}.probe"), b"")
-        out.with_name(f"{out.name}.probe").unlink()
+        probe = out.with_name(f"{TEMPORARY}probe-{out.name}")
+        atomic_write(probe, b"")
+        probe.unlink()
     except OSError as error:
         raise UserError(write_problem(out, error)) from error
+    if out.exists():
+        _check_replaced(out, settings, newest)
     return out
 
 
-def _measure(source: LoadedSource, options: Options, strict: bool) -> int:
-    """Samples drawn and measured: the table is printed, the record written. Exit status."""
-    out = results_path(source, options)
+def _check_replaced(out: Path, settings: dict[str, Any], newest: bool) -> None:
+    """Raises ConfigError unless ``out`` is an evaluation of ``settings``; where it follows the
+    ``newest`` checkpoint, one of another may be replaced, which is printed."""
+    try:
+        record = json.loads(read_small(out))
+        old, name = flat(record), record["source"]["name"]
+        _ = record["results"], record["sample"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"out: got {out}, which is no evaluation, expected another --out"
+        ) from error
+    for key, value in flat(settings).items():
+        # a run's data may have been moved
+        moves = newest and (key.startswith("source.") or key == "data.path")
+        if old.get(key, value) != value and not moves:
+            raise ConfigError(f"{key}: got {value}, expected {old[key]} of {out}, or another --out")
+    if name != settings["source"]["name"]:
+        print(f"replaces   the evaluation of {name} in {out}")
+
+
+def _measure(source: LoadedSource, options: Options, own: Options, strict: bool) -> int:
+    """Samples drawn and measured: the table is printed, the record written. ``own``: the source's
+    settings. Exit status."""
+    settings = settings_of(source, options)
+    default = source.which == "ema" and settings == settings_of(source, own)
+    settings["source"] = {
+        "name": source.name, "weights": source.which, "sha256": source.digest()
+    }  # fmt: skip
+    out = results_path(source, options.out, settings, default)
     found = evaluate(source, options)
     print(found.table(), flush=True)
-    record = found.to_dict() | {
-        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+    record = found.to_dict() | settings | {
         "sample": plain(options.sample),
-        "seed": options.seed,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
+    }  # fmt: skip
     atomic_write(out, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
     print(f"wrote {out}")
     return 1 if strict and not found.passed else 0
@@ -198,9 +249,9 @@ def command(argv: list[str]) -> int:
             Options(SamplerConfig(iters=8), DataConfig()), ["--help"], prog, extra, about=about
         )
     source = load_source(path, weights, None, choose_device(device or "auto"))
-    options = Options(source.sampler_config, _run_data(path))
+    own = Options(source.sampler_config, _run_data(path))
     # a sweep refuses a cost, which it decides itself
-    options = parse_options(options, argv if sweeping else replace_cost(argv), prog, extra)
+    options = parse_options(own, argv if sweeping else replace_cost(argv), prog, extra)
     if is_digits(source):
         _check_digits(given_names(argv))
     if sweeping:
@@ -211,7 +262,7 @@ def command(argv: list[str]) -> int:
                 f"--sweep: got {', '.join(given)}, expected --budgets, --ks, --seeds in its place"
             )
         return _sweep(source, options, wanted)
-    return _measure(source, options, strict)
+    return _measure(source, options, own, strict)
 
 
 if __name__ == "__main__":

@@ -279,6 +279,10 @@ def test_command_measures_an_export(exported, tmp_path, monkeypatch, capsys):
     assert evaluate.command([*argv, "--seed", "7", "--out", str(other)]) == 0
     results = [json.loads(p.read_text())["results"] for p in (other, found)]
     assert results[0] != results[1]
+    # other settings have a file of their own
+    assert evaluate.command([*argv, "--seed", "7"]) == 0
+    assert len(list((tmp_path / "evaluations").iterdir())) == 2
+    assert json.loads(found.read_text()) == written
 
 
 def test_a_budget_takes_the_place_of_iterations(exported, tmp_path):
@@ -344,12 +348,14 @@ def test_image_model_is_measured_against_its_folder(tmp_path):
     )  # fmt: skip
     data = ["--data.kind", "images", "--data.path", str(tmp_path / "train")]
     argv = [str(out), *FEW, *data, "--data.image_size", "4", "--sets", "1", "--count", "8"]
-    argv += ["--out", str(out)]
-    assert evaluate.command(argv) == 0
+    assert evaluate.command([*argv, "--out", str(out)]) == 0
     found = json.loads((out / "evaluation.json").read_text())
     assert [r["name"] for r in found["results"]] == ["nearest distance"]
-    assert evaluate.command([*argv, "--held_out", str(tmp_path / "held")]) == 0
-    found = json.loads((out / "evaluation.json").read_text())
+    argv += ["--held_out", str(tmp_path / "held")]
+    with pytest.raises(ConfigError, match=r"held_out: got .*held, expected  of .*evaluation.json"):
+        evaluate.command([*argv, "--out", str(out)])
+    assert evaluate.command([*argv, "--out", str(tmp_path / "other.json")]) == 0
+    found = json.loads((tmp_path / "other.json").read_text())
     assert [r["name"] for r in found["results"]] == ["nearest distance", "nearest ratio"]
 
 
