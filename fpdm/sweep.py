@@ -5,8 +5,8 @@
 A budget buys S = floor(budget / (n_pre + k + n_post)) timesteps of k iterations; whatever is left
 is stranded and reported. Points whose S is more than the schedule's timesteps, or less than one, do
 not exist; they are named. Every point is one set of 898 digits per seed; rows are written as they
-are known, and a second run of the same command continues, or helps while the first one is at it.
-The means over the seeds are printed at the end.
+are known, beside those of other sweeps with the same settings, and a second run of the same command
+continues. The means over the seeds are printed at the end.
 """
 
 from __future__ import annotations
