@@ -2,8 +2,8 @@
 
 SOURCE is a run directory (EMA of its newest checkpoint), an export directory, or nothing: the
 digits model of the package. What is measured, and the targets, are in fpdm.quality. The table is
-printed and written as ``evaluation.json`` of the run, as its ``evaluation-HASH.json`` where settings
-are not the run's own, or as ``evaluations/NAME-HASH.json`` here for an export. HASH is of weights
+printed and written as ``evaluation.json`` of the run, as its ``evaluation-HASH.json`` under other
+settings than its own, or as ``evaluations/NAME-HASH.json`` here for an export. HASH is of weights
 and settings, and an evaluation of others is not replaced; ``evaluation.json`` follows the run's
 newest checkpoint. Exit status 0 whatever it says, unless ``--strict``.
 ``--sweep`` draws quality against iterations per timestep at fixed budgets (fpdm.sweep).
