@@ -340,7 +340,7 @@ def _verify(folder: Path, skip_broken: bool) -> None:
         shards.open_latents(folder, manifest.latent_scale, flip=False)
         print(f"{_describe(folder, manifest)}: all hashes match")
         return
-    records, skipped = index_images(folder, accept_broken=skip_broken)
+    records, skipped = index_images(folder, accept_broken=skip_broken, decode_all=True)
     for name in sorted(skipped):
         print(f"skipped {folder / name}: {records[name].problem}")
     print(f"{folder}: {len(records) - len(skipped)} images decode, {len(skipped)} broken skipped")

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -109,7 +110,10 @@ class ImageFolder:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != self.sha256[index]:
-            raise DataError(f"{path}: got other bytes than its index says (image {index})")
+            raise DataError(
+                f"{path}: got other bytes than the index says (image {index}), expected its; mend "
+                f"it, or have it indexed anew: python -m fpdm.data verify {self._folder}"
+            )
         image = _centre_crop(_decode(data).convert(self._mode), self.shape[1])
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self._mode == "L" else pixels.transpose(2, 0, 1)
@@ -198,12 +202,14 @@ def _examine(path: Path) -> ImageRecord:
 
 
 def index_images(
-    folder: Path, accept_broken: bool = False
+    folder: Path, accept_broken: bool = False, decode_all: bool = False
 ) -> tuple[dict[str, ImageRecord], frozenset[str]]:
     """Records of all images in order, and the names of the broken ones that were accepted.
 
     ``accept_broken`` writes the agreement to skip today's broken files into the index. The index is
     a cache: damaged or absent it is built again, and a folder that cannot be written has none.
+    ``decode_all`` believes none of it, and warns of files whose bytes have changed under the same
+    size and time.
 
     Raises:
         DataError: no images, or broken ones that nobody accepted (their number, the first five).
@@ -211,7 +217,8 @@ def index_images(
     _pillow()
     names = _image_names(folder)
     known, agreed = _load_index(folder)
-    fresh = [name for name in names if not _unchanged(folder / name, known.get(name))]
+    same = {name for name in names if _unchanged(folder / name, known.get(name))}
+    fresh = [name for name in names if decode_all or name not in same]
     progress = tqdm(
         thread_map(lambda name: _examine(folder / name), fresh),
         total=len(fresh),
@@ -221,6 +228,13 @@ def index_images(
     )
     found = dict(zip(fresh, progress))
     records = {name: found.get(name) or known[name] for name in names}
+    changed = [name for name in names if name in same and records[name] != known[name]]
+    if changed:
+        warnings.warn(
+            f"{folder}: got other bytes than the index said in {len(changed)} of {len(names)} "
+            f"images: {listed(changed)}",
+            stacklevel=1,
+        )
     broken = [name for name in names if records[name].problem]
     accepted = frozenset(
         n for n in broken if accept_broken or (n in agreed and records[n] == known.get(n))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_shards import refused, rows
 
-from fpdm import images
+from fpdm import data, images
 from fpdm.config import DataConfig
 from fpdm.data import open_dataset
 
@@ -184,6 +184,48 @@ def test_an_image_that_changes_later_is_named(tmp_path: Path):
     refused(lambda: hidden.batch(np.array([1])), "n01/1.png")
     victim.write_bytes(picture(seed=99))
     assert open_images(path).fingerprint != opened.fingerprint
+
+
+def changed_in_place(path: Path, raw: bytes) -> None:
+    """Other bytes under the same size and time."""
+    status = path.stat()
+    assert len(raw) == status.st_size
+    path.write_bytes(raw)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def flipped_bit(tmp_path: Path, kind: str) -> Path:
+    """A folder of ten images whose index is of one byte that is another now, of n01/9."""
+    path = folder(tmp_path)
+    victim = path / "n01" / f"9.{kind.lower()}"
+    victim.write_bytes(picture(kind=kind))
+    open_images(path)
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    changed_in_place(victim, bytes(raw))
+    return path
+
+
+def test_verify_decodes_what_the_index_calls_good(tmp_path: Path):
+    path = flipped_bit(tmp_path, "PNG")
+    # whoever reads it later names the way out
+    words = ("n01/9.png: got other bytes", f"python -m fpdm.data verify {path}")
+    refused(lambda: open_images(path).batch(rows(10)), *words)
+    with pytest.warns(UserWarning, match="in 1 of 10 images: n01/9.png"):
+        refused(lambda: data.command(["verify", str(path)]), "1 broken of 10 images: n01/9.png")
+    refused(lambda: open_images(path), "1 broken of 10 images")  # by the index, which knows it now
+
+
+def test_verify_takes_changed_pictures_as_they_are(tmp_path: Path):
+    """A BMP has no sums: it is told, and indexed anew."""
+    path = flipped_bit(tmp_path, "BMP")
+    before = open_images(path)
+    refused(lambda: before.batch(rows(10)), "n01/9.bmp")
+    with pytest.warns(UserWarning, match="in 1 of 10 images: n01/9.bmp"):
+        data.command(["verify", str(path)])
+    after = open_images(path)
+    assert after.fingerprint != before.fingerprint
+    after.batch(rows(10))
 
 
 def test_a_damaged_index_is_built_again(tmp_path: Path):
