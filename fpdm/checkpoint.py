@@ -259,6 +259,10 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
 
 def _read(path: Path, keep: bool) -> Checkpoint:
     body, records = _read_manifest(path)
+    if _DIRECTORY.fullmatch(path.name) and _number(path)[0] != body["step"]:
+        raise CheckpointError(
+            f"{path}: got the checkpoint of step {body['step']}, expected that of its name"
+        )
     tensors, meta = {}, {}
     for name, record in records.items():
         if name.endswith(".safetensors"):

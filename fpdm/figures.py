@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fpdm.config import ConfigError
 from fpdm.files import atomic_write
+from fpdm.settings import one_line
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MIN_SIDE = 48  # pixels; smaller images are enlarged unless the caller gives a scale
@@ -138,11 +139,11 @@ def _figure(width: float, height: float, wanted: str) -> Any:
     """A matplotlib figure outside pyplot's global state, or None after saying what is missing."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        print(
-            f'{wanted}: not drawn, matplotlib is not installed (pip install "fpdm[eval]")',
-            file=sys.stderr,
-        )
+    except Exception as error:  # its settings may be broken, and MPLBACKEND names anything
+        why = 'is not installed (pip install "fpdm[eval]")'
+        if not isinstance(error, ImportError):
+            why = f"cannot be loaded: {one_line(error)}"
+        print(f"{wanted}: not drawn, matplotlib {why}", file=sys.stderr)
         return None
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -375,6 +375,19 @@ def test_only_nan_is_resumed_and_said(tmp_path: Path) -> None:
     assert "no finite checkpoint is left" in lines[0]
 
 
+def test_one_that_was_renamed_is_passed_over(tmp_path: Path) -> None:
+    """Newest by its name, and for ever: no later step would count."""
+    for step in (2, 4):
+        put(tmp_path, step)
+    (tmp_path / "step_0000002").rename(tmp_path / "step_0000099")
+    lines: list[str] = []
+    must_hold(load_newest(tmp_path, lines.append), 4)
+    assert lines == [
+        f"refused checkpoint {tmp_path / 'step_0000099'}: got the checkpoint of step 2, expected "
+        "that of its name"
+    ]
+
+
 def test_nan_does_not_replace_the_finite_one_of_its_step(tmp_path: Path) -> None:
     path = put(tmp_path, 1)
     bad = state(1)

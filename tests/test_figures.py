@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -213,3 +215,20 @@ def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     assert len(lines) == 2
     assert all("matplotlib is not installed" in line and "fpdm[eval]" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_matplotlib_that_cannot_be_loaded_is_one_line(tmp_path):
+    """A notebook hands its back end's name to its children, who do not have it."""
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path / "metrics.jsonl", ROWS)
+    code = (
+        f"from fpdm import figures; figures.plot_history({str(tmp_path / 'metrics.jsonl')!r}, 'x')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "MPLBACKEND": "module://nowhere"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if done.stderr:  # of a version that looks at it at once
+        assert "x: not drawn, matplotlib cannot be loaded: " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
