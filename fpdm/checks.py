@@ -3,13 +3,16 @@ earlier session of the run; and the advice when a step runs out of memory."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fpdm.config import RESUME_FREE, Config, ConfigError, diff, to_dict
+from fpdm import __version__
+from fpdm.config import RESUME_FREE, Config, ConfigError, diff, from_dict, to_dict
 from fpdm.data import Dataset
+from fpdm.distributed import Ranks
 
 
 def check_machine(config: Config, world: int, device: torch.device) -> None:
@@ -45,10 +48,13 @@ def check_data(config: Config, data: Dataset) -> None:
         raise ConfigError("data: got no samples, expected at least 1")
 
 
-def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
+def check_same(
+    meta: dict[str, Any], config: Config, fingerprint: str, world: int, path: Path
+) -> None:
     """A resumed run is the same run, but for what ``config.RESUME_FREE`` lets change. Raises
     ConfigError that names the changed fields."""
-    changed = diff(meta["config"], to_dict(config), RESUME_FREE)
+    # a setting that is younger than the checkpoint had its default
+    changed = diff(to_dict(from_dict(meta["config"])), to_dict(config), RESUME_FREE)
     if changed:
         decays = any(line.startswith("train.steps:") for line in changed)
         why = " (optim.lr_final is reached at the last step)" if decays else ""
@@ -61,6 +67,31 @@ def check_same(meta: dict[str, Any], config: Config, fingerprint: str, path: Pat
             f"data: got fingerprint {fingerprint[:16]}, expected {meta['data'][:16]} of {path}: "
             "the data changed since"
         )
+    if config.fixed_point.draws == "per_rank" and meta["ranks"] != world:
+        raise ConfigError(
+            f"ranks: got {world}, expected the {meta['ranks']} of {path}: with fixed_point.draws = "
+            "per_rank another number draws other (n, m)"
+        )
+    if meta["state"]["step"] > config.train.steps:
+        raise ConfigError(
+            f"train.steps: got {config.train.steps}, expected at least {meta['state']['step']}, "
+            f"where {path} is"
+        )
+
+
+def check_alike(ranks: Ranks, config: Config, fingerprint: str) -> None:
+    """Every rank trains the same model on the same data in the same way as rank 0. Raises
+    ConfigError on the ranks that would not, PeerError on the others."""
+    mine = {"config": to_dict(config), "data": fingerprint, "fpdm": __version__}
+    first = json.loads(ranks.of_first(json.dumps(mine).encode()))
+    free = {name: why for name, why in RESUME_FREE.items() if name != "train.steps"}
+    changed = diff(first["config"], mine["config"], free)
+    changed += [f"{n}: {first[n]} -> {mine[n]}" for n in ("data", "fpdm") if first[n] != mine[n]]
+    failure = ConfigError(
+        f"rank {ranks.rank}: got other settings or data than rank 0, expected the same: "
+        + "; ".join(changed)
+    )
+    ranks.agree(failure if changed else None)
 
 
 def too_large(

@@ -25,7 +25,7 @@ from types import FrameType, MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fpdm import settings
-from fpdm.process import keep_freed_memory
+from fpdm.process import drop, keep_freed_memory, open_streams
 from fpdm.settings import ConfigError, UserError
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ def run_main(
     A UserError, an OSError and an interrupt become one line on stderr; anything else keeps its
     traceback.
     """
+    open_streams()
     keep_freed_memory()
     try:
         with _warnings_of(prog), _recorded(prog):
@@ -48,7 +49,8 @@ def run_main(
         status = _tell(prog, f"error: {error}", 2)
     except BrokenPipeError:
         status = 1  # the reader has left (``| head``)
-        _drop_stdout()
+        # the interpreter flushes once more at exit, which must not fail a second time
+        drop(sys.stdout)
     except OSError as error:
         if error.errno is None:
             raise  # a library's own use of the class, not the system's
@@ -56,7 +58,7 @@ def run_main(
         where = " -> ".join(names)
         what = f"{where}: {error.strerror}" if where else str(error.strerror)
         status = _tell(prog, f"error: {what}", 1)
-        _drop_stdout()
+        drop(sys.stdout)
     except KeyboardInterrupt as error:
         status = _tell(prog, f"interrupted{f'; {error}' if error.args else ''}", 130)
     sys.exit(status)
@@ -108,12 +110,6 @@ def _tell(prog: str, message: str, status: int) -> int:
 
 def _line(message: str) -> str:
     return " ".join(message.split())
-
-
-def _drop_stdout() -> None:
-    """The interpreter flushes stdout once more at exit, which must not fail a second time."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

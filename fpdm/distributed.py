@@ -99,9 +99,7 @@ class Ranks:
     """This process among its peers: ``rank`` of ``world`` on ``device``."""
 
     def __init__(self, device: str, timeout_s: int) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rank, self.world, local = place()
         self.device = pick_device(device, local)
         self._told: Exception | None = None
         if self.world > 1:
@@ -165,10 +163,42 @@ class Ranks:
                 for t in tensors:
                     dist.broadcast(t, src=0)
 
+    def of_first(self, data: bytes) -> bytes:
+        """Rank 0's ``data`` for everybody."""
+        size = torch.tensor([len(data)])
+        self.broadcast_([size])
+        packed = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.broadcast_([packed])
+        return bytes(packed.tolist())
+
     def close(self) -> None:
         """Leaves the group in order; not to be called after a ``PeerError``."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def place() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1 and 0 without it. Raises
+    ConfigError for what is no rank among its peers: it would train a part, or nothing."""
+    found = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise ConfigError(f"{name}: got {text!r}, expected a number, which torchrun sets")
+        found.append(int(text))
+    rank, world, local = found
+    if rank >= world:
+        raise ConfigError(
+            f"RANK: got {rank} with WORLD_SIZE {world}, expected less: start the ranks with "
+            "torchrun, or unset both"
+        )
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE: got {world} without MASTER_ADDR, expected torchrun to start the ranks"
+        )
+    return rank, world, local
 
 
 def pick_device(setting: str, local_rank: int = 0) -> torch.device:

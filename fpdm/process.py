@@ -1,5 +1,5 @@
 """What a command asks of its process: threads that soon sleep, no more than it has processors for,
-freed memory kept.
+freed memory kept, output that may end before the work does.
 
 A library must not decide this for the program that imports it, so ``import fpdm`` changes nothing.
 A command, ``python -m fpdm.NAME``, owns its process. Variables that are already set are left alone.
@@ -18,12 +18,14 @@ step of the digits on two threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 # what OpenMP reads of the environment
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -101,6 +103,68 @@ def quota(root: Path) -> int | None:
     except (OSError, ValueError, ZeroDivisionError):
         return None  # "max" is no number
     return max(1, -int(-used // 1)) if used > 0 else None
+
+
+def open_streams() -> None:
+    """Where stdin, stdout or stderr was closed by whoever started the process, nothing is read and
+    what is written is dropped; what an encoding lacks is written as an escape."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(fd)
+            except OSError:
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != fd:  # else it is the lowest that was free
+                    os.dup2(null, fd)
+                    os.close(null)
+            setattr(sys, name, open(os.devnull, "w" if fd else "r"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop(stream: TextIO) -> None:
+    """What is written from here on goes nowhere, and what waits in the buffer with it."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+class _Lasting:
+    """A stream that drops what it cannot write, and all that follows."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            drop(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            drop(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, a reader that has gone (``| tee``, which Ctrl-C ends too), a closed terminal or a
+    full disk under the log ends the output and not the work."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def keep_freed_memory() -> bool:

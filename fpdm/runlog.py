@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,15 @@ class RunDirectory:
         """Lets another session have the run."""
         self._held.close()
 
+    def write_config(self, text: str, resumed: bool) -> None:
+        """Writes the resolved configuration; one of somebody's own that is there is kept."""
+        with contextlib.suppress(FileNotFoundError):
+            if not resumed and self.config.read_bytes() != text.encode():
+                kept = self.config.with_suffix(".yaml.bak")
+                os.replace(self.config, kept)
+                print(f"{self.config}: what was there is {kept.name} now", flush=True)
+        atomic_write(self.config, text.encode())
+
     def keep_until(self, step: int) -> None:
         """Drops the rows of steps after ``step``, and a row that a kill cut short."""
         for path in (self.metrics, self.timing, self.nonfinite):
@@ -130,6 +141,35 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Window:
+    """Sums since the last row; part of a checkpoint, so that a resumed run writes the same row."""
+
+    good: int = 0
+    loss: float = 0.0
+    mse: float = 0.0
+    vb: float = 0.0
+    micro: int = 0
+    n: int = 0
+    m: int = 0
+
+    def row(self, last: Mapping[str, float], looped: bool) -> dict[str, float | None]:
+        """Means, and what the ``last`` step found; ``looped``: the model has a fixed point. A
+        number that does not exist is None: NaN is not JSON."""
+        good, micro = self.good or math.nan, self.micro or math.nan
+        row = {
+            "loss": self.loss / good,
+            "mse": self.mse / good,
+            "vb": self.vb / good,
+            "n": self.n / micro if looped else None,
+            "m": self.m / micro if looped else None,
+            "residual": last.get("residual") if looped else None,
+            "grad_norm": last.get("grad_norm"),
+            "lr": last.get("lr"),
+        }
+        return {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
 
 
 class Progress:
@@ -181,14 +221,9 @@ class Progress:
                 self.board.flush()
 
     def say(self, line: str) -> None:
-        """Prints a line above the progress bar. Silent once the terminal is closed: that must not
-        keep the run from being saved."""
-        try:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
+        """Prints a line above the progress bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Ends bar and board."""

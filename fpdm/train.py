@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fpdm import __version__, checkpoint, figures
 from fpdm.batches import Loader, Micro, draw_iterations, draw_samples
-from fpdm.checks import check_data, check_machine, check_same, too_large
+from fpdm.checks import check_alike, check_data, check_machine, check_same, too_large
 from fpdm.cli import run_main
 from fpdm.config import Config, ConfigError, Impl, UserError, to_dict, to_yaml
 from fpdm.data import open_dataset
@@ -37,31 +37,18 @@ from fpdm.diffusion import Diffusion
 from fpdm.distributed import Ranks, StopFlag
 from fpdm.engine import Sampler
 from fpdm.exports import export
-from fpdm.files import atomic_write
 from fpdm.kernels import implementations
 from fpdm.microstep import MicroStep
 from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
+from fpdm.process import lasting_output
 from fpdm.recipes import load_config
-from fpdm.runlog import Progress, RunDirectory
-from fpdm.settings import flat
+from fpdm.runlog import Progress, RunDirectory, Window
+from fpdm.settings import flat, one_line
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRID_CLASSES = 10
-
-
-@dataclass
-class Window:
-    """Sums since the last row; part of a checkpoint, so that a resumed run writes the same row."""
-
-    good: int = 0
-    loss: float = 0.0
-    mse: float = 0.0
-    vb: float = 0.0
-    micro: int = 0
-    n: int = 0
-    m: int = 0
 
 
 @dataclass
@@ -84,7 +71,7 @@ class Trainer:
         self.directory = RunDirectory(
             Path(config.train.out) / (config.train.name or config.recipe or "run")
         )
-        self.step = 0
+        self.step = self.saved = 0
         self.window, self.counters = Window(), Counters()
         self._last: dict[str, float] = {}
         self._losses: list[tuple[Sequence[int], Tensor]] = []
@@ -179,7 +166,8 @@ class Trainer:
             )
         found = checkpoint.load_newest(root, report=print)
         if found is not None:
-            check_same(found.meta, self.config, self.data.fingerprint, found.path)
+            world = self.ranks.world
+            check_same(found.meta, self.config, self.data.fingerprint, world, found.path)
             self.optimizer.load_state(found.tensors)
             self._restore(found.meta["state"])
             total = self.config.train.steps
@@ -187,7 +175,8 @@ class Trainer:
         elif self.directory.metrics.exists():
             print(f"no checkpoint under {root}: the run begins anew, its rows too", flush=True)
         self.directory.keep_until(self.step)
-        atomic_write(self.directory.config, to_yaml(self.config).encode())
+        self.saved = self.step
+        self.directory.write_config(to_yaml(self.config), found is not None)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -207,6 +196,7 @@ class Trainer:
         """Everybody continues from rank 0's state: only rank 0 reads checkpoints."""
         if self.ranks.world == 1:
             return
+        check_alike(self.ranks, self.config, self.data.fingerprint)
         state, groups = self._state(), self.optimizer.state()
         mine = flat(state)
         packed = torch.tensor(list(mine.values()), dtype=torch.float64)
@@ -251,7 +241,7 @@ class Trainer:
     def _advance(self) -> int:
         """One step on all ranks; returns the agreed signal number."""
         failure: Exception | None = None
-        bad = True
+        bad, window = True, replace(self.window)
         try:
             norm = self._gradients()
             bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
@@ -262,7 +252,11 @@ class Trainer:
             )
         except Exception as error:
             failure = error
-        found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
+        try:
+            found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
+        except Exception:
+            self._keep(window)
+            raise
         if not found and self.ranks.world > 1:
             self.ranks.sum_(self.optimizer.buffer)
             norm = self.optimizer.grad_norm()
@@ -275,6 +269,20 @@ class Trainer:
         self._row_if_due()
         self._check_nonfinite()
         return signum
+
+    def _keep(self, window: Window) -> None:
+        """Saves what was trained before a step that failed, which has updated nothing yet: the
+        error may come back, hours of good steps do not."""
+        self.window = window
+        if self.ranks.rank or self.step == self.saved:
+            return
+        try:
+            self.save()
+            self.progress.say(
+                f"saved step {self.step}, the last before the error, in {self._saved}"
+            )
+        except Exception as error:  # a device that is lost gives nothing back
+            self.progress.say(f"step {self.step} could not be saved: {one_line(error)}")
 
     def _gradients(self) -> float:
         """The step's gradients, into the optimiser's buffer; their norm. A step that finds no
@@ -375,23 +383,9 @@ class Trainer:
         w, self.window = self.window, Window()
         if self.ranks.rank:
             return
-        good, micro, last = w.good or math.nan, w.micro or math.nan, self._last
-        looped = isinstance(self.model, FPDM)
-        row = {
-            "step": self.step,
-            "loss": w.loss / good,
-            "mse": w.mse / good,
-            "vb": w.vb / good,
-            "n": w.n / micro if looped else None,
-            "m": w.m / micro if looped else None,
-            "residual": last.get("residual") if looped else None,
-            "grad_norm": last.get("grad_norm"),
-            "lr": last.get("lr"),
-            "scale": self.scaler.scale,
-            "skipped": self.counters.skipped,
-        }
-        # a number that does not exist is null: NaN is not JSON
-        row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}
+        means = w.row(self._last, looped=isinstance(self.model, FPDM))
+        skipped = self.counters.skipped
+        row = {"step": self.step, **means, "scale": self.scaler.scale, "skipped": skipped}
         self.directory.append(self.directory.metrics, row)
         self.progress.row(row)
 
@@ -426,6 +420,7 @@ class Trainer:
         keep = self.config.train.keep
         root = self.directory.checkpoints
         self._saved = checkpoint.save(root, self.step, self.optimizer.state(), meta, keep)
+        self.saved = self.step
 
     def _grid(self) -> None:
         """Samples of the average, rows are classes; fixed seeds and labels make grids comparable.
@@ -469,7 +464,6 @@ class Trainer:
     def _finish(self) -> None:
         self._announce()
         self.progress.close()
-        figures.plot_history(self.directory.metrics, self.directory.curves)
         data = self.config.data
         export(
             self.directory.export,
@@ -484,6 +478,8 @@ class Trainer:
                 "latent_scale": data.latent_scale if data.kind == "latents" else None,
             },
         )
+        # after what nothing can replace
+        figures.plot_history(self.directory.metrics, self.directory.curves)
         print(
             f"done: {self.step} steps; samples {self.directory.sample(self.step)}, curves "
             f"{self.directory.curves}, export (EMA) {self.directory.export}",
@@ -493,7 +489,9 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     """``fpdm.train RECIPE [--section.key value]``."""
-    Trainer(load_config(argv[0] if argv else "", argv[1:])).run()
+    config = load_config(argv[0] if argv else "", argv[1:])
+    with lasting_output():
+        Trainer(config).run()
 
 
 if __name__ == "__main__":

@@ -180,14 +180,19 @@ def start(
     return process
 
 
-def start_pair(config: Config, log: Path, kind: type[Trainer] = Trainer) -> list[Any]:
-    """Two gloo ranks; logs are log.0 and log.1."""
+def start_pair(
+    config: Config | list[Config], log: Path, kind: type[Trainer] = Trainer
+) -> list[Any]:
+    """Two gloo ranks, of one configuration or each of its own; logs are log.0 and log.1."""
+    configs = config if isinstance(config, list) else [config] * 2
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        start(config, Path(f"{log}.{r}"), kind, {**common, "RANK": str(r), "LOCAL_RANK": str(r)})
+        start(
+            configs[r], Path(f"{log}.{r}"), kind, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
         for r in range(2)
     ]
 

@@ -24,6 +24,8 @@ from runs import (
 )  # fmt: skip
 
 from fpdm import checkpoint
+from fpdm.config import ConfigError
+from fpdm.distributed import place
 from fpdm.train import Trainer
 
 
@@ -65,6 +67,44 @@ def test_two_ranks_for_fifty_steps_with_accumulation_and_a_signal(tmp_path):
     first, second = run_pair(config, tmp_path / "log")
     assert first == second
     assert len(first) == 50
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [({"lr": 1e-6, "seed": 7}, "optim.lr: 0.001 -> 1e-06; train.seed: 3 -> 7"),
+     ({"steps": 9}, "train.steps: 50 -> 9")],
+)  # fmt: skip
+def test_ranks_with_other_settings_are_refused(tmp_path, other, told):
+    """A stale YAML on one node: the replicas would drift apart in silence."""
+    config = pair_config(tmp_path)
+    children = start_pair([config, pair_config(tmp_path, **other)], tmp_path / "log")
+    assert [finish(child, 20.0) for child in children] == [2, 2]
+    assert (
+        f"rank 1: got other settings or data than rank 0, expected the same: {told}"
+        in (tmp_path / "log.1").read_text()
+    )
+    assert "rank 1 failed, see its message; rank 0 leaves" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "1"}, "RANK: got 1 with WORLD_SIZE 1, expected less"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: got 2 with WORLD_SIZE 2, expected less"),
+        ({"RANK": "x"}, "RANK: got 'x', expected a number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: got '-1', expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE: got 2 without MASTER_ADDR"),
+    ],
+)
+def test_an_environment_that_is_no_rank(monkeypatch, environment, says):
+    """A job array exports RANK: its process would train, write nothing and say nothing."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert place() == (0, 1, 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=says):
+        place()
 
 
 def test_ranks_that_do_not_sum_would_be_seen(tmp_path):

@@ -21,9 +21,10 @@ import torch
 from runs import changed, small
 
 from fpdm import checkpoint, figures, files
-from fpdm.config import ConfigError, UserError
+from fpdm.checks import check_same
+from fpdm.config import ConfigError, FixedPointConfig, UserError
 from fpdm.kernels import implementations
-from fpdm.runlog import Progress, RunDirectory
+from fpdm.runlog import RunDirectory
 from fpdm.train import Trainer
 
 
@@ -93,24 +94,46 @@ def test_half_a_row_does_not_stay(tmp_path: Path) -> None:
     assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2]
 
 
-def test_a_line_for_a_terminal_that_was_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_config_of_somebody_s_own_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is lost, and keeps nothing from being saved; on a disk that is full it is an error."""
-    progress = Progress(small(tmp_path), RunDirectory(tmp_path), torch.device("cpu"), 0, True)
-    controller, terminal = os.openpty()
-    os.close(controller)
-    with open(terminal, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        progress.say("saved")
-        # what the buffer still holds
-        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(OSError, match="No space left"):
-            progress.say("saved")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
-    progress.close()
+    config = small(tmp_path, steps=1)
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "config.yaml").write_text("# mine\nrecipe: digits\n")
+    Trainer(config).run()
+    assert "what was there is config.yaml.bak now" in capsys.readouterr().out
+    assert (root / "config.yaml.bak").read_text().startswith("# mine")
+    written = (root / "config.yaml").read_text()
+    # its own it writes again: the run goes on, with more steps, and begins anew
+    Trainer(changed(config, steps=2)).run()
+    shutil.rmtree(root / "checkpoints")
+    (root / "config.yaml").write_text(written)
+    Trainer(config).run()
+    assert "config.yaml.bak now" not in capsys.readouterr().out
+    assert (root / "config.yaml.bak").read_text().startswith("# mine")
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    """Fewer steps than it has done, and other ranks where each draws its own (n, m)."""
+    ours = FixedPointConfig(n_max=2, m_max=2, draws="per_rank")
+    config = small(tmp_path, steps=3, fixed_point=ours)
+    Trainer(config).run()
+    with pytest.raises(ConfigError, match=r"train.steps: got 2, expected at least 3, where"):
+        Trainer(changed(config, steps=2)).run()
+    meta = checkpoint.load_newest(tmp_path / "run" / "checkpoints").meta
+    check_same(meta, config, meta["data"], 1, tmp_path)
+    with pytest.raises(ConfigError, match=r"ranks: got 2, expected the 1 of .*per_rank"):
+        check_same(meta, config, meta["data"], 2, tmp_path)
+    shared = replace(config, fixed_point=replace(ours, draws="global"))
+    meta["config"]["fixed_point"]["draws"] = "global"
+    check_same(meta, shared, meta["data"], 2, tmp_path)
+    # a setting that came after the checkpoint had its default then
+    del meta["config"]["optim"]["ema_warmup"]
+    check_same(meta, shared, meta["data"], 1, tmp_path)
+    wrong = replace(shared, optim=replace(shared.optim, ema_warmup=True))
+    with pytest.raises(ConfigError, match=r"optim.ema_warmup: False -> True"):
+        check_same(meta, wrong, meta["data"], 1, tmp_path)
 
 
 def test_grids_in_another_dtype_than_training(
