@@ -90,8 +90,8 @@ def test_a_piece_that_fails_is_told_and_the_rest_goes_on(check: Check) -> None:
     assert all(f"== {name}:" in log for name in names)
     # words, results, and the tables that a run would have written
     assert {p.name for p in check.out.iterdir()} == {
-        "sample.log", "gemm.json", "gemm_large.json", "attention.json", "bench_sample.json", "gemm_table.json",
-        "attention_table.json",
+        "sample.log", "gemm.json", "gemm_large.json", "attention.json", "bench_sample.json",
+        "gemm_table.json", "attention_table.json",
     }  # fmt: skip
     check.run("train")
     assert check.status == 0
