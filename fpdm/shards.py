@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -353,13 +354,16 @@ def write_shards(
     that the latents already carry; ``num_classes=None`` takes the largest label + 1.
 
     Raises:
-        DataError: ``out`` exists, NaN or Inf (also an overflow of float16), a label out of range, a
-            batch of another shape, no rows at all, or a full disk. Rows are counted from 0.
+        DataError: ``out`` exists, or a ``.NAME.partial`` of something else; NaN or Inf (also an
+            overflow of float16), a label out of range, a batch of another shape, no rows at all,
+            or a full disk. Rows are counted from 0.
     """
     done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
     partial = partial_folder(out)
-    if (partial / ORIGIN).is_file():
-        raise DataError(f"{partial}: got an unfinished encode, expected it removed or finished")
+    known = re.compile(rf"shard_\d+\.safetensors|{re.escape(MANIFEST)}")
+    if other := sorted(p.name for p in partial.glob("*") if not known.fullmatch(p.name)):
+        what = "an unfinished encode" if ORIGIN in other else listed(other)
+        raise DataError(f"{partial}: got {what}, expected none there, where {out} is to be built")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
