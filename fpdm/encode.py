@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fpdm import noise
 from fpdm.files import (
     LOCK,
+    TEMPORARY,
     CheckpointError,
     FileRecord,
     atomic_write,
@@ -89,11 +90,12 @@ def resume_shards(
 
     ``origin`` (JSON) is what the rows depend on; ``batches`` makes them from a given row on, the
     first of a shard. Every byte of what is taken up is checked first; from a damaged shard on it is
-    made again. A folder that is whole is left as it is.
+    made again. A finished folder is checked the same way and left as it is.
 
     Raises:
-        DataError: as ``write_shards``, or another process is at it. ConfigError: what lies there
-            has another origin or other settings; names the first difference.
+        DataError: as ``write_shards``, another process is at it, or a finished folder is damaged.
+            ConfigError: what lies there has another origin or other settings, the first difference
+            of which is named, or is no encode.
     """
     origin = {
         **origin, "dtype": dtype, "latent_scale": latent_scale, "rows_per_shard": rows_per_shard,
@@ -102,6 +104,12 @@ def resume_shards(
     if (out / ORIGIN).is_file():
         claim(out, origin, ORIGIN, TOLD)
         whole = read_manifest(out)
+        _, problem = _intact(out, whole)
+        if problem:
+            raise DataError(
+                f"{problem}; expected all of a finished encode whole: after mv {out} "
+                f"{partial_folder(out)} the same command makes it again from there"
+            )
         return whole, whole.count
     done = empty_manifest(out, dtype, latent_scale, rows_per_shard, num_classes)
     partial = partial_folder(out)
@@ -124,21 +132,30 @@ def resume_shards(
     return done, there
 
 
-def _take_up(partial: Path, nothing: Manifest) -> Manifest:
-    """What is whole in ``partial``, up to the first damaged shard; removes everything else."""
-    found, done = nothing, nothing
-    if (partial / MANIFEST).is_file():
-        found = read_manifest(partial)
+def _intact(folder: Path, found: Manifest) -> tuple[int, str]:
+    """How many shards are whole before the first damaged one, and what is wrong with that one."""
     for i, shard in enumerate(found.shards):
         record = FileRecord(shard.size, shard.sha256, shard.crc32)
         try:
-            read_safetensors(partial / shard.file, record, keep=False)
+            read_safetensors(folder / shard.file, record, keep=False)
         except CheckpointError as error:
-            warnings.warn(f"{error}; made again from there", stacklevel=1)
-            break
-        done = replace(found, count=done.count + shard.rows, shards=found.shards[: i + 1])
-    kept = {MANIFEST, ORIGIN, LOCK, *(shard.file for shard in done.shards)}
+            return i, str(error)
+    return len(found.shards), ""
+
+
+def _take_up(partial: Path, nothing: Manifest) -> Manifest:
+    """What is whole in ``partial``, up to the first damaged shard; removes the other shards."""
+    found, done = nothing, nothing
+    if (partial / MANIFEST).is_file():
+        found = read_manifest(partial)
+    whole, problem = _intact(partial, found)
+    if problem:
+        warnings.warn(f"{problem}; made again from there", stacklevel=1)
+    if whole:
+        kept = found.shards[:whole]
+        done = replace(found, count=sum(shard.rows for shard in kept), shards=kept)
     for path in partial.iterdir():
-        if path.name not in kept:
+        ours = path.match("shard_*.safetensors") or path.name.startswith(TEMPORARY)
+        if ours and path.name not in {shard.file for shard in done.shards}:
             path.unlink()
     return done

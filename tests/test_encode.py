@@ -171,6 +171,47 @@ def test_damaged_shards_are_made_again(tmp_path: Path, shard: int, there: int) -
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("damage", ["removed", "truncated", "flipped"])
+def test_a_finished_folder_that_is_damaged(tmp_path: Path, damage: str) -> None:
+    """It is told, and what is told to do makes it whole."""
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    write(out)
+    whole, shard = contents(out), out / "shard_00001.safetensors"
+    if damage == "flipped":
+        flip_a_bit(shard)
+    else:
+        os.truncate(shard, 99)
+    if damage == "removed":
+        shard.unlink()
+    refused(lambda: write(out), str(shard), f"after mv {out} {partial} the same command makes it")
+    out.rename(partial)
+    with pytest.warns(UserWarning, match=r"shard_00001.*; made again from there"):
+        assert write(out) == 8
+    assert contents(out) == whole
+
+
+def test_somebodys_folder_of_that_name(tmp_path: Path) -> None:
+    """Neither an encode nor a conversion begins in it, or removes it."""
+    partial = tmp_path / ".out.partial"
+    (partial / "photos").mkdir(parents=True)
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"which holds notes.txt and no origin.json, expected"):
+        write(tmp_path / "out")
+    refused(
+        lambda: shards.write_shards(rows_from(0), tmp_path / "out", **SETTINGS),
+        f"{partial}: got notes.txt, photos, expected none there, where {tmp_path}/out is to be",
+    )
+    assert (partial / "notes.txt").read_text() == "mine"
+    assert (partial / "photos").is_dir()
+
+
+def test_files_beside_the_shards_stay(tmp_path: Path) -> None:
+    partial = begun(tmp_path)
+    (partial / "notes.txt").write_text("mine")
+    write(tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
 def test_damage_would_pass_without_the_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
