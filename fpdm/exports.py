@@ -5,13 +5,16 @@
     infer_config  the architecture that a state dict in published names has
     compare       whether a state dict is a model's: the same names and shapes, all finite
 
-Nothing here builds a model: ``fpdm.model.from_pretrained`` does.
+An export that replaces another one is whole at every moment: its weights come first, under a name
+of their own, then its description, by whose hash a reader knows them, then the usual name. Nothing
+here builds a model: ``fpdm.model.from_pretrained`` does.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +29,8 @@ from fpdm.files import (
     CheckpointError,
     FileRecord,
     atomic_write,
+    failpoint,
+    fsync_directory,
     make_directory,
     read_safetensors,
     read_small,
@@ -35,6 +40,7 @@ from fpdm.files import (
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+NEXT = "model.next.safetensors"  # weights until the description that is theirs is there
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # the published widths S, B, L, XL
 
 
@@ -154,7 +160,13 @@ class Export:
         Raises CheckpointError: missing, damaged, or of another architecture than ``model``.
         """
         weights = self.path / WEIGHTS
-        found = read_safetensors(weights, self.record)
+        try:
+            found = read_safetensors(weights, self.record)
+        except CheckpointError as error:
+            try:
+                found = read_safetensors(self.path / NEXT, self.record)
+            except CheckpointError:
+                raise error from None
         _check_architecture(found, self.model, str(weights))
         return found
 
@@ -168,13 +180,14 @@ def export(
     diffusion: DiffusionConfig,
     extra: Mapping[str, Any],
 ) -> Path:
-    """Write ``model.safetensors`` and ``config.json`` into ``out_dir``, each atomically.
+    """Write ``model.safetensors`` and ``config.json`` into ``out_dir``, both or neither.
 
     ``state_dict`` is a whole one (``pos_embed`` included) in published names; ``which`` says what
     the weights are. The hash in ``config.json`` ties the two files together.
 
     Raises:
-        CheckpointError: weights of another architecture, or not finite. UserError: not writable.
+        CheckpointError: weights of another architecture, or not finite, or files of that name which
+            are no export. UserError: not writable.
     """
     out = Path(out_dir)
     _check_architecture(state_dict, model_config, f"export to {out}")
@@ -190,7 +203,8 @@ def export(
         make_directory(out)
     except OSError as error:
         raise UserError(write_problem(out, error)) from error
-    atomic_write(out / WEIGHTS, write)
+    _settle(out)
+    atomic_write(out / NEXT, write)
     body = {
         "format": FORMAT,
         "fpdm": __version__,
@@ -201,7 +215,38 @@ def export(
         "file": asdict(record[0]),
     }
     atomic_write(out / CONFIG, json.dumps(body, indent=1).encode() + b"\n")
+    failpoint("before-rename")
+    _rename(out)
     return out
+
+
+def _rename(out: Path) -> None:
+    """The weights that are described, under the usual name, durably."""
+    try:
+        os.replace(out / NEXT, out / WEIGHTS)
+        fsync_directory(out)
+    except OSError as error:
+        raise UserError(write_problem(out / WEIGHTS, error)) from error
+
+
+def _settle(out: Path) -> None:
+    """Ends what a kill has stopped, so that the weights that are described are not overwritten.
+    Raises CheckpointError for files that are no export's."""
+    there = [name for name in (WEIGHTS, CONFIG) if (out / name).exists()]
+    if not there:
+        return
+    try:
+        record = FileRecord(**json.loads(read_small(out / CONFIG))["file"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"export to {out}: got a {there[0]} of something else, expected a new directory or one "
+            "that holds an export"
+        ) from error
+    try:
+        read_safetensors(out / NEXT, record, keep=False)
+    except CheckpointError:
+        return
+    _rename(out)
 
 
 def read_export(path: str | Path) -> Export:
