@@ -16,6 +16,8 @@ from fpdm.kernels import implementations
 from fpdm.pretrained import LoadedSource
 from fpdm.settings import hints, plain, used
 
+VAE_BATCH = 8
+_MOST_IMAGES = 1 << 24
 # options of what is drawn
 DRAWN = (
     "out", "labels", "count", "seed", "seeds", "vae", "vae_batch", "shard", "residuals", "report",
@@ -116,7 +118,7 @@ def _add_drawing(p: Parser) -> None:
         help="of diffusers, for latents: a directory or a hub's OWNER/NAME, such as "
         "stabilityai/sd-vae-ft-ema",
     )  # fmt: skip
-    p.add_argument("--vae-batch", type=int, default=8, help="latents decoded at once")
+    p.add_argument("--vae-batch", type=int, help=f"latents decoded at once (default {VAE_BATCH})")
     p.add_argument("--shard", default="0/1", help="i/n: make images i, i+n, ...")
     p.add_argument("--residuals", action="store_true", help="also residuals.png (matplotlib)")
     p.add_argument("--report", action="store_true", help="also report.png: iterations, residuals")
@@ -153,8 +155,10 @@ def parse_integers(name: str, text: str) -> list[int]:
             raise ConfigError(f"{name}: got {text!r}, expected integers like 0,3,5-7")
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
-        if not 0 <= last - first < 1 << 24:
-            raise ConfigError(f"{name}: got the range {part.strip()}, expected first-last")
+        if not 0 <= last - first < _MOST_IMAGES:
+            raise ConfigError(
+                f"{name}: got the range {part.strip()}, expected first-last, at most {_MOST_IMAGES}"
+            )
         values.extend(range(first, last + 1))
     return values
 
@@ -171,8 +175,12 @@ def choose_images(args: argparse.Namespace, classes: int) -> tuple[list[int], li
     elif count is None:
         few = 8 * classes if classes <= 16 else 16
         count = few if args.labels == "balanced" else len(cycle)
-    if count < 1:
-        raise ConfigError(f"count: got {count}, expected at least 1")
+    if not 1 <= count <= _MOST_IMAGES:
+        raise ConfigError(f"count: got {count}, expected at least 1 and at most {_MOST_IMAGES}")
+    if args.labels not in ("all", "balanced") and len(cycle) > count:
+        raise ConfigError(
+            f"labels: got {len(cycle)} for {count} images, expected at most one for each"
+        )
     if seeds is None:
         seeds = [args.seed + i for i in range(count)]
     if args.labels == "balanced":

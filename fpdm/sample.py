@@ -40,7 +40,14 @@ from fpdm.gallery import Store, assemble, develop
 from fpdm.kernels import implementations
 from fpdm.model import FPDM
 from fpdm.pretrained import LoadedSource, choose_device, load_source
-from fpdm.request import Request, check_draws_nothing, make_request, parser, sampler_config
+from fpdm.request import (
+    VAE_BATCH,
+    Request,
+    check_draws_nothing,
+    make_request,
+    parser,
+    sampler_config,
+)
 from fpdm.vae import TOLD, VAE, load_vae
 
 REPORTED = 256  # images of which a report keeps every residual
@@ -93,21 +100,33 @@ def generate(sampler: Sampler, request: Request, store: Store) -> Made:
     return Made(len(missing), seconds, mean, ran, torch.cat(traces, dim=2), traced)
 
 
+def again(sampler: Sampler, request: Request, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Residuals (S,K,n) and iterations (S,n) of the images ``ids``, sampled once more."""
+    labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
+    stats = sampler.sample(labels, seeds).stats
+    return stats.residual.cpu(), stats.iterations[:, 0].cpu()
+
+
+def draw_residuals(sampler: Sampler, made: Made, request: Request, path: Path) -> None:
+    """Draws, into ``path``, the mean residuals of the images made now; where none was, of the first
+    ones, which are sampled again for it."""
+    first = request.ids[:REPORTED]
+    residual = made.residual if made.images else again(sampler, request, first)[0]
+    if figures.plot_residuals(residual, [t for t, _ in sampler.plan.steps], path):
+        print(f"wrote      {path}")
+
+
 def report(
     sampler: Sampler, other: Sampler | None, made: Made, request: Request, path: Path
 ) -> None:
     """Draws, into ``path``, residuals and iterations of the first images. Where none was made now,
     the first ones are sampled again for it. An ``other`` sampler makes the same images for
     comparison, which is also printed in numbers."""
-    ids = made.traced or request.ids[:REPORTED]
-    labels, seeds = [request.labels[i] for i in ids], [request.seeds[i] for i in ids]
-    runs = {}
+    ids, runs = made.traced or request.ids[:REPORTED], {}
     for s in (sampler, *([other] if other is not None else [])):
+        now = s is sampler and made.traced
         found = made.traces, made.iterations[:, : len(ids)]
-        if s is other or not made.traced:
-            stats = s.sample(labels, seeds).stats
-            found = stats.residual.cpu(), stats.iterations[:, 0].cpu()
-        runs[f"reuse {s.config.reuse}"] = found
+        runs[f"reuse {s.config.reuse}"] = found if now else again(s, request, ids)
     timesteps = [t for t, _ in sampler.plan.steps]
     if other is not None:
         print("\n".join(comparison(runs)))
@@ -200,9 +219,11 @@ def learned_table(found: Calibration) -> list[str]:
 
 def choose_vae(args: argparse.Namespace, source: LoadedSource, device: torch.device) -> VAE | None:
     """The VAE of the command line, whose latents are the model's. Raises ConfigError."""
-    if args.vae_batch < 1:
+    if args.vae_batch is not None and args.vae_batch < 1:
         raise ConfigError(f"vae-batch: got {args.vae_batch}, expected at least 1")
     if args.vae is None:
+        if args.vae_batch is not None:
+            raise ConfigError(f"vae-batch: got {args.vae_batch} without --vae, expected none")
         return None
     channels = source.model.config.in_channels
     if channels in (1, 3):
@@ -290,14 +311,13 @@ def main(argv: Sequence[str]) -> None:
         print(f"images     {made.images} made, {there} were there{each}", flush=True)
         if made.images:
             tell(sampler, made, told)
-        if made.images and args.residuals:
-            timesteps = [t for t, _ in sampler.plan.steps]
-            figures.plot_residuals(made.residual, timesteps, out / "residuals.png")
+        if args.residuals:
+            draw_residuals(sampler, made, request, out / "residuals.png")
         if args.report or other is not None:
             report(sampler, other, made, request, out / "report.png")
         if vae is not None:
             sampler.release()
-            batch = 1 if config.invariant else args.vae_batch
+            batch = 1 if config.invariant else args.vae_batch or VAE_BATCH
             store = make_pictures(vae, scale, store, source.model.config, request, batch)
         if assemble(store, request.labels, request.seeds, request.columns):
             what = "latents: --vae makes pictures of them" if store.latent else "images"
