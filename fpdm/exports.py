@@ -12,6 +12,7 @@ here builds a model: ``fpdm.model.from_pretrained`` does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -160,13 +161,12 @@ class Export:
         Raises CheckpointError: missing, damaged, or of another architecture than ``model``.
         """
         weights = self.path / WEIGHTS
-        try:
+        for path in (weights, self.path / NEXT):
+            with contextlib.suppress(CheckpointError):
+                found = read_safetensors(path, self.record)
+                break
+        else:  # damaged, or renamed between the two looks
             found = read_safetensors(weights, self.record)
-        except CheckpointError as error:
-            try:
-                found = read_safetensors(self.path / NEXT, self.record)
-            except CheckpointError:
-                raise error from None
         _check_architecture(found, self.model, str(weights))
         return found
 
@@ -237,16 +237,14 @@ def _settle(out: Path) -> None:
         return
     try:
         record = FileRecord(**json.loads(read_small(out / CONFIG))["file"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"export to {out}: got a {there[0]} of something else, expected a new directory or one "
             "that holds an export"
         ) from error
-    try:
+    with contextlib.suppress(CheckpointError):
         read_safetensors(out / NEXT, record, keep=False)
-    except CheckpointError:
-        return
-    _rename(out)
+        _rename(out)
 
 
 def read_export(path: str | Path) -> Export:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,20 @@ def test_the_weights_in_question_are_named(tmp_path: Path) -> None:
     (tmp_path / exports.WEIGHTS).write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor .* damaged"):
         exports.read_export(tmp_path).state()
+
+
+def test_renamed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(tmp_path, 1)
+    export_killed(tmp_path, 2, "before-rename:1")
+    read = exports.read_safetensors
+
+    def renamed(path: Path, record: Any) -> Any:
+        if path.name == exports.NEXT and path.exists():
+            path.rename(tmp_path / exports.WEIGHTS)
+        return read(path, record)
+
+    monkeypatch.setattr(exports, "read_safetensors", renamed)
+    assert number_of(tmp_path) == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
