@@ -158,12 +158,12 @@ def results_path(source: LoadedSource, given: str, settings: dict[str, Any], own
         UserError: it cannot be written, or holds something else than an evaluation of these.
     """
     tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    newest = own and not given and (source.path / "checkpoints").is_dir()
+    run = (source.path / "checkpoints").is_dir()
     if given:
         out = Path(given)
         if out.is_dir() or given.endswith("/"):
             out = out / "evaluation.json"
-    elif (source.path / "checkpoints").is_dir():
+    elif run:
         out = source.path / ("evaluation.json" if own else f"evaluation-{tag}.json")
     else:
         out = Path(f"evaluations/{source.name}-{tag}.json")
@@ -176,7 +176,7 @@ def results_path(source: LoadedSource, given: str, settings: dict[str, Any], own
     except OSError as error:
         raise UserError(write_problem(out, error)) from error
     if out.exists():
-        _check_replaced(out, settings, newest)
+        _check_replaced(out, settings, newest=run and own and not given)
     return out
 
 
@@ -185,8 +185,7 @@ def _check_replaced(out: Path, settings: dict[str, Any], newest: bool) -> None:
     ``newest`` checkpoint, one of another may be replaced, which is printed."""
     try:
         record = json.loads(read_small(out))
-        old, name = flat(record), record["source"]["name"]
-        _ = record["results"], record["sample"]
+        old, name, _ = flat(record), record["source"]["name"], record["results"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"out: got {out}, which is no evaluation, expected another --out"
