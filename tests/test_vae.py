@@ -269,7 +269,7 @@ def test_places_and_an_absent_package(
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", offline)
     with pytest.raises(
-        ConfigError, match=r"\(no directory here; asked of .*/vae\): no such thing$"
+        ConfigError, match=r"\(no directory here; asked of .*/vae\): no such thing and more$"
     ):
         load_vae("owner/name", CPU)
     monkeypatch.setitem(sys.modules, "diffusers", None)
