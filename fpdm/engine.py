@@ -127,7 +127,8 @@ class Sampler:
             config.guidance, config.guidance_channels or channels, config.guidance_rescale
         )
         self.batch = 1 if config.invariant else config.batch
-        self.tol = _usable_tolerance(config.tol, self.dtype)
+        self.tol = config.tol
+        _warn_of_rounding(config.tol, self.dtype)
         # adaptive counts what every sample has left, also where no residual reaches tol
         counted = self.tol > 0 or self.plan.limit > 0 or self.solver is not None
         self.watched = model.config.kind == "fpdm" and counted
@@ -300,17 +301,16 @@ def _hold(buffers: Sequence[Tensor]) -> None:
             buffer.record_stream(torch.cuda.current_stream(buffer.device))
 
 
-def _usable_tolerance(tol: float, dtype: torch.dtype) -> float:
-    """``tol``, or 0 after a warning where residuals of ``dtype`` cannot reach it."""
-    least = 2 * torch.finfo(dtype).eps
+def _warn_of_rounding(tol: float, dtype: torch.dtype) -> None:
+    """An iterate that is stored in ``dtype`` keeps a residual of its rounding: 0.32 to 0.52 eps in
+    98 of 100 samples of the shipped model, in bfloat16 and in float16."""
+    least = torch.finfo(dtype).eps / 2
     if 0 < tol < least:
         warnings.warn(
-            f"sample.tol: got {tol:g}, expected at least {least:.3g} in {dtype}: rounding keeps "
-            "residuals above it, so every sample runs to its cap",
+            f"sample.tol: got {tol:g}, expected about {least:.2g} or more in {dtype}: rounding "
+            "keeps most residuals above it, and those samples run to their cap",
             stacklevel=3,
         )
-        return 0.0
-    return tol
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -88,7 +88,7 @@ def solve(
     after how many evaluations, does not depend on its batch-mates beyond the rounding of f itself.
 
     A residual of NaN meets no tolerance. One below what rounding lets the iterate's dtype reach,
-    about 2 eps, is not met either: the sample runs to the cap.
+    about eps / 2, is not met either: the sample runs to the cap.
 
     Device: with ``tol`` the host reads after every evaluation how many samples go on. On a GPU it
     reads the number of the evaluation before: it waits for that one with another queued behind it,
