@@ -7,7 +7,8 @@ the model n iterations without and m with gradient; sum the gradients of the glo
 EMA. Everything random is a function of (seed, step, slot in the global batch), and (n, m) of (seed,
 step, micro-batch): a resumed run is the same run, on another number of ranks the same to rounding.
 
-A signal is agreed by all ranks at the end of a step, which is then saved; the exit status is 0.
+A signal is agreed by all ranks at the end of a step, which is then saved. The exit status is 128
+plus its number, as of a program that it ends; under torchrun, which would call that a failure, 0.
 """
 
 from __future__ import annotations
@@ -487,11 +488,14 @@ class Trainer:
         )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """``fpdm.train RECIPE [--section.key value]``."""
     config = load_config(argv[0] if argv else "", argv[1:])
     with lasting_output():
-        Trainer(config).run()
+        trainer = Trainer(config)
+        done = trainer.run()
+    cut = done < config.train.steps and trainer.ranks.world == 1
+    return 128 + trainer.stop.signum if cut else 0
 
 
 if __name__ == "__main__":

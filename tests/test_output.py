@@ -84,7 +84,7 @@ def test_a_run_whose_reader_has_gone_is_saved(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    assert child.wait(30) == 0
+    assert child.wait(30) == 128 + signal.SIGINT
     saved = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == len(metrics.read_text().splitlines())
