@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "[SOURCE] [--steps, --budget, ...]  images of a run or export",
     "evaluate": "[SOURCE] [--sweep]  how good they are",
     "info": "[--json]  what this machine can run",
+    "interop": "FILE OUT  a published .pt as an export",
     "data": "encode, convert-fastdit, verify, ...  latents and image folders",
 }
 

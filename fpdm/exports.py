@@ -40,6 +40,7 @@ from fpdm.files import (
 )
 
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "assets" / "digits_export"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 NEXT = "model.next.safetensors"  # weights until the description that is theirs is there
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # the published widths S, B, L, XL

@@ -1,5 +1,7 @@
 """Weights of other programs: a published .pt, safetensors file or state dict -> model.
 
+    python -m fpdm.interop FILE OUT [--diffusion.prediction eps, ...]     FILE as the export OUT
+
 Published files are read as data: safetensors, or a torch zip archive through the restricted reader
 that knows tensors, plain containers and ``argparse.Namespace``, and calls nothing else.
 """
@@ -10,14 +12,16 @@ import argparse
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpdm.config import ExecutionConfig
-from fpdm.exports import infer_config
+from fpdm.cli import parse_options, run_main
+from fpdm.config import ConfigError, DiffusionConfig, ExecutionConfig
+from fpdm.exports import export, infer_config
 from fpdm.files import CheckpointError, read_safetensors
 from fpdm.model import FPDM, DiT, model_of
 
@@ -117,3 +121,50 @@ def _split(stored: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], di
         raise CheckpointError(f"{where}: got no state dict, expected names with float tensors")
     stripped = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): t for name, t in state.items()}
     return stripped, dict(args) if isinstance(args, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class Untold:
+    """What leaves no trace in the weights."""
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    num_heads: int | None = field(
+        default=None, metadata={"help": "none: as stored, or of the published width"}
+    )
+    pre_post_timestep_conditioning: bool = field(
+        default=False, metadata={"help": "whether pre and post blocks see t, where FILE is silent"}
+    )
+    latent_scale: float | None = field(
+        default=None, metadata={"help": "that latents were multiplied by; none: their VAE's"}
+    )
+
+
+def command(argv: list[str]) -> int:
+    """``python -m fpdm.interop FILE OUT``; see the module. Raises UserError."""
+    places = []
+    while argv and not argv[0].startswith("-"):
+        places.append(argv[0])
+        argv = argv[1:]
+    extra = {"FILE": "a published .pt, or safetensors", "OUT": "directory of the export"}
+    options = parse_options(Untold(), argv, "fpdm.interop", extra)
+    if len(places) != 2:
+        raise ConfigError(f"got {len(places)} places, expected two: FILE and OUT")
+    file, out = places
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise ConfigError(f"OUT: got {out}, which holds files, expected a new directory")
+    model = load_official(file, options.pre_post_timestep_conditioning, options.num_heads)
+    scale = {} if options.latent_scale is None else {"latent_scale": options.latent_scale}
+    export(out, model.config, model.state_dict(), which="ema", diffusion=options.diffusion,
+           extra=scale)  # fmt: skip
+    c, d = model.config, options.diffusion
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"wrote {out}: {c.kind}, {parameters:.1f} M parameters, width {c.hidden_size}, "
+        f"{c.num_heads} heads; taken to predict {d.prediction} with zero_terminal_snr "
+        f"{str(d.zero_terminal_snr).lower()} (--diffusion.prediction, ...): the weights do not say"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main("fpdm.interop", command)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fpdm import fixed_point, gradients, operands
 from fpdm.config import ConfigError, ExecutionConfig, ModelConfig
-from fpdm.exports import WEIGHTS, compare, read_export
+from fpdm.exports import SHIPPED, WEIGHTS, compare, read_export
 from fpdm.fixed_point import BlockSettings, SolveStats
 from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
@@ -239,10 +239,10 @@ class FPDM(_Transformer):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, execution: ExecutionConfig | None = None
+        cls, directory: str | Path = SHIPPED, execution: ExecutionConfig | None = None
     ) -> FPDM:
-        """The model of an export (``config.json`` + ``model.safetensors``), hash verified, on the
-        CPU, to run as ``execution`` says.
+        """The model of an export (``config.json`` + ``model.safetensors``; the shipped digits),
+        hash verified, on the CPU, to run as ``execution`` says.
 
         Raises CheckpointError for a damaged export, ConfigError for another kind of model.
         """
@@ -461,9 +461,11 @@ def model_of(
     return model
 
 
-def from_pretrained(path: str | Path, execution: ExecutionConfig | None = None) -> FPDM | DiT:
-    """The model of an export (fpdm.exports), on the CPU, its weights checked against the stored
-    hash.
+def from_pretrained(
+    path: str | Path = SHIPPED, execution: ExecutionConfig | None = None
+) -> FPDM | DiT:
+    """The model of an export (fpdm.exports; the shipped digits), on the CPU, its weights checked
+    against the stored hash.
 
     Raises CheckpointError for an export that is missing, damaged, or of another architecture than
     its ``config.json`` says, ConfigError for a setting in there that cannot be met.

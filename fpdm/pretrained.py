@@ -12,11 +12,10 @@ from fpdm import calibration, checkpoint, exports
 from fpdm.config import ConfigError, ExecutionConfig, Impl, SamplerConfig, from_dict
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
+from fpdm.exports import SHIPPED
 from fpdm.files import tensors_digest
 from fpdm.model import FPDM, DiT, model_of
 from fpdm.settings import update
-
-SHIPPED = Path(__file__).parent / "assets" / "digits_export"
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def load_source(
         return _load_run(path, which or "ema", impl, device)
     if path.suffix in (".pt", ".pth", ".ckpt") and path.is_file():
         raise ConfigError(
-            f"source: got the file {path}, expected a directory: read it with "
-            "fpdm.interop.load_official and write one with fpdm.exports.export"
+            f"source: got the file {path}, expected a directory: make one of it by "
+            f"python -m fpdm.interop {path} OUT"
         )
     raise ConfigError(
         f"source: got {path}, expected a run directory (with checkpoints/) or an export directory "

@@ -20,11 +20,12 @@ from conftest import EXTRA, TINY, TINY_DIT, published, worst_relative
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpdm.config import DiffusionConfig, ExecutionConfig, ModelConfig, UserError
+from fpdm.config import ConfigError, DiffusionConfig, ExecutionConfig, ModelConfig, UserError
 from fpdm.exports import export, infer_config, read_export
 from fpdm.files import CheckpointError
-from fpdm.interop import load_official
+from fpdm.interop import command, load_official
 from fpdm.model import FPDM, build_model, from_pretrained, model_of
+from fpdm.pretrained import load_source
 
 Golden = dict[str, Tensor]
 FLAG = "fixed_point_pre_post_timestep_conditioning"
@@ -129,6 +130,33 @@ def test_mapping_safetensors_and_pt_give_the_published_outputs(
     with torch.no_grad():
         out = dit(tiny["x"], tiny["t"], tiny["y"])
     assert worst_relative(out, tiny["dit.forward"]) <= 5e-6
+
+
+def test_a_published_file_becomes_an_export_that_samples(
+    tmp_path: Path, extra: Golden, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "full.pt", tmp_path / "export"
+    torch.save(training_file(extra, **{FLAG: True}), file)
+    with pytest.raises(ConfigError, match=rf"python -m fpdm\.interop {file} OUT"):
+        load_source(file)
+    argv = ["--num_heads", "2", "--diffusion.prediction", "eps", "--diffusion.zero_terminal_snr",
+            "false", "--latent_scale", "0.5"]  # fmt: skip
+    command([str(file), str(out), *argv])
+    told = capsys.readouterr().out
+    assert f"wrote {out}: fpdm, 0.1 M parameters, width 32, 2 heads; taken to predict eps" in told
+    source = load_source(out)
+    assert (source.model.config, source.which, source.latent_scale) == (EXTRA, "ema", 0.5)
+    assert source.diffusion.config == DiffusionConfig(prediction="eps", zero_terminal_snr=False)
+    with torch.no_grad():
+        y = source.model(extra["x"], extra["t"], extra["y"], iters=3)
+    assert worst_relative(y, extra["forward.iters3"]) <= 5e-6
+    for wrong, says in (
+        ([str(file), str(out)], "OUT: got .*, which holds files, expected a new directory"),
+        ([str(file)], "got 1 places, expected two: FILE and OUT"),
+        ([str(file), str(out), "--prediction", "v"], "unknown option --prediction"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            command(wrong)
 
 
 def training_file(golden: Golden, **args: object) -> dict[str, Any]:
