@@ -219,12 +219,16 @@ def plot_history(metrics: str | Path, path: str | Path) -> bool:
     loss, residual, iterations = figure.subplots(3, 1, sharex=True)
     for name in ("loss", "mse", "vb"):
         _curve(loss, steps, history.get(name), name)
-    _curve(residual, steps, history.get("residual"), "residual")
+    # a row's residual is its last step's, after as many iterations as that step drew: no curve
+    values = history.get("residual", np.zeros(0))
+    if (values > 0).any():
+        residual.semilogy(steps, values, ".", markersize=3)
     for name in ("n", "m"):
         if name in history:
             iterations.plot(*_thinned(steps, history[name]), ".", markersize=3, label=name)
     for axis, title in (
-        (loss, "loss"), (residual, "relative residual"), (iterations, "iterations n, m"),
+        (loss, "loss"), (residual, "residual after a step's own n + m"),
+        (iterations, "iterations n, m"),
     ):  # fmt: skip
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)

@@ -188,7 +188,8 @@ def choose_images(args: argparse.Namespace, classes: int) -> tuple[list[int], li
         columns = count // classes if count % classes == 0 else 0
     else:
         labels = [cycle[i % len(cycle)] for i in range(count)]
-        columns = len(cycle) if len(cycle) <= 16 < 2 * count else 0
+        # a row of every label once; of a single one a square
+        columns = len(cycle) if 1 < len(cycle) <= 16 < 2 * count else 0
     columns = columns or math.ceil(math.sqrt(min(count, GRID_IMAGES)))
     return labels, check_seeds(seeds, count), columns
 

@@ -23,6 +23,8 @@ def test_choice_of_images() -> None:
     assert chosen(["--seed", str(2**63), "--count", "2"])[1] == [2**63, 2**63 + 1]
     labels, seeds, columns = chosen([], 10)
     assert (len(labels), columns, seeds[-1]) == (80, 8, 79)
+    # of one label a square, not a column
+    assert chosen(["--labels", "7", "--count", "64"], 10)[2] == 8
     assert len(chosen([], 1000)[0]) == 16
     assert parse_integers("x", "1, 3-4") == [1, 3, 4]
 
