@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INSIDE, reason="needs TRITON_INTERPRET=1; run by test_interpreter")
-outside = pytest.mark.skipif(INSIDE, reason="this is the other process")
+# of the tests of a file, those that run under the interpreter, and those that start it: conftest
+# leaves out what belongs to the other process
+inside, outside = pytest.mark.inside, pytest.mark.outside
 
 
 def run_inside(file: str, *options: str) -> str:
