@@ -250,7 +250,7 @@ def render(path: Path, whole: bool) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser("bench", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--suite", nargs="+", help="operators network sampler training optimizer data")
     p.add_argument("--row", help="rows whose name this regular expression is found in")
     p.add_argument("--skip", help="without the rows whose name this one is found in")
@@ -275,8 +275,9 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(args.threads)
     path = args.out or RESULTS / machine.name() / "bench.json"
     if args.count:
-        write(RESULTS / "counted.json", counted.collect())
-        print("wrote", RESULTS / "counted.json")
+        path = args.out or RESULTS / "counted.json"
+        write(path, counted.collect())
+        print("wrote", path)
         return 0
     if args.render:
         render(path, args.out is None)
