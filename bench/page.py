@@ -18,6 +18,7 @@ from bench.report import (
     duration,
     predictions,
     reason,
+    remarks,
     unmeasured,
 )
 from bench.rows import OURS
@@ -325,7 +326,7 @@ def facts(result: dict[str, Any]) -> str:
         "OpenMP": " ".join(f"{k}={v}" for k, v in result.get("openmp", {}).items()) or None,
         "took": duration(result["seconds"]) if "seconds" in result else None,
         "ceilings": ceilings(result),
-        "note": result.get("note"),
+        "note": remarks(result) or None,
     }
     shown = {k: v for k, v in shown.items() if v is not None}
     cells = (f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in shown.items())

@@ -264,6 +264,11 @@ def place(result: dict[str, Any]) -> str:
     return where
 
 
+def remarks(result: dict[str, Any]) -> str:
+    """How its rows are to be read: the ``note`` that the README shows too, and ``details``."""
+    return " ".join(result[key] for key in ("note", "details") if key in result)
+
+
 def machine_section(result: dict[str, Any]) -> str:
     """What one machine measured, on what, against what."""
     v = result["versions"]
@@ -275,8 +280,8 @@ def machine_section(result: dict[str, Any]) -> str:
         "Ceilings measured in the same run: "
         f"{ceilings(result)}.\n",
     ]
-    if "note" in result:
-        parts.append(f"{result['note']}\n")
+    if told := remarks(result):
+        parts.append(f"{told}\n")
     for suite, title in TABLES.items():
         head, lines = suite_table(result, suite)
         if lines:

@@ -67,7 +67,7 @@ def mistakes(text: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for run, module in ((sample.main, "fpdm.sample"), (evaluate.command, "fpdm.evaluate")):
         for argv in commands(module, text):
             try:
-                run([word for word in argv if not word.startswith("runs/")])
+                run([word for word in argv if not word.startswith(("runs/", "exports/"))])
             except ConfigError as error:
                 found.append(str(error))
             except Reached:
