@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,6 +193,11 @@ def test_torch_does_what_the_library_refuses(
         warnings.simplefilter("error")
         assert torch.allclose(call(x, weight, u), expected, atol=1e-5)
     assert len(library.searches) == made + 1
+    # and nothing of a call is kept
+    gone, kept = weakref.ref(x), x.clone()
+    del x
+    assert gone() is None
+    x = kept
     cublaslt._product.cache_clear()
     library.listed, library.status = 3, 15
     with pytest.warns(UserWarning, match=r"status 15, no such thing.*torch's own"):

@@ -177,12 +177,13 @@ class Product:
 
 # a plan is made before a capture: in one, some versions refuse to search
 @functools.cache
-def _product(*key: Any) -> Product | RefusalError:
-    """The plan, or why there is none: asked once."""
+def _product(*key: Any) -> Product | str:
+    """The plan, or why there is none: asked once. In words, as an error would keep the operands of
+    everybody who raises it."""
     try:
         return Product(*key)
     except RefusalError as error:
-        return error
+        return str(error)
 
 
 def fits(x: Tensor, weight: Tensor, addend: Tensor | None, out: Tensor | None) -> bool:
@@ -240,8 +241,8 @@ def linear(
     epilogue = BIAS * (bias is not None) | GELU * gelu or IDENTITY
     index = x.device.index if x.is_cuda else -1
     plan = _product(m, n, k, weight.stride(0), x.dtype, epilogue, float(tensor), algorithm, index)
-    if isinstance(plan, RefusalError):
-        raise plan
+    if isinstance(plan, str):
+        raise RefusalError(plan)
     with _on(index):
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
         plan.run(x, weight, bias, addend if tensor else None, out, stream)
