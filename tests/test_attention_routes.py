@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fpdm import info
 from fpdm.kernels import attention_routes as routes
-from fpdm.kernels import reference
+from fpdm.kernels import implementations, reference
 from fpdm.kernels.implementations import ImplError
 from fpdm.settings import UserError
 
@@ -276,15 +276,23 @@ class TestLauncher:
         with pytest.raises(LaunchError, match=says):
             self.attention.attention(qkv, heads)
 
-    def test_wider_heads_run_in_plain_pytorch(self) -> None:
+    def test_wider_heads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By torch's SDPA, the backward in plain PyTorch, which is told; by ours only to be
+        refused."""
         torch.manual_seed(0)
         qkv, dy = torch.randn(2, 5, 3 * 288), torch.randn(2, 5, 288)
-        with pytest.warns(UserWarning, match="attention: got head size 144, expected at most 128"):
-            y = self.attention.attention(qkv, 2)
-        assert torch.equal(y, reference.attention(qkv, 2))
-        with pytest.warns(UserWarning, match="attention_backward: got head size 144"):
+        assert routes.route(5, 144, HALF, CPU)[0] == "sdpa"
+        y = self.attention.attention(qkv, 2)
+        assert violation(y, oracle(qkv, 2), oracle(qkv.double(), 2), torch.float32) is None
+        implementations._warn.cache_clear()
+        implementations.reset_counters()
+        with pytest.warns(UserWarning, match="attention_backward: got head size 144, expected at"):
             dqkv = self.attention.attention_backward(dy, qkv, y, 2)
         assert torch.equal(dqkv, reference.attention_backward(dy, qkv, y, 2))
+        assert implementations.ran("triton") == "plain PyTorch: attention_backward 1"
+        monkeypatch.setattr(routes, "_REQUESTED", "triton")
+        with pytest.raises(ImplError, match="got triton, which cannot run: its kernels take heads"):
+            self.attention.attention(qkv, 2)
 
     def test_parts_of_a_head(self) -> None:
         """Powers of two that cover it: 80 columns of work for 72, never 96 or 128."""

@@ -17,9 +17,9 @@ from operator_cases import CAP, Case, execute, fixed, generate, run_case, values
 from operator_specs import infinite_key
 from torch import Tensor
 
-from fpdm.kernels import cuda, cuda_compile, cuda_kernels, reference
+from fpdm.kernels import cuda, cuda_compile, cuda_kernels, implementations, reference
 from fpdm.kernels.cuda_kernels import Kernel
-from fpdm.kernels.launch import LaunchError, plainly
+from fpdm.kernels.launch import LaunchError
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="needs g++ to build the shim")
 HALF, FLOAT = torch.float16, torch.float32
@@ -107,7 +107,7 @@ def test_head_sizes_without_a_kernel_run_in_plain_pytorch(
     ours: Any, backend: shim.Shim, dtype: torch.dtype
 ) -> None:
     """A model that a CPU trains must sample on a V100: a warning says what runs."""
-    plainly.cache_clear()
+    implementations._warn.cache_clear()
     backend.launches.clear()
     torch.manual_seed(0)
     qkv, dy = torch.randn(2, 5, 3 * 40).to(dtype), torch.randn(2, 5, 40).to(dtype)

@@ -35,11 +35,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fpdm.kernels import attention_routes, reference
-from fpdm.kernels.launch import FLOATS, LaunchError, cdiv, check, plainly
+from fpdm.kernels.attention_routes import WIDEST
+from fpdm.kernels.implementations import plainly
+from fpdm.kernels.launch import FLOATS, LaunchError, cdiv, check
 from fpdm.kernels.rows import power
 
 LOG2E = tl.constexpr(1.4426950408889634)
-WIDEST = 128  # columns of a head
 
 
 @triton.jit
@@ -324,23 +325,18 @@ def _split(op: str, qkv: Tensor, heads: int) -> tuple[int, int, int, int]:
         raise LaunchError(f"{op}: heads: got {heads}, expected a divisor of {width // 3}")
     if t * width >= 2**31:
         raise LaunchError(f"{op}: qkv: got {t * width} elements a sample, expected under 2^31")
-    if (size := width // (3 * heads)) > WIDEST:
-        plainly(op, f"head size {size}", f"at most {WIDEST}")
-    return b, t, width // 3, size
+    return b, t, width // 3, width // (3 * heads)
 
 
 def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v: see ``reference.attention``, which runs heads wider than
-    ``WIDEST``. Raises LaunchError, and ImplError where the route that FPDM_ATTENTION names cannot
-    run."""
+    """softmax(q k^T / sqrt(K)) v: see ``reference.attention``. Raises LaunchError, and ImplError
+    where the route that FPDM_ATTENTION names cannot run."""
     b, t, d, size = _split("attention", qkv, heads)
     out = qkv.new_empty(b, t, d) if out is None else out
     inputs = (("qkv", qkv, (b, t, 3 * d), FLOATS),)
     check("attention", qkv.device, inputs, (("out", out, (b, t, d), (qkv.dtype,)),))
     if not qkv.numel():
         return out
-    if size > WIDEST:
-        return reference.attention(qkv, heads, out)
     name, _ = attention_routes.route(t, size, qkv.dtype, qkv.device)
     if name != attention_routes.OURS:
         return attention_routes.run(name, qkv, heads, out)
@@ -354,7 +350,8 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
 def attention_backward(
     dy: Tensor, qkv: Tensor, y: Tensor, heads: int, out: Tensor | None = None
 ) -> Tensor:
-    """dqkv: see ``reference.attention_backward``. Raises LaunchError."""
+    """dqkv: see ``reference.attention_backward``, which runs heads wider than ``WIDEST``. Raises
+    LaunchError."""
     b, t, d, size = _split("attention_backward", qkv, heads)
     out = torch.empty_like(qkv) if out is None else out
     small, wide = ((b, t, d), (qkv.dtype,)), ((b, t, 3 * d), (qkv.dtype,))
@@ -363,6 +360,7 @@ def attention_backward(
     if not qkv.numel():
         return out
     if size > WIDEST:
+        plainly("attention_backward", f"head size {size}", f"at most {WIDEST}")
         return reference.attention_backward(dy, qkv, y, heads, out)
     numbers = qkv.new_empty(b, heads, t, 4, dtype=torch.float32)
     found = tiles(t, size, qkv.dtype, _capability(qkv.device))

@@ -43,6 +43,7 @@ from fpdm.kernels.launch import dtype_name
 
 TABLE = Path(__file__).with_name("attention_table.json")
 OURS = "triton"
+WIDEST = 128  # columns of a head that our kernels take
 _SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -57,6 +58,8 @@ def unmet(name: str, head_size: int, dtype: torch.dtype, device: torch.device) -
     """None when a route can run, else the reason why not."""
     if _older(device):
         return f"it needs sm_80, not {names(device)[-1]}"
+    if name == OURS and head_size > WIDEST:
+        return f"its kernels take heads of at most {WIDEST}, not {head_size}"
     if name in (OURS, "sdpa"):
         return None
     if device.type != "cuda":
@@ -99,7 +102,8 @@ def _route(
             key = entry["t"], entry["k"], entry["dtype"], entry["device"]
             if key == (tokens, head_size, dtype_name(dtype), known_as):
                 return _fastest(entry, head_size, dtype, device)
-    return OURS, f"not measured for {where} on {names(device)[0]}"
+    name = OURS if unmet(OURS, head_size, dtype, device) is None else "sdpa"
+    return name, f"not measured for {where} on {names(device)[0]}"
 
 
 def _fastest(

@@ -21,6 +21,7 @@ from fpdm.kernels import cuda_driver, reference
 from fpdm.kernels import cuda_kernels as ck
 from fpdm.kernels.cuda_driver import Argument, Driver, Launcher
 from fpdm.kernels.cuda_kernels import Kernel
+from fpdm.kernels.implementations import plainly
 from fpdm.kernels.launch import (
     LaunchError,
     Operand,
@@ -28,7 +29,6 @@ from fpdm.kernels.launch import (
     cdiv,
     check,
     dtype_name,
-    plainly,
     row_stride,
 )
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad

@@ -65,17 +65,35 @@ def _counted(name: str, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
+PLAIN = "plain PyTorch"
+
+
+def plainly(op: str, got: str, expected: str) -> None:
+    """A set's kernels for ``op`` know ``expected`` and not ``got``: plain PyTorch runs this call,
+    which is counted beside the set's own, and of which a warning tells once."""
+    with _counts_lock:
+        calls = _counts.setdefault(op, {})
+        calls[PLAIN] = calls.get(PLAIN, 0) + 1
+    _warn(f"{op}: got {got}, expected {expected}: {PLAIN} runs it")
+
+
+@functools.cache
+def _warn(told: str) -> None:
+    warnings.warn(told, stacklevel=4)
+
+
 def ran(impl: str) -> str:
     """Which implementation ran how many calls since the last reset, in one line.
 
-    Raises ImplError unless all ran on ``impl`` (its GEMMs may be the library's).
+    Raises ImplError unless all ran on ``impl`` (its GEMMs may be the library's, and some calls be
+    handed on to plain PyTorch: they count twice).
     """
     used: dict[str, list[str]] = {}
     for operator, by_impl in sorted(counters().items()):
         for name, calls in by_impl.items():
             used.setdefault(name, []).append(f"{operator} {calls}")
     told = "; ".join(f"{name}: {', '.join(calls)}" for name, calls in used.items())
-    if set(used) - {impl, "library"}:
+    if set(used) - {impl, "library", PLAIN}:
         raise ImplError(f"operators: got {told}; expected all on {impl}, as announced")
     return told
 

@@ -15,7 +15,6 @@ in two dimensions too: kernels walk over it as one run of elements.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
@@ -143,12 +142,6 @@ def head_width(op: str, d: int, heads: int) -> int:
     if heads < 1 or d % heads:
         raise LaunchError(f"{op}: heads: got {heads}, expected a divisor of the width {d}")
     return d // heads
-
-
-@functools.cache
-def plainly(op: str, what: str, known: str) -> None:
-    """Warns, once, that plain PyTorch runs ``op`` for ``what``: the kernels know ``known``."""
-    warnings.warn(f"{op}: got {what}, expected {known}: plain PyTorch runs it", stacklevel=3)
 
 
 def row_stride(t: Tensor) -> int:

@@ -70,7 +70,7 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
     torch takes such a pair of dtypes from 2.10 on. The bias is a kernel of ours: torch's reduction
     and its sum take twice the time.
     """
-    g, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    g, flat = dy.reshape(-1, dy.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1])
     if dbias is not None:
         operand = ("dy", g, g.shape, FLOATS)
         check("linear_wgrad", dy.device, (operand,), (("dbias", dbias, g.shape[1:], WIDE),))
@@ -79,4 +79,4 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
     else:
         torch.addmm(dweight, g.t(), flat, out_dtype=dweight.dtype, out=dweight)
     if dbias is not None:
-        rows.add_column_sums(g.contiguous(), dbias)
+        rows.add_column_sums(g, dbias)
