@@ -53,8 +53,14 @@ def check_same(
 ) -> None:
     """A resumed run is the same run, but for what ``config.RESUME_FREE`` lets change. Raises
     ConfigError that names the changed fields."""
-    # a setting that is younger than the checkpoint had its default
-    changed = diff(to_dict(from_dict(meta["config"])), to_dict(config), RESUME_FREE)
+    try:
+        # a setting that is younger than the checkpoint had its default
+        old = to_dict(from_dict(meta["config"]))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} is of another version of fpdm: {error}; expected another train.name"
+        ) from error
+    changed = diff(old, to_dict(config), RESUME_FREE)
     if changed:
         decays = any(line.startswith("train.steps:") for line in changed)
         why = " (optim.lr_final is reached at the last step)" if decays else ""
@@ -83,10 +89,12 @@ def check_alike(ranks: Ranks, config: Config, fingerprint: str) -> None:
     """Every rank trains the same model on the same data in the same way as rank 0. Raises
     ConfigError on the ranks that would not, PeerError on the others."""
     mine = {"config": to_dict(config), "data": fingerprint, "fpdm": __version__}
+    mine["device"] = ranks.device.type
     first = json.loads(ranks.of_first(json.dumps(mine).encode()))
     free = {name: why for name, why in RESUME_FREE.items() if name != "train.steps"}
     changed = diff(first["config"], mine["config"], free)
-    changed += [f"{n}: {first[n]} -> {mine[n]}" for n in ("data", "fpdm") if first[n] != mine[n]]
+    others = ("data", "fpdm", "device")
+    changed += [f"{n}: {first[n]} -> {mine[n]}" for n in others if first[n] != mine[n]]
     failure = ConfigError(
         f"rank {ranks.rank}: got other settings or data than rank 0, expected the same: "
         + "; ".join(changed)

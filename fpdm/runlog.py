@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from fpdm.config import Config, ConfigError, UserError
+from fpdm.distributed import Ranks
 from fpdm.files import atomic_write, directory_lock, write_problem
 from fpdm.settings import one_line
 
@@ -92,8 +94,10 @@ class RunDirectory:
         """Writes the resolved configuration; one of somebody's own that is there is kept."""
         with contextlib.suppress(FileNotFoundError):
             if not resumed and self.config.read_bytes() != text.encode():
-                kept = self.config.with_suffix(".yaml.bak")
-                os.replace(self.config, kept)
+                numbers = (f".yaml.bak{i or ''}" for i in itertools.count())
+                paths = (self.config.with_suffix(suffix) for suffix in numbers)
+                kept = next(path for path in paths if not path.exists())
+                os.rename(self.config, kept)
                 print(f"{self.config}: what was there is {kept.name} now", flush=True)
         atomic_write(self.config, text.encode())
 
@@ -133,6 +137,16 @@ def _until(line: bytes, step: int) -> bool:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def described(config: Config, parameters: int, samples: int, ranks: Ranks) -> str:
+    """What is trained, and on what."""
+    t, many = config.train, f"{ranks.world} ranks of " if ranks.world > 1 else ""
+    return (
+        f"{config.model.kind}, {parameters / 1e6:.2f} M parameters; {samples} samples "
+        f"({config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} on "
+        f"{many}{ranks.device}"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import platform
 import signal
 import sys
@@ -44,7 +45,7 @@ from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
 from fpdm.process import lasting_output
 from fpdm.recipes import load_config
-from fpdm.runlog import Progress, RunDirectory, Window
+from fpdm.runlog import Progress, RunDirectory, Window, described
 from fpdm.settings import flat, one_line
 from fpdm.weights import PreparedWeights
 
@@ -76,7 +77,7 @@ class Trainer:
         self.window, self.counters = Window(), Counters()
         self._last: dict[str, float] = {}
         self._losses: list[tuple[Sequence[int], Tensor]] = []
-        self._announced = False
+        self._announced = self.finished = False
 
     def run(self) -> int:
         """Trains to the end or to a signal; returns the number of steps done in all."""
@@ -90,7 +91,8 @@ class Trainer:
             # the two flags of _advance: a bad step, a signal
             with self.ranks.telling(2):
                 self._open_log()
-                if self._loop() and self.ranks.rank == 0:
+                self.finished = self._loop()
+                if self.finished and self.ranks.rank == 0:
                     self._finish()
             self.ranks.close()
             return self.step
@@ -211,22 +213,13 @@ class Trainer:
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
         if shown:
-            print(self._described(), flush=True)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            told = described(self.config, parameters, len(self.data), self.ranks)
+            print(f"{self.directory.root}: {told}", flush=True)
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
         implementations.reset_counters()
         if shown and self._grid_due(self.step) and not self.directory.sample(self.step).exists():
             self._grid()
-
-    def _described(self) -> str:
-        """What is trained, on what, where to."""
-        t, m = self.config.train, self.config.model
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        ranks = f"{self.ranks.world} ranks of " if self.ranks.world > 1 else ""
-        return (
-            f"{self.directory.root}: {m.kind}, {parameters:.2f} M parameters; {len(self.data)} "
-            f"samples ({self.config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} "
-            f"on {ranks}{self.ranks.device}"
-        )
 
     def _loop(self) -> bool:
         """True at the end of the run, False after a signal."""
@@ -255,13 +248,14 @@ class Trainer:
             failure = error
         try:
             found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
+            if not found and self.ranks.world > 1:
+                self.ranks.sum_(self.optimizer.buffer)
+                norm = self.optimizer.grad_norm()
+                # the same bits, so the same answer, on every rank
+                found = int(not math.isfinite(norm))
         except Exception:
             self._keep(window)
             raise
-        if not found and self.ranks.world > 1:
-            self.ranks.sum_(self.optimizer.buffer)
-            norm = self.optimizer.grad_norm()
-            found = int(not math.isfinite(norm))  # the same bits, so the same answer, on every rank
         if found:
             self._skip(bad)
         else:
@@ -272,8 +266,8 @@ class Trainer:
         return signum
 
     def _keep(self, window: Window) -> None:
-        """Saves what was trained before a step that failed, which has updated nothing yet: the
-        error may come back, hours of good steps do not."""
+        """Saves what was trained before a step that failed, which has updated nothing yet, or
+        before a grid: the error may come back, hours of good steps do not."""
         self.window = window
         if self.ranks.rank or self.step == self.saved:
             return
@@ -403,7 +397,11 @@ class Trainer:
                 f"{self._saved}; start again to resume"
             )
         elif self._grid_due(step):
-            self._grid()
+            try:
+                self._grid()
+            except Exception:
+                self._keep(self.window)
+                raise
 
     def save(self) -> None:
         """Writes and verifies a checkpoint of this step."""
@@ -493,9 +491,10 @@ def main(argv: list[str]) -> int:
     config = load_config(argv[0] if argv else "", argv[1:])
     with lasting_output():
         trainer = Trainer(config)
-        done = trainer.run()
-    cut = done < config.train.steps and trainer.ranks.world == 1
-    return 128 + trainer.stop.signum if cut else 0
+        trainer.run()
+    if trainer.finished or "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0
+    return 128 + trainer.stop.signum
 
 
 if __name__ == "__main__":

@@ -105,6 +105,12 @@ def test_a_config_of_somebody_s_own_is_kept(
     assert "what was there is config.yaml.bak now" in capsys.readouterr().out
     assert (root / "config.yaml.bak").read_text().startswith("# mine")
     written = (root / "config.yaml").read_text()
+    # nor is what was kept replaced
+    shutil.rmtree(root / "checkpoints")
+    (root / "config.yaml").write_text("# mine too\n")
+    Trainer(config).run()
+    assert "what was there is config.yaml.bak1 now" in capsys.readouterr().out
+    assert (root / "config.yaml.bak1").read_text() == "# mine too\n"
     # its own it writes again: the run goes on, with more steps, and begins anew
     Trainer(changed(config, steps=2)).run()
     shutil.rmtree(root / "checkpoints")
@@ -131,6 +137,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     # a setting that came after the checkpoint had its default then
     del meta["config"]["optim"]["ema_warmup"]
     check_same(meta, shared, meta["data"], 1, tmp_path)
+    meta["config"]["optim"]["gone"] = 1
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is of another version .*optim.gone"):
+        check_same(meta, shared, meta["data"], 1, tmp_path)
+    del meta["config"]["optim"]["gone"]
     wrong = replace(shared, optim=replace(shared.optim, ema_warmup=True))
     with pytest.raises(ConfigError, match=r"optim.ema_warmup: False -> True"):
         check_same(meta, wrong, meta["data"], 1, tmp_path)

@@ -25,7 +25,7 @@ from runs import (
     wait_for,
 )  # fmt: skip
 
-from fpdm import checkpoint
+from fpdm import checkpoint, train
 from fpdm.checkpoint import FAILPOINTS
 from fpdm.config import ConfigError, DataConfig
 from fpdm.shards import write_shards
@@ -272,6 +272,51 @@ def test_a_shard_that_shrinks_loses_nothing(tmp_path):
     os.rename(tmp_path / "data", tmp_path / "moved")
     moved = replace(run, data=replace(data, path=str(tmp_path / "moved")))
     resume_and_compare(moved, expected[1], log)
+
+
+def test_a_grid_that_fails_costs_no_steps(tmp_path):
+    class Failing(Trainer):
+        def _grid(self):
+            if self.step == 6:
+                raise ValueError("planted")
+            super()._grid()
+
+    config = small(tmp_path, steps=9, save_every=0, grid_every=6)
+    with pytest.raises(ValueError, match="planted"):
+        Failing(config).run()
+    trainer = Trainer(config)
+    assert checkpoint.load_newest(trainer.directory.checkpoints).step == 6
+    assert trainer.run() == 9
+
+
+@pytest.mark.parametrize(("torchrun", "status"), [(None, 128 + signal.SIGTERM), ("1", 0)])
+@pytest.mark.parametrize("where", ["step", "last", "grid"])
+def test_a_run_that_a_signal_cut_short_says_so(tmp_path, monkeypatch, where, torchrun, status):
+    """Also in its last step and in its last grid, where every step is done and no export made."""
+    config = small(tmp_path, steps=4, save_every=0)
+
+    class Signalled(Trainer):
+        def local_step(self, step):
+            super().local_step(step)
+            if step == {"step": 1, "last": 3}.get(where):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def _grid(self):
+            if where == "grid":
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._grid()
+
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun)
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(train, "load_config", lambda *argv: config)
+    monkeypatch.setattr(train, "Trainer", Signalled)
+    assert train.main(["digits"]) == status
+    assert not (tmp_path / "run" / "export").exists()
+    monkeypatch.setattr(train, "Trainer", Trainer)
+    assert train.main(["digits"]) == 0
+    assert (tmp_path / "run" / "export").exists()
 
 
 class Cut(Trainer):
