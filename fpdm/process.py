@@ -109,15 +109,18 @@ def open_streams() -> None:
     """Where stdin, stdout or stderr was closed by whoever started the process, nothing is read and
     what is written is dropped; what an encoding lacks is written as an escape."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(fd)
-            except OSError:
-                null = os.open(os.devnull, os.O_RDWR)
-                if null != fd:  # else it is the lowest that was free
-                    os.dup2(null, fd)
-                    os.close(null)
-            setattr(sys, name, open(os.devnull, "w" if fd else "r"))  # noqa: SIM115
+        if getattr(sys, name) is not None:
+            continue
+        place: int | str = os.devnull  # where another file has its descriptor by now
+        try:
+            os.fstat(fd)
+        except OSError:
+            place, null = fd, os.open(os.devnull, os.O_RDWR)
+            if null != fd:  # else it is the lowest that was free
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+        setattr(sys, name, open(place, "w" if fd else "r", closefd=place != fd))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -125,10 +128,8 @@ def open_streams() -> None:
 
 def drop(stream: TextIO) -> None:
     """What is written from here on goes nowhere, and what waits in the buffer with it."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 class _Lasting:
@@ -151,6 +152,9 @@ class _Lasting:
             drop(self._stream)
 
     def __getattr__(self, name: str) -> Any:
+        # of a copy that has no stream yet
+        if name == "_stream":
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -47,11 +50,14 @@ def test_what_can_be_written_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 CODE = """
-import os, sys
+import os, subprocess, sys
 from fpdm.process import open_streams
 open_streams()
 print("no ü"); print("told", file=sys.stderr); sys.stdout.flush()
 assert os.open({file!r}, os.O_WRONLY | os.O_CREAT) > 2
+# a child has them too
+code = "import sys; sys.exit(None in (sys.stdin, sys.stdout, sys.stderr))"
+assert subprocess.run([sys.executable, "-c", code], close_fds=False).returncode == 0
 """
 
 
@@ -66,6 +72,22 @@ def test_streams_that_were_closed(tmp_path: Path, closed: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("" if ">&-" in closed.split() else "no \\xfc\n")
     assert done.stderr == ("" if "2>&-" in closed else "told\n")
+
+
+def test_a_stream_without_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to redirect: what cannot be written is lost, and no descriptor with it."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    before = len(os.listdir("/proc/self/fd"))
+    with lasting_output():
+        for _ in range(20):
+            print("x", flush=True)
+        assert copy.copy(sys.stdout) is not None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_run_whose_reader_has_gone_is_saved(tmp_path: Path) -> None:
