@@ -191,8 +191,8 @@ def _check_replaced(out: Path, settings: dict[str, Any], newest: bool) -> None:
             f"out: got {out}, which is no evaluation, expected another --out"
         ) from error
     for key, value in flat(settings).items():
-        # a run's data may have been moved
-        moves = newest and (key.startswith("source.") or key == "data.path")
+        # a resumed run may have other settings of its sampler, and its data may have been moved
+        moves = newest and (key.startswith(("source.", "sample.")) or key == "data.path")
         if old.get(key, value) != value and not moves:
             raise ConfigError(f"{key}: got {value}, expected {old[key]} of {out}, or another --out")
     if name != settings["source"]["name"]:

@@ -115,7 +115,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         raise ConfigError(
             f"--out: got {path}, which is damaged, expected rows of a sweep or another directory"
         ) from error
-    if known != settings:
+    if rows and known != settings:
         raise ConfigError(
             f"--out: got {path.parent}, whose sweep.json has {len(rows)} rows of another model or "
             "other settings; expected another directory"

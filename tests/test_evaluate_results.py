@@ -30,12 +30,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[evaluate.Options]:
     return found
 
 
-def save(run: Path, step: int) -> None:
+def save(run: Path, step: int, iters: int = 1) -> None:
     model = random_model(MODEL)
     model.final_layer.linear.bias.data.fill_(step)
     groups: dict[str, Any] = {"model": model.state_dict()}
     groups["ema"] = {name: p.detach() for name, p in model.named_parameters()}
-    config = Config(model=MODEL, sample=SamplerConfig(steps=2, iters=1))
+    config = Config(model=MODEL, sample=SamplerConfig(steps=2, iters=iters))
     checkpoint.save(run / "checkpoints", step, groups, {"config": to_dict(config)}, keep=1)
 
 
@@ -78,6 +78,10 @@ def test_a_run_has_a_file_for_its_own_settings(
     evaluate.command(argv)
     assert f"replaces   the evaluation of run-1 in {own}\n" in capsys.readouterr().out
     assert json.loads(own.read_text())["source"]["name"] == "run-2"
+    # also where it was resumed with another sampler of its grids
+    save(run, 3, iters=2)
+    evaluate.command(argv)
+    assert json.loads(own.read_text())["sample"]["iters"] == 2
 
 
 @pytest.mark.parametrize("content", ["mine", '{"a": 1}', "[]"])

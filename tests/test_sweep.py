@@ -85,6 +85,22 @@ def test_two_sweeps_at_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.json", "sweep.png"]
 
 
+def test_a_sweep_without_a_row_yet_takes_no_directory(tmp_path: Path) -> None:
+    """One that was stopped before its first row has nothing to lose."""
+    row = {"frechet": 2.0, "accuracy": 0.5}
+
+    def stopped(point: Point, seed: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    wanted = sweep.points(DIGITS, (140,), (1,), 1000)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(wanted, range(1), stopped, tmp_path, {"a": 1})
+    rows = sweep.run(wanted, range(1), lambda point, seed: row, tmp_path, {"a": 2})
+    assert len(rows) == 1
+    with pytest.raises(ConfigError, match="1 rows of another model or other settings"):
+        sweep.run(wanted, range(1), lambda point, seed: row, tmp_path, {"a": 1})
+
+
 def test_rows_from_many_threads(tmp_path: Path) -> None:
     def write(k: int) -> None:
         row = {"budget": 9, "k": k, "seed": 0, "frechet": 1.0, "accuracy": 0.5}
