@@ -155,8 +155,11 @@ def iteration_backward(
     wide = 4 / itemsize  # float32 in units of U
     products = [("fc2", 4, 1), ("fc1", 1, 4), ("proj", 1, 1), ("qkv", 1, 3)]
     if injected:
-        products += [("fc2 injection", 2, 1), ("fc1 injection", 1, 2)]
+        products.append(("fc2 injection", 2, 1))
     parts = _products_backward(config, batch, itemsize, products)
+    if injected:
+        # of A x: b1 is the injection's
+        parts += _products_backward(config, batch, itemsize, [("fc1 injection", 1, 2)], bias=False)
     parts += [
         # dq and dk, dv are two kernels, which find the scores and dP each, and the sums first
         attention("attention backward", 5, 8, again=3),
@@ -179,7 +182,11 @@ def iteration_backward(
 
 
 def _products_backward(
-    config: ModelConfig, batch: int, itemsize: int, products: list[tuple[str, int, int]]
+    config: ModelConfig,
+    batch: int,
+    itemsize: int,
+    products: list[tuple[str, int, int]],
+    bias: bool = True,
 ) -> list[Part]:
     """Gradients of x, W and b of y (O) = x (I) W^T + b for every (name, I, O) in units of D."""
     gemm, _, glue = _counter(config, batch, itemsize)
@@ -190,7 +197,8 @@ def _products_backward(
         size = wgrad.bytes + i * o * d * d * (8 - itemsize)
         tiles = math.ceil(i * d / TILE) * math.ceil(o * d / TILE)
         parts += [gemm(f"{name} dgrad", o, i), replace(wgrad, bytes=size, tiles=tiles)]
-        parts.append(glue(f"{name} bias gradient", o))
+        if bias:
+            parts.append(glue(f"{name} bias gradient", o))
     return parts
 
 
@@ -204,7 +212,7 @@ def training(
 ) -> list[Part]:
     """The parts of the forward and backward of a training step in the library style: everything
     forward, everything but the n iterations back; the injection is not folded."""
-    gemm, _, _ = _counter(config, batch, itemsize)
+    gemm, _, glue = _counter(config, batch, itemsize)
     _, *forward = network(config, batch, n + m, itemsize)
     forward = [gemm("injection", 1, 1), gemm("injection, fc1", 1, 2), *forward]
     back = [(True, m), (False, config.pre_depth + config.post_depth)]
@@ -212,8 +220,10 @@ def training(
         part for injected, count in back
         for part in iteration_backward(config, batch, itemsize, recompute, injected) * count
     ]  # fmt: skip
-    injection = [("injection", 1, 1), ("injection, fc1", 1, 2)]
-    return forward + parts + _products_backward(config, batch, itemsize, injection)
+    parts += _products_backward(config, batch, itemsize, [("injection", 1, 1)])
+    parts += _products_backward(config, batch, itemsize, [("injection, fc1", 1, 2)], bias=False)
+    wide = 2 * 4 / itemsize  # the gradient of u is a float32 total: rounded, and summed for b1
+    return [*forward, *parts, glue("gradient of u", 2 * wide + 2, 2)]
 
 
 def products(parts: list[Part]) -> list[Part]:

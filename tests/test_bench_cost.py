@@ -141,6 +141,20 @@ def test_the_hand_count_of_a_training_step() -> None:
 def test_the_parts_of_a_training_step_are_its_count() -> None:
     parts = cost.training(XL, 4, 5, 6)
     assert cost.flops(parts) == cost.training_flops(XL, 4, 5, 6)
+
+    # bytes of the backward by hand, in U of half precision: gates 6, GELU 12 and 14, adaln 8, and
+    # the gradients of the biases of fc2, fc1, proj, qkv and of the injection's fc2
+    def units(parts: list[cost.Part]) -> float:
+        return cost.elementwise_units(parts, XL, 4, 2)
+
+    one = cost.iteration_backward(XL, 4, recompute="none")
+    assert units(one) == 6 + 12 + 14 + 8 + (1 + 4 + 1 + 3 + 1)
+    block = cost.iteration_backward(XL, 4, 2, "none", False)
+    assert units(block) == 6 + 12 + 8 + (1 + 4 + 1 + 3)
+    # i's bias, and the float32 gradient of u, 2 U wide: read twice and rounded once
+    ends = 1 + 2 * 4 + 2
+    step = units(cost.network(XL, 4, 11)) + 6 * units(one) + 2 * units(block) + ends
+    assert units(cost.training(XL, 4, 5, 6)) == step
     # a step of n = 0, m = 1 has every weight's gradient once
     found = [p.name for p in cost.training(XL, 4, 0, 1) if p.name.endswith("wgrad")]
     assert len(found) == 6 + 2 * 4 + 2
