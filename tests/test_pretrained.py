@@ -107,5 +107,7 @@ def test_a_place_beside_the_model_is_answered_with_it(
             load_source(given)
     with pytest.raises(ConfigError, match=r"expected a run directory [^;]*$"):
         load_source("elsewhere")
-    with pytest.raises(ConfigError, match=r"got the file model\.pt, .*load_official"):
+    with pytest.raises(
+        ConfigError, match=r"got the file model\.pt, .* fpdm\.interop model\.pt OUT"
+    ):
         load_source("model.pt")

@@ -55,7 +55,7 @@ def test_invariant_is_bitwise(model: ModelConfig) -> None:
 def test_adaptive_where_no_residual_reaches_the_tolerance(most: int) -> None:
     """All run to what their plan and ``max_iters`` allow, as with a tolerance that could be met."""
     changes: dict[str, Any] = {"allocation": "adaptive", "iters": 3, "max_iters": most}
-    with pytest.warns(UserWarning, match="every sample runs to its cap"):
+    with pytest.warns(UserWarning, match="those samples run to their cap"):
         tight = sampler(replace(BUSY, dtype="bfloat16", tol=1e-4, **changes))
     ran = tight.sample(LABELS, SEEDS).stats.iterations
     usual = sampler(replace(BUSY, tol=1e-6, **changes)).sample(LABELS, SEEDS).stats.iterations
