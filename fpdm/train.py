@@ -478,10 +478,11 @@ class Trainer:
             },
         )
         # after what nothing can replace
-        figures.plot_history(self.directory.metrics, self.directory.curves)
+        drawn = figures.plot_history(self.directory.metrics, self.directory.curves)
+        curves = f"curves {self.directory.curves}, " if drawn else ""
         print(
-            f"done: {self.step} steps; samples {self.directory.sample(self.step)}, curves "
-            f"{self.directory.curves}, export (EMA) {self.directory.export}",
+            f"done: {self.step} steps; samples {self.directory.sample(self.step)}, {curves}"
+            f"export (EMA) {self.directory.export}",
             flush=True,
         )
 
