@@ -370,9 +370,10 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
         section("Memory", "Left and right: counted storage by storage without allocating it. "
                 "Below: measured here.", memory_curve(counted) if counted else "",
                 measured_memory(result)),
-        section("The cost model against measurements", "One evaluation of the network in half "
-                "precision. The model knows nothing of the host, which bounds at batch 1 whatever "
-                "is not replayed as a graph.", grid(PREDICTED, predicted) if predicted else ""),
+        section("The cost model against measurements", "One evaluation of the network, or one "
+                "training step, in half precision. The model knows nothing of the host, which "
+                "bounds at batch 1 whatever is not replayed as a graph.",
+                grid(PREDICTED, predicted) if predicted else ""),
         section("Other devices", "Predicted from counted FLOPs, bytes, launches and waves of "
                 "tiles, and each device's rates, in half precision. Not a measurement. Published: "
                 "modulation and concatenation in every iteration, a kernel a call; library: "
