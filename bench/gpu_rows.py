@@ -259,7 +259,7 @@ def rows() -> list[Row]:
     found += [sampling(large, 1.0, False), sampling(setting(8), 4.0, False)]
     found += [sampling(one, 4.0, False), sampling(one, 4.0, False, method="ddpm")]
     found += [training(large, [(5, 6)], mode, False, mode == "none")
-              for mode in ("none", "elementwise", "full")]  # fmt: skip
+              for mode in cost.RECOMPUTE]  # fmt: skip
     found += [training(large, drawn(), "none", False, True)]
     found += [optimizer("XL/2", XL, large.device)]
     found += [sampling(large, 1.0, True), sampling(one, 4.0, True)]

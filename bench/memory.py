@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import published
+from bench.cost import RECOMPUTE
 from fpdm import fixed_point
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import ops
@@ -239,7 +240,7 @@ def table(batch: int = 64, m: int = 12) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in ("fpdm-xl-2", "dit-xl-2"):
         config = MODEL_PRESETS[name]
-        for mode in ("none", "elementwise", "full"):
+        for mode in RECOMPUTE:
             chunks = 1 if mode == "none" else 4
             execution = ExecutionConfig(recompute=mode, chunks=chunks)
             found = training(config, batch, execution, m, m)

@@ -130,7 +130,7 @@ def operators(s: Setting) -> Iterator[Row]:
         )  # fmt: skip
 
     for name in OPERATORS:
-        yield Row("operators", f"{s.name} {name}", partial(build, name), 31, 1.0, True)
+        yield Row("operators", f"{s.name} {name}", partial(build, name), 31, 1.0, pooled=True)
 
 
 class Recorder:
@@ -203,5 +203,5 @@ def iteration(s: Setting) -> Iterator[Row]:
         return Arms(run, cost.flops(parts), sum(p.bytes for p in parts), dtype=s.dtype)
 
     for index, name in enumerate(PARTS):
-        yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0, True)
-    yield Row("iteration", f"{s.name} whole", whole, 31, 2.0, True)
+        yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0, pooled=True)
+    yield Row("iteration", f"{s.name} whole", whole, 31, 2.0, pooled=True)

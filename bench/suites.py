@@ -244,7 +244,7 @@ def optimizer(label: str, config: ModelConfig, device: torch.device) -> Row:
             arms[OURS if impl == "auto" else impl] = partial(opt.step, 1e-4)
         return Arms(arms, 0, size)
 
-    return Row("optimizer", f"{label} {device.type}", build, 15, 5.0, True)
+    return Row("optimizer", f"{label} {device.type}", build, 15, 5.0, pooled=True)
 
 
 def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
@@ -273,7 +273,7 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
-    return Row("sampler", name, build, 9, 5.0, s.batch <= 8)
+    return Row("sampler", name, build, 9, 5.0, pooled=s.batch <= 8)
 
 
 def published_sampler(

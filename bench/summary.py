@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import cost, report
 from bench.rows import OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -95,7 +95,7 @@ def gain(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
     if counted is None:
         return text
     gb = {(row["model"], row["arm"]): f"{row['total']:.1f}" for row in counted["memory"]}
-    ours = [gb["fpdm-xl-2", f"fpdm {kept}"] for kept in ("none", "elementwise", "full")]
+    ours = [gb["fpdm-xl-2", f"fpdm {kept}"] for kept in cost.RECOMPUTE]
     paper = counted["paper_gb"]
     return text + (
         f"\nA training step of XL/2, batch {counted['batch']}, n = m = {counted['m']}, with all "

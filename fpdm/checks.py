@@ -88,18 +88,14 @@ def check_same(
 def check_alike(ranks: Ranks, config: Config, fingerprint: str) -> None:
     """Every rank trains the same model on the same data in the same way as rank 0. Raises
     ConfigError on the ranks that would not, PeerError on the others."""
-    mine = {"config": to_dict(config), "data": fingerprint, "fpdm": __version__}
-    mine["device"] = ranks.device.type
+    others = {"data": fingerprint, "fpdm": __version__, "device": ranks.device.type}
+    mine = {"config": to_dict(config), **others}
     first = json.loads(ranks.of_first(json.dumps(mine).encode()))
     free = {name: why for name, why in RESUME_FREE.items() if name != "train.steps"}
     changed = diff(first["config"], mine["config"], free)
-    others = ("data", "fpdm", "device")
     changed += [f"{n}: {first[n]} -> {mine[n]}" for n in others if first[n] != mine[n]]
-    failure = ConfigError(
-        f"rank {ranks.rank}: got other settings or data than rank 0, expected the same: "
-        + "; ".join(changed)
-    )
-    ranks.agree(failure if changed else None)
+    told = f"rank {ranks.rank}: got other settings or data than rank 0, expected the same: "
+    ranks.agree(ConfigError(told + "; ".join(changed)) if changed else None)
 
 
 def too_large(

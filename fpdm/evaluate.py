@@ -29,7 +29,7 @@ from fpdm.cli import given_names, parse_options, replace_cost, run_main, take_op
 from fpdm.config import ConfigError, DataConfig, SamplerConfig, UserError
 from fpdm.data import open_dataset
 from fpdm.files import TEMPORARY, atomic_write, make_directory, read_small, write_problem
-from fpdm.pretrained import LoadedSource, choose_device, load_source
+from fpdm.pretrained import LoadedSource, choose_device, image_settings, load_source
 from fpdm.quality import Evaluation, baseline, digits, evaluate_pixels, evaluate_samples
 from fpdm.recipes import load_config
 from fpdm.settings import flat, plain
@@ -141,8 +141,11 @@ def _run_data(path: str | None) -> DataConfig:
 
 def settings_of(source: LoadedSource, options: Options) -> dict[str, Any]:
     """What an evaluation of the source depends on, as its record keeps it."""
-    sample = {k: v for k, v in plain(options.sample).items() if k not in ("batch", "graphs")}
-    settings = {"sample": sample, "sets": options.sets, "seed": options.seed}
+    settings: dict[str, Any] = {
+        "sample": image_settings(options.sample),
+        "sets": options.sets,
+        "seed": options.seed,
+    }
     if not is_digits(source):
         data = plain(options.data)
         settings |= {"count": options.count, "data": data, "held_out": options.held_out}
@@ -204,9 +207,7 @@ def _measure(source: LoadedSource, options: Options, own: Options, strict: bool)
     settings. Exit status."""
     settings = settings_of(source, options)
     default = source.which == "ema" and settings == settings_of(source, own)
-    settings["source"] = {
-        "name": source.name, "weights": source.which, "sha256": source.digest()
-    }  # fmt: skip
+    settings["source"] = source.identity()
     out = results_path(source, options.out, settings, default)
     found = evaluate(source, options)
     print(found.table(), flush=True)

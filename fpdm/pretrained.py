@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from fpdm.engine import Sampler
 from fpdm.exports import SHIPPED
 from fpdm.files import tensors_digest
 from fpdm.model import FPDM, DiT, model_of
-from fpdm.settings import update
+from fpdm.settings import plain, update
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,18 @@ class LoadedSource:
             return [beside]
         return [Path(f"calibrations/{self.name}-{self.digest()[:8]}.json"), beside]
 
+    def identity(self) -> dict[str, str]:
+        """What a record of its images says that they are of."""
+        return {"name": self.name, "weights": self.which, "sha256": self.digest()}
+
     def digest(self) -> str:
         """16 hexadecimal digits of the SHA-256 of every parameter: what the images depend on."""
         return tensors_digest(self.model.named_parameters())
+
+
+def image_settings(config: SamplerConfig) -> dict[str, Any]:
+    """The settings of a sampler that its images depend on."""
+    return {k: v for k, v in plain(config).items() if k not in ("batch", "graphs")}
 
 
 def load_source(

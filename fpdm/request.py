@@ -13,7 +13,7 @@ from fpdm.config import ConfigError, SamplerConfig
 from fpdm.engine import check_labels, check_seeds
 from fpdm.gallery import GRID_IMAGES
 from fpdm.kernels import implementations
-from fpdm.pretrained import LoadedSource
+from fpdm.pretrained import LoadedSource, image_settings
 from fpdm.settings import hints, plain, used
 
 VAE_BATCH = 8
@@ -209,10 +209,10 @@ def make_request(
     labels, seeds, columns = choose_images(args, source.model.config.num_classes)
     shard, shards = parse_shard(args.shard)
     settings = {
-        "source": {"name": source.name, "weights": source.which, "sha256": source.digest()},
+        "source": source.identity(),
         "model": plain(source.model.config),
         "diffusion": plain(source.diffusion.config),
-        "sample": {k: v for k, v in plain(config).items() if k not in ("batch", "graphs")},
+        "sample": image_settings(config),
         "iterations": ks,
         "labels": args.labels,
         "seeds": args.seeds if args.seeds is not None else f"{args.seed}+i",

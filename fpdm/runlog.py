@@ -139,8 +139,9 @@ def _until(line: bytes, step: int) -> bool:
         return False
 
 
-def described(config: Config, parameters: int, samples: int, ranks: Ranks) -> str:
+def described(config: Config, model: torch.nn.Module, samples: int, ranks: Ranks) -> str:
     """What is trained, and on what."""
+    parameters = sum(p.numel() for p in model.parameters())
     t, many = config.train, f"{ranks.world} ranks of " if ranks.world > 1 else ""
     return (
         f"{config.model.kind}, {parameters / 1e6:.2f} M parameters; {samples} samples "

@@ -21,7 +21,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,8 +213,7 @@ class Trainer:
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
         if shown:
-            parameters = sum(p.numel() for p in self.model.parameters())
-            told = described(self.config, parameters, len(self.data), self.ranks)
+            told = described(self.config, self.model, len(self.data), self.ranks)
             print(f"{self.directory.root}: {told}", flush=True)
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
         implementations.reset_counters()
@@ -234,8 +233,22 @@ class Trainer:
 
     def _advance(self) -> int:
         """One step on all ranks; returns the agreed signal number."""
+        with self._kept():
+            found, bad, norm, signum = self._agreed_gradients()
+        if found:
+            self._skip(bad)
+        else:
+            self._update(norm)
+        self.step += 1
+        self._row_if_due()
+        self._check_nonfinite()
+        return signum
+
+    def _agreed_gradients(self) -> tuple[int, bool, float, int]:
+        """The step's gradients, summed over the ranks: whether some rank's are bad, whether this
+        one's are, their norm, and the agreed signal number. Changes no parameter."""
         failure: Exception | None = None
-        bad, window = True, replace(self.window)
+        bad, norm = True, math.nan
         try:
             norm = self._gradients()
             bad = not (math.isfinite(norm) and bool(self.optimizer.tail[:3].isfinite().all()))
@@ -246,38 +259,30 @@ class Trainer:
             )
         except Exception as error:
             failure = error
-        try:
-            found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
-            if not found and self.ranks.world > 1:
-                self.ranks.sum_(self.optimizer.buffer)
-                norm = self.optimizer.grad_norm()
-                # the same bits, so the same answer, on every rank
-                found = int(not math.isfinite(norm))
-        except Exception:
-            self._keep(window)
-            raise
-        if found:
-            self._skip(bad)
-        else:
-            self._update(norm)
-        self.step += 1
-        self._row_if_due()
-        self._check_nonfinite()
-        return signum
+        found, signum = self.ranks.agree(failure, int(bad), self.stop.signum)
+        if not found and self.ranks.world > 1:
+            self.ranks.sum_(self.optimizer.buffer)
+            norm = self.optimizer.grad_norm()
+            found = int(not math.isfinite(norm))  # the same bits, so the same answer, on every rank
+        return found, bad, norm, signum
 
-    def _keep(self, window: Window) -> None:
-        """Saves what was trained before a step that failed, which has updated nothing yet, or
-        before a grid: the error may come back, hours of good steps do not."""
-        self.window = window
-        if self.ranks.rank or self.step == self.saved:
-            return
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """An error inside, where no parameter changes, comes after what was trained before it is
+        saved: the error may come back, hours of good steps do not."""
+        window = replace(self.window)
         try:
-            self.save()
-            self.progress.say(
-                f"saved step {self.step}, the last before the error, in {self._saved}"
-            )
-        except Exception as error:  # a device that is lost gives nothing back
-            self.progress.say(f"step {self.step} could not be saved: {one_line(error)}")
+            yield
+        except Exception:
+            self.window = window
+            if self.ranks.rank == 0 and self.step != self.saved:
+                try:
+                    self.save()
+                    told = f"saved step {self.step}, the last before the error, in {self._saved}"
+                except Exception as error:  # a device that is lost gives nothing back
+                    told = f"step {self.step} could not be saved: {one_line(error)}"
+                self.progress.say(told)
+            raise
 
     def _gradients(self) -> float:
         """The step's gradients, into the optimiser's buffer; their norm. A step that finds no
@@ -397,23 +402,17 @@ class Trainer:
                 f"{self._saved}; start again to resume"
             )
         elif self._grid_due(step):
-            try:
+            with self._kept():
                 self._grid()
-            except Exception:
-                self._keep(self.window)
-                raise
 
     def save(self) -> None:
         """Writes and verifies a checkpoint of this step."""
+        versions = {"fpdm": __version__, "torch": torch.__version__}
         meta = {
             "config": to_dict(self.config),
             "data": self.data.fingerprint,
             "state": self._state(),
-            "versions": {
-                "fpdm": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions | {"python": platform.python_version()},
             "ranks": self.ranks.world,
         }
         keep = self.config.train.keep

@@ -284,7 +284,7 @@ class TestLauncher:
         assert routes.route(5, 144, HALF, CPU)[0] == "sdpa"
         y = self.attention.attention(qkv, 2)
         assert violation(y, oracle(qkv, 2), oracle(qkv.double(), 2), torch.float32) is None
-        implementations._warn.cache_clear()
+        implementations.warn_once.cache_clear()
         implementations.reset_counters()
         with pytest.warns(UserWarning, match="attention_backward: got head size 144, expected at"):
             dqkv = self.attention.attention_backward(dy, qkv, y, 2)

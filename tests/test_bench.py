@@ -326,6 +326,11 @@ def test_the_parts_of_an_iteration_add_up() -> None:
 RESULTS = machine.ROOT / "bench" / "results"
 
 
+def test_every_operator_has_a_row() -> None:
+    found = operators.calls(None, operators.tensors(TINY), TINY.config.num_heads)
+    assert tuple(found) == operators.OPERATORS
+
+
 def test_tables_are_what_render_writes() -> None:
     results, counted = report.load(RESULTS)
     assert counted is not None

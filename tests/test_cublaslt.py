@@ -103,7 +103,7 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
     monkeypatch.setattr(cublaslt, "library", lambda: found)
-    caches = cublaslt._handle, cublaslt._product, cublaslt._warn
+    caches = cublaslt._handle, cublaslt._product, cublaslt.warn_once
     for cached in caches:
         cached.cache_clear()
     yield found

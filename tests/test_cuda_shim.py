@@ -107,7 +107,7 @@ def test_head_sizes_without_a_kernel_run_in_plain_pytorch(
     ours: Any, backend: shim.Shim, dtype: torch.dtype
 ) -> None:
     """A model that a CPU trains must sample on a V100: a warning says what runs."""
-    implementations._warn.cache_clear()
+    implementations.warn_once.cache_clear()
     backend.launches.clear()
     torch.manual_seed(0)
     qkv, dy = torch.randn(2, 5, 3 * 40).to(dtype), torch.randn(2, 5, 40).to(dtype)

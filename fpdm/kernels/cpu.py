@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fpdm.kernels import reference
 from fpdm.kernels.launch import Operand, check, head_width, row_stride
+from fpdm.settings import one_line
 
 try:
     from fpdm.kernels import _cpu as native  # type: ignore[attr-defined]
 
     _missing = None
 except ImportError as error:
-    native, _missing = None, " ".join(str(error).split())
+    native, _missing = None, one_line(error)
 
 DEVICE = torch.device("cpu")
 CODES = {torch.float32: 0, torch.bfloat16: 1}

@@ -23,12 +23,12 @@ import contextlib
 import ctypes
 import functools
 import threading
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fpdm.kernels.implementations import warn_once
 from fpdm.kernels.launch import FLOATS, LaunchError, aligned, check
 
 # cudaDataType
@@ -209,13 +209,8 @@ def attempt(
     try:
         return linear(x, weight, addend, out, gelu, algorithm)
     except RefusalError as error:
-        _warn(str(error))
+        warn_once(f"{error}: torch's own product runs instead")
         return None
-
-
-@functools.cache
-def _warn(told: str) -> None:
-    warnings.warn(f"{told}: torch's own product runs instead", stacklevel=4)
 
 
 def linear(

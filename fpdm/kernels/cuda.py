@@ -344,15 +344,19 @@ def linear_add_gelu(
     return out
 
 
-def _head_size(op: str, qkv: Tensor, heads: int) -> tuple[int, bool]:
-    """K, and whether a kernel has it; a warning says so once where none does."""
+def _head_size(op: str, qkv: Tensor, heads: int) -> int:
     width = qkv.shape[-1]
     if heads < 1 or width % (3 * heads):
         raise LaunchError(f"{op}: qkv: got width {width}, expected a multiple of 3 x {heads} heads")
-    head = width // (3 * heads)
-    if head not in ck.HEAD_SIZES:
-        plainly(op, f"head size {head}", f"one of {', '.join(map(str, ck.HEAD_SIZES))}")
-    return head, head in ck.HEAD_SIZES
+    return width // (3 * heads)
+
+
+def _lacks(op: str, head: int) -> bool:
+    """Whether no kernel has heads of this size, of which a warning tells."""
+    if head in ck.HEAD_SIZES:
+        return False
+    plainly(op, f"head size {head}", f"one of {', '.join(map(str, ck.HEAD_SIZES))}")
+    return True
 
 
 def _attention(form: str, qkv: Tensor, head: int, heads: int, extra: tuple[Argument, ...]) -> None:
@@ -379,11 +383,11 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     has. Raises LaunchError."""
     (b, t, width), op = qkv.shape, "attention"
     out = qkv.new_empty(b, t, width // 3) if out is None else out
-    head, known = _head_size(op, qkv, heads)
+    head = _head_size(op, qkv, heads)
     packed: Operand = ("qkv", qkv, (b, t, width), DTYPES)
     result: Operand = ("out", out, (b, t, width // 3), (qkv.dtype,))
-    check(op, qkv.device, (packed,), (result,), align=_alignment(qkv, head) if known else 1)
-    if not known:
+    check(op, qkv.device, (packed,), (result,), align=_alignment(qkv, head))
+    if _lacks(op, head):
         return reference.attention(qkv, heads, out)
     if qkv.numel():
         _attention(op, qkv, head, heads, (qkv, out))
@@ -396,7 +400,7 @@ def attention_backward(
     """Gradient with respect to qkv: see ``reference.attention_backward``. Raises LaunchError."""
     (b, t, width), op, dtype = qkv.shape, "attention_backward", (qkv.dtype,)
     out = torch.empty_like(qkv) if out is None else out
-    (head, known), narrow = _head_size(op, qkv, heads), (b, t, width // 3)
+    head, narrow = _head_size(op, qkv, heads), (b, t, width // 3)
     check(
         op,
         qkv.device,
@@ -406,9 +410,9 @@ def attention_backward(
             ("y", y, narrow, dtype),
         ),
         (("out", out, (b, t, width), dtype),),
-        align=_alignment(qkv, head) if known else 1,
+        align=_alignment(qkv, head),
     )
-    if not known:
+    if _lacks(op, head):
         return reference.attention_backward(dy, qkv, y, heads, out)
     if qkv.numel():
         statistics = qkv.new_empty(b, heads, 3, t, dtype=torch.float32)
@@ -419,8 +423,8 @@ def attention_backward(
 
 def _alignment(qkv: Tensor, head: int) -> int:
     """Bytes that addresses must be multiples of: the tensor-core kernels read whole rows."""
-    if qkv.dtype == torch.float32:
-        return 4
+    if qkv.dtype == torch.float32 or head not in ck.HEAD_SIZES:
+        return qkv.element_size()
     return 16 if head % 8 == 0 else 8
 
 

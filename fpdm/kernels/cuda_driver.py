@@ -20,6 +20,7 @@ from fpdm.kernels import cuda_compile, cuda_kernels
 from fpdm.kernels.cuda_compile import Binary, Entry
 from fpdm.kernels.cuda_kernels import Kernel
 from fpdm.kernels.launch import LaunchError
+from fpdm.settings import one_line
 
 Argument = Tensor | float | None
 Load = Callable[[str, tuple[int, int]], Binary]
@@ -193,6 +194,5 @@ def _cupy_problem() -> str | None:
             getattr(module, name)
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        told = " ".join(str(error).split())
-        return f"cupy is installed and cannot be used: {type(error).__name__}: {told[:200]}"
+        return f"cupy is installed and cannot be used: {type(error).__name__}: {one_line(error)}"
     return None

@@ -21,6 +21,7 @@ from typing import Any, cast, get_args
 import torch
 
 from fpdm.config import Impl, UserError
+from fpdm.settings import one_line
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)[1:]  # all but auto
 OPERATORS = (
@@ -74,12 +75,13 @@ def plainly(op: str, got: str, expected: str) -> None:
     with _counts_lock:
         calls = _counts.setdefault(op, {})
         calls[PLAIN] = calls.get(PLAIN, 0) + 1
-    _warn(f"{op}: got {got}, expected {expected}: {PLAIN} runs it")
+    warn_once(f"{op}: got {got}, expected {expected}: {PLAIN} runs it")
 
 
 @functools.cache
-def _warn(told: str) -> None:
-    warnings.warn(told, stacklevel=4)
+def warn_once(told: str) -> None:
+    """One warning for every text."""
+    warnings.warn(told, stacklevel=3)
 
 
 def ran(impl: str) -> str:
@@ -130,7 +132,7 @@ def unavailable(
         module = importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
     except Exception as error:
         # a broken optional package must not break the rest
-        return f"cannot be imported: {' '.join(str(error).split())}"
+        return f"cannot be imported: {one_line(error)}"
     return module.unavailable(torch.device(device), dtype)
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from fpdm.settings import one_line
+
 
 def missing() -> list[str]:
     """Why Triton could not launch a kernel of ours on a CUDA device; empty when it can.
@@ -73,9 +75,7 @@ def _libcuda() -> str | None:
         # a later Triton may have no need of it
         getattr(driver, "libcuda_dirs", list)()
     except Exception as error:
-        return (
-            f"libcuda.so.1: {' '.join(str(error).split())} (TRITON_LIBCUDA_PATH names its folder)"
-        )
+        return f"libcuda.so.1: {one_line(error)} (TRITON_LIBCUDA_PATH names its folder)"
     return None
 
 
