@@ -93,7 +93,9 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
         times, uncaptured = timing.device_times(alive, rounds or row.rounds)
         found["missing"] |= uncaptured
     else:
-        times = timing.interleave(alive, rounds or row.rounds, seconds=row.seconds)
+        # a number of rounds that was asked for is kept to
+        known = 0.0 if rounds else timing.KNOWN
+        times = timing.interleave(alive, rounds or row.rounds, row.seconds, known)
     ours = times[rows.OURS]
     found["rounds"] = len(ours.rounds)
     found["arms"] = {

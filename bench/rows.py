@@ -40,7 +40,8 @@ class Arms:
 
 @dataclass(frozen=True)
 class Row:
-    """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``.
+    """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``,
+    fewer where they agree (bench.timing.interleave).
     ``pooled``: so short that what a process decides once shows; on a CPU timed in several."""
 
     suite: str

@@ -145,7 +145,7 @@ def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True
         facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
-    return Row("network", f"{s.name} k={iters}", build, 9, 6.0)
+    return Row("network", f"{s.name} k={iters}", build, 21, 12.0)
 
 
 def _dit_arms(s: Setting, iters: int) -> dict[str, Arm | str]:
@@ -209,7 +209,7 @@ def training(
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     name = f"{s.name} n={n} m={m} {recompute}" + (f", {chunks} chunks" if chunks > 1 else "")
-    return Row("training", name, build, 9, 8.0)
+    return Row("training", name, build, 15, 45.0)
 
 
 def _dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
@@ -273,7 +273,7 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
         return Arms(arms, count, 0, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
-    return Row("sampler", name, build, 9, 5.0, pooled=s.batch <= 8)
+    return Row("sampler", name, build, 15, 8.0, pooled=s.batch <= 8)
 
 
 def published_sampler(

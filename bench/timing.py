@@ -18,6 +18,8 @@ from fpdm.graphs import CudaBackend
 Arm = Callable[[], object]
 # rounds: a median of fewer is one of its samples' luck
 LEAST = 5
+# a ratio known this well needs no further round
+KNOWN = 0.04
 
 
 def synchronize() -> None:
@@ -137,9 +139,19 @@ def ratio(arm: Times, ours: Times) -> float:
     return statistics.median(a / b for a, b in zip(arm.rounds, ours.rounds))
 
 
-def interleave(arms: dict[str, Arm], rounds: int, seconds: float = 60.0) -> dict[str, Times]:
+def doubt(arm: Sequence[float], ours: Sequence[float]) -> float:
+    """How uncertain ``ratio`` is, relative: 1.57 interquartile ranges over the root of the rounds
+    (McGill, Tukey and Larsen 1978: two medians whose intervals part differ at about 95 %)."""
+    pairs = Times(tuple(a / b for a, b in zip(arm, ours)))
+    return 1.57 * pairs.spread / len(pairs.rounds) ** 0.5
+
+
+def interleave(
+    arms: dict[str, Arm], rounds: int, seconds: float = 60.0, known: float = 0.0
+) -> dict[str, Times]:
     """Times of every arm, warmed, its order turned from round to round: as many rounds as fit
-    ``seconds``, at least 5 and at most ``rounds``."""
+    ``seconds``, at least 5 and at most ``rounds``, until the ``doubt`` of every ratio to the first
+    arm is at most ``known``."""
     inner = {name: inner_calls(fn) for name, fn in arms.items()}
     began = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -149,8 +161,11 @@ def interleave(arms: dict[str, Arm], rounds: int, seconds: float = 60.0) -> dict
     gc.disable()
     try:
         for index in range(rounds):
-            if index >= LEAST and time.perf_counter() - began > seconds:
-                break
+            if index >= LEAST:
+                ours, *others = times.values()
+                enough = others and max(doubt(t, ours) for t in others) <= known
+                if enough or time.perf_counter() - began > seconds:
+                    break
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 times[name].append(once(arms[name], inner[name]))

@@ -294,6 +294,30 @@ def test_rows_are_bounded_in_time() -> None:
     assert len(times["a"].rounds) == timing.LEAST
 
 
+def test_rounds_go_on_until_the_ratio_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    drawn = random.Random(0)
+
+    def arm(seconds: float, noise: float) -> timing.Arm:
+        def run() -> None:
+            clock[0] += seconds * (1 + noise * drawn.gauss())
+
+        return run
+
+    def rounds(noise: float, known: float, most: int = 99) -> int:
+        arms = {"fpdm": arm(1.0, 0.0), "steady": arm(2.0, 0.0), "other": arm(2.0, noise)}
+        times = timing.interleave(arms, most, 1e9, known)
+        if len(times["other"].rounds) < most:
+            assert timing.doubt(times["other"].rounds, times["fpdm"].rounds) <= known
+        return len(times["fpdm"].rounds)
+
+    assert rounds(0.001, 0.04) == timing.LEAST
+    assert timing.LEAST < rounds(0.1, 0.04) < 99
+    assert rounds(0.1, 0.04, most=7) == 7
+    assert rounds(0.001, 0.0, most=20) == 20
+
+
 @pytest.mark.parametrize(
     ("name", "units"),
     [("adaln", 2), ("adaln_backward", 4), ("gate_residual", 3), ("gate_residual_backward", 3),
