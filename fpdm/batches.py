@@ -65,7 +65,9 @@ def draw_samples(
     seed: int, step: int, slots: range, x: Tensor, y: Tensor, steps: int, dropout: float, null: int
 ) -> Draws:
     """Everything random about the samples at ``slots``, on the device of ``x``."""
-    keys = noise.as_keys([seed]).to(x.device).expand(len(slots))
+    # filled there: a copy of the host's would wait for the micro-batch before
+    key = int(noise.as_keys([seed]))
+    keys = torch.full((len(slots),), key, dtype=torch.int64, device=x.device)
     c1 = torch.arange(slots.start, slots.stop, device=x.device)
     z = noise.normals(keys, c1, step, noise.TRAIN_NOISE, tuple(x.shape[1:]))
     # two streams in one pass: a pass costs the host more than the words

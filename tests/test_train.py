@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from runs import (
     small,
     stopping,
 )  # fmt: skip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpdm import checkpoint, noise
 from fpdm.batches import Loader, draw_flips, draw_iterations, draw_samples, local_slots
@@ -91,6 +93,41 @@ def test_samples_are_drawn_by_slot():
     assert not torch.equal(whole.noise, later.noise)
     assert not torch.equal(whole.t, later.t)
     assert np.array_equal(draw_flips(1, 5, range(10, 16))[2:4], draw_flips(1, 5, range(12, 14)))
+
+
+class Copies(TorchDispatchMode):
+    """Copies from the CPU to another device: of pageable memory the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sources = [a for a in args if isinstance(a, torch.Tensor) and a.device.type == "cpu"]
+        if (
+            isinstance(out, torch.Tensor)
+            and out.device.type != "cpu"
+            and any(a.dim() for a in sources)
+        ):
+            self.found.append(func._schema.name)
+        return out
+
+
+def test_drawing_copies_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a micro-batch on another device; planted: the keys made on the host."""
+
+    def draw() -> list[str]:
+        x, y = torch.zeros(2, 1, 4, 4, device="meta"), torch.zeros(2, device="meta").long()
+        with Copies() as copies:
+            d = draw_samples(2**64 - 1, 5, range(2), x, y, 1000, 0.5, 10)
+        assert d.noise.shape == x.shape
+        return copies.found
+
+    assert draw() == []
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *a, device, **k: full(*a, **k).to(device))
+    assert "aten::_to_copy" in draw()
 
 
 def test_statistics_of_timesteps_dropout_noise_and_flips():
