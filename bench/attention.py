@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
             found.append(entry(t, b, dtype, device, options.out.name, options.rounds))
             options.out.write_text(json.dumps(found, indent=1))
             print(json.dumps(found[-1]), flush=True)
-    if options.write:
-        write(found)
+            if options.write:
+                write(found[-1:])
     return 0
 
 

@@ -75,6 +75,8 @@ def routes_of(s: Shape) -> set[str]:
     return found | ({"cublaslt"} if s.op in gemm_table.CUBLASLT and not s.keep else set())
 
 
+# of an entry, that the table leaves to the file of every time
+DETAILS = ("all_ms", "refused")
 Arms = dict[str, tuple[Tile | None, Callable[[], Any]]]
 
 
@@ -237,9 +239,9 @@ def main(argv: list[str]) -> int:
         found.append(entry(s, *which))
         options.out.write_text(json.dumps(found, indent=1))
         print(json.dumps(found[-1]), flush=True)
-    if options.write:
-        details = ("all_ms", "refused")
-        gemm_table.write([{k: v for k, v in e.items() if k not in details} for e in found])
+        if options.write:
+            # at once: a time limit may end this before the last shape
+            gemm_table.write([{k: v for k, v in found[-1].items() if k not in DETAILS}])
     return 0
 
 

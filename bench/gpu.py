@@ -7,7 +7,8 @@
     python -m bench.gpu syncs --out DIR     host synchronisations and launches of a sampler step
     python -m bench.gpu smoke               one small step, for compute-sanitizer
 
-Each writes one JSON file and goes on past an arm that fails, recording why; it then exits with 1.
+Each writes one JSON file and goes on past an arm that fails, or that is beyond what it must keep
+(LIMITS), recording why; it then exits with 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench import suites, timing
+from bench import machine, suites, timing
 from bench.rows import inputs, randomised
 from fpdm.config import ExecutionConfig, ModelConfig, OptimConfig, SamplerConfig
 from fpdm.diffusion import Diffusion, DiffusionConfig
@@ -40,6 +41,10 @@ XL = MODEL_PRESETS["fpdm-xl-2"]
 BATCH = 64
 LINES = 28
 CALLS = 3  # profiled, after as many to warm up
+# what a row must keep: GB of a training step by recompute setting, with the chunks that it is meant
+# for; relative distance of the losses in half precision from those in float32; copies that begin a
+# sampler's run, and the end that the profile waits for
+LIMITS: dict[str, float] = {"full": 3.5, "elementwise": 9.0, "losses": 0.04, "waits": 3}
 
 
 class Report:
@@ -56,6 +61,7 @@ class Report:
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
             "command": "python -m bench.gpu " + " ".join(sys.argv[1:2]),
+            "commit": machine.commit(),
             "rows": [],
         }
 
@@ -77,6 +83,12 @@ class Report:
         self.add(**facts, **found)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def keep(found: dict[str, Any], what: str, got: float) -> None:
+    """Marks a row whose ``got`` is beyond its limit, or NaN, as failed."""
+    if not got <= LIMITS[what]:
+        found["error"] = f"{what}: got {got:.3g}, expected at most {LIMITS[what]:g}"
 
 
 def by_kernel(fn: Callable[[], Any]) -> dict[str, Any]:
@@ -166,6 +178,8 @@ def memory(report: Report) -> None:
                         MODEL_PRESETS[name], 12, 12, torch.bfloat16, recompute=mode,
                         chunks=chunks,
                     )  # fmt: skip
+                    if name == "fpdm-xl-2" and mode in LIMITS and chunks > 1:
+                        keep(found, mode, found["peak_gb"])
 
 
 def published_peak() -> dict[str, Any]:
@@ -194,7 +208,7 @@ def digits(report: Report) -> None:
     """The digits recipe for 300 steps in each precision: losses of the same steps."""
     from fpdm.train import Trainer
 
-    recipe = RECIPES["digits"]
+    recipe, exact = RECIPES["digits"], 0.0
     for precision in ("fp32", "bf16", "fp16"):
         with report.row(arm=precision) as found, tempfile.TemporaryDirectory() as folder:
             train = replace(
@@ -209,8 +223,10 @@ def digits(report: Report) -> None:
             rows = [json.loads(line) for line in lines]
             found["losses"] = [row["loss"] for row in rows]
             found |= {"last": rows[-1]["loss"], "skipped": rows[-1]["skipped"]}
-            found["mean_of_last_100"] = sum(row["loss"] for row in rows[-10:]) / 10
-            found["scale"] = rows[-1]["scale"]
+            mean = sum(row["loss"] for row in rows[-10:]) / 10
+            found |= {"mean_of_last_100": mean, "scale": rows[-1]["scale"]}
+            exact = exact or mean
+            keep(found, "losses", abs(mean / exact - 1))
 
 
 # recipe, batch, (n, m), precision, execution
@@ -330,6 +346,9 @@ def syncs(report: Report) -> None:
                 sampler.sample([1], [1], stats=False)
             events = {e.key: e.count for e in prof.key_averages()}
             found["waits"] = {k: n for k, n in events.items() if "ynchronize" in k}
+            # with a tolerance the flag of the last iteration but one is waited for
+            waits = sum(n for k, n in found["waits"].items() if not (tol and "Event" in k))
+            keep(found, "waits", waits)
             found["launches"] = {k: n for k, n in events.items() if "aunch" in k}
 
 

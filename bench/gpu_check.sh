@@ -39,6 +39,10 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
   echo "gpu_check.sh: error: got no CUDA device for $python, expected one" >&2
   exit 2
 }
+[ -n "${FPDM_COMMIT:-}" ] || git rev-parse HEAD >/dev/null 2>&1 || {
+  echo "gpu_check.sh: error: got neither git nor FPDM_COMMIT, expected the commit to name" >&2
+  exit 2
+}
 mkdir -p "$out" || exit 1
 work="$(mktemp -d)" || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -101,7 +105,8 @@ case "$part" in
     piece gemm_large 60 "$python" -m bench.gemm --out "$out/gemm_large.json" --write \
       --batches 128 256 --dtypes bfloat16 --routes cublaslt
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
-    cp fpdm/kernels/gemm_table.json fpdm/kernels/attention_table.json "$out"
+    # one file: at most eight of a part come back from a lent machine
+    tar -cf "$out/tables.tar" -C fpdm/kernels gemm_table.json attention_table.json
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
     piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler \
