@@ -50,8 +50,8 @@ class Plan:
 @dataclass(frozen=True)
 class Calibration:
     """What allocation learned knows: ``residual`` (S,K), the mean relative residual of some images
-    after 1..K iterations at each of S ``timesteps``, sampled with ``reuse`` and ``guidance``;
-    ``weights``: digest of the model's."""
+    after 1..K iterations at each of S ``timesteps``, sampled with ``reuse`` (see ``reuse_of``) and
+    ``guidance``; ``weights``: digest of the model's."""
 
     timesteps: tuple[int, ...]
     residual: tuple[tuple[float, ...], ...]
@@ -66,6 +66,16 @@ class Calibration:
         logs = np.log(np.maximum(np.asarray(self.residual, float)[order], 1e-30))
         columns = [np.interp(ts, known, column) for column in logs.T]
         return np.exp(np.stack(columns, 1)).tolist()
+
+
+def reuse_of(sampler: SamplerConfig) -> str:
+    """Where ``sampler``'s iterations start, with its numbers: a calibration is of that."""
+    numbers: tuple[float | None, ...] = ()
+    if sampler.reuse == "blend":
+        numbers = sampler.reuse_gamma, sampler.reuse_gamma_end
+    elif sampler.reuse == "extrapolate":
+        numbers = (sampler.reuse_rho,)
+    return " ".join([sampler.reuse, *(f"{n:g}" for n in numbers if n is not None)])
 
 
 def fixed_blocks(config: ModelConfig) -> int:
@@ -96,20 +106,22 @@ def macs_per_sample(
     return total * (1 if guidance == 1.0 else 2)
 
 
-def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """Integers in ratio of ``weights``, sum ``total``: largest remainder, then largest weight."""
+def apportion(total: int, weights: Sequence[int], more: int = 0) -> list[int]:
+    """Integers in ratio of ``weights``, sum ``total``: largest remainder, then largest weight;
+    ``more`` on top in the same order."""
     whole = sum(weights)
     shares = [total * w // whole for w in weights]
     order = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), -weights[i]))
-    for i in order[: total - sum(shares)]:
-        shares[i] += 1
+    for i in range(total - sum(shares) + more):
+        shares[order[i % len(order)]] += 1
     return shares
 
 
 def allocate(
-    total: int, steps: int, allocation: str, curves: Sequence[Sequence[float]] = ()
+    total: int, steps: int, allocation: str, curves: Sequence[Sequence[float]] = (), more: int = 0
 ) -> list[int]:
-    """k per step in sampling order, each >= 1, from ``total`` >= ``steps`` iterations.
+    """k per step in sampling order, each >= 1, from ``total`` >= ``steps`` iterations; increasing
+    and decreasing with ``more`` where the next ones would go if total stayed.
 
     constant     floor(total / S); the rest, fewer than S iterations, is stranded
     increasing   1 + (total - S) r_i / sum r with r linear from 0.5 to 1.5, sum exact
@@ -124,7 +136,7 @@ def allocate(
     if allocation == "learned":
         return greedy(total, curves)
     ramp = [steps - 1 + 2 * i for i in range(steps)] if steps > 1 else [1]
-    rising = [1 + extra for extra in apportion(total - steps, ramp)]
+    rising = [1 + extra for extra in apportion(total - steps, ramp, more)]
     return rising if allocation == "increasing" else rising[::-1]
 
 
@@ -186,6 +198,13 @@ def plan(
     """
     cost = _Cost(model, sampler, diffusion, folded, tuple(given))
     ts, counts = cost.timesteps(sampler.steps)
+    if sampler.guidance != 1.0 and max(counts) == 1:
+        told = ", ".join(f"{t / max(diffusion.timesteps - 1, 1):.3g}" for t in ts[:8])
+        raise ConfigError(
+            f"sample.guidance_low, guidance_high: got {sampler.guidance_low:g} and "
+            f"{sampler.guidance_high:g}, expected an interval with one of the timesteps' t/(T-1): "
+            f"{told}{', ...' if len(ts) > 8 else ''}"
+        )
     limit = 0
     if model.kind == "dit":
         _check_dit(model, sampler, cost.macs(counts, [0] * len(ts)))
@@ -262,10 +281,10 @@ def _curves(
             "sample.allocation: got learned without a calibration, expected one "
             "(python -m fpdm.sample SOURCE --calibrate IMAGES)"
         )
-    if calibration.reuse != sampler.reuse:
+    if calibration.reuse != reuse_of(sampler):
         raise ConfigError(
             f"sample.allocation: got learned with reuse {calibration.reuse}, expected one with "
-            f"sample.reuse={sampler.reuse} (--calibrate IMAGES learns again)"
+            f"sample.reuse={reuse_of(sampler)} (--calibrate IMAGES learns again)"
         )
     return calibration.curves(ts)
 
@@ -340,7 +359,12 @@ def _spend_macs(
         low -= 1
     ks = shares(low)
     unspent = (budget - cost.macs(counts, ks)) // (one * max(counts))
-    return ks, min(unspent, steps - 1) if sampler.allocation == "constant" else 0
+    if sampler.allocation == "constant":
+        return ks, min(unspent, steps - 1)
+    if sampler.allocation in ("increasing", "decreasing"):
+        # one iteration more in all may move several to guided steps: by remainders of this total
+        ks = allocate(low, steps, sampler.allocation, more=unspent)
+    return ks, 0
 
 
 def _too_small(name: str, budget: int, steps: int, most: int, least: int) -> ConfigError:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fpdm.budget import Calibration
+from fpdm.budget import Calibration, reuse_of
 from fpdm.config import ConfigError, SamplerConfig
 from fpdm.diffusion import Diffusion
 from fpdm.engine import Sampler
@@ -53,7 +53,7 @@ def learn(
     if not all(value < float("inf") for row in residual for value in row):
         raise ConfigError("calibrate: got residuals with NaN or Inf, expected finite ones")
     return Calibration(
-        tuple(t for t, _ in sampler.plan.steps), tuple(map(tuple, residual)), config.reuse,
+        tuple(t for t, _ in sampler.plan.steps), tuple(map(tuple, residual)), reuse_of(config),
         config.guidance, digest,
     )  # fmt: skip
 

@@ -288,7 +288,8 @@ class CudaBackend:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize(self.device)
             # this thread's handle, which a capture could not make; on the caller's stream
-            torch.cuda.current_blas_handle()
+            with torch.cuda.device(self.device):
+                torch.cuda.current_blas_handle()
             # a capture cannot ask for what eager work left in the allocator's cache
             self.release()
             with torch.cuda.stream(self.stream):

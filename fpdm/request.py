@@ -134,6 +134,11 @@ def sampler_config(base: SamplerConfig, args: argparse.Namespace) -> SamplerConf
     given = {n: v for n, v in vars(args).items() if n in names and v is not None}
     explicit = base.allocation == "explicit"
     if args.schedule is not None:
+        if args.allocation is not None:
+            raise ConfigError(
+                f"allocation: got {args.allocation} with --schedule, which says k of every "
+                "timestep, expected one of them"
+            )
         ks = tuple(parse_integers("schedule", args.schedule))
         given = {"steps": len(ks)} | given | dict.fromkeys(COST)
         given |= {"allocation": "explicit", "schedule": ks}
@@ -223,8 +228,16 @@ def make_request(
 
 
 def check_draws_nothing(args: argparse.Namespace) -> None:
-    """Raises ConfigError for an option of what is drawn, which --calibrate would ignore."""
+    """Raises ConfigError for an option of what is drawn, or of when iterations end, which
+    --calibrate would ignore."""
     defaults = parser()
+    allocation = args.allocation if args.allocation != "learned" else None
+    for name, got in (("tol", args.tol), ("max-iters", args.max_iters), ("allocation", allocation)):
+        if got is not None:
+            raise ConfigError(
+                f"{name}: got {got} with --calibrate, which runs every iteration of all timesteps "
+                "alike, expected none"
+            )
     for name in DRAWN:
         if getattr(args, name) != defaults.get_default(name):
             option = name.replace("_", "-")

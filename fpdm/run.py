@@ -283,7 +283,10 @@ class Run:
     def _loop(self, n: int) -> bool:
         """The solve of n slots as one launch that ends on the device, where that can be had."""
         left = self.w.watching.left
-        if self.cache is None or self.s.solver is not None or n > stopping.LOOP_ROWS:
+        # invariant: the first solve of a key is followed, in shapes of its own
+        if self.cache is None or self.s.solver is not None or self.s.config.invariant:
+            return False
+        if n > stopping.LOOP_ROWS:
             return False
         return self.cache.loop(
             self._key("solve", n, ()), lambda: left[0] > 0, partial(self._step, n, 0, 0)
@@ -390,7 +393,8 @@ class Run:
 
     def _update(self, launch: Launch, n: int, noisy: bool) -> None:
         s, w, b = self.s, self.w, self.count
-        given = self.step_noise is not None
+        # where a step adds none, 0 times what was given could still be NaN
+        given = noisy and self.step_noise is not None
         x, before = w.x[:b], w.x0[:b] if s.table.multistep else None
         noise = w.noise[:b] if given else None
         if self.fused is not None:

@@ -194,6 +194,8 @@ def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
     """Learn an allocation from ``images`` of all classes, save and print it."""
     if not isinstance(source.model, FPDM):
         raise ConfigError(f"calibrate: got a {source.model.config.kind}, expected an fpdm")
+    if images < 1:
+        raise ConfigError(f"calibrate: got {images} images, expected at least 1")
     labels = [i % source.model.config.num_classes for i in range(images)]
     # seeds that no image of a usual run has
     seeds = range(1 << 63, (1 << 63) + images)

@@ -78,7 +78,8 @@ class Denoiser:
     """The model's prediction along the ``timesteps`` of one loop, for ``labels`` (B,).
 
     ``denoise(x, t)`` -> (B,C,h,w) of the dtype of x (B,C,h,w): what a scheduler's ``step`` takes.
-    Timesteps are asked for in their order; the first of them begins a new loop. ``config`` as for
+    Timesteps are asked for in their order; the first of them begins a new loop, as it must after a
+    call that was interrupted. ``config`` as for
     ``Sampler``, without ``steps``, ``spacing``, ``method`` and ``eta``, which are the scheduler's;
     ``weights`` and ``calibration`` too. ``stats`` of the loop so far.
 
@@ -132,11 +133,20 @@ class Denoiser:
             s.wait(self._kept())
             try:
                 self._advance(float(t), x)
-                out = [run.predict(x[p], self.position) for run, p in zip(self.runs, self.parts)]
+                out = self._predict(x)
             finally:
                 s.mark()
         self.position += 1
         return torch.cat(out)[:, : self.shape[1]].to(x.dtype)
+
+    def _predict(self, x: Tensor) -> list[Tensor]:
+        """Of every part; what interrupts it ends the loop."""
+        try:
+            return [run.predict(x[p], self.position) for run, p in zip(self.runs, self.parts)]
+        except BaseException:
+            # some parts are a timestep ahead by now: asked again they would go on from there
+            self.runs = []
+            raise
 
     def _kept(self) -> list[Tensor]:
         """What outlives a call."""

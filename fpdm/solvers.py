@@ -160,7 +160,9 @@ class Flag:
     def __init__(self, left: Tensor):
         self.left, self.lag = left, LAG.get(left.device.type, 0)
         pinned = left.is_cuda
-        self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
+        # not the default device, which may be another
+        with torch.device("cpu"):
+            self.host = [torch.empty(1, dtype=left.dtype, pin_memory=pinned) for _ in range(2)]
         self.events = [torch.cuda.Event() for _ in range(2)] if pinned else []
 
     def read(self, j: int) -> int | None:

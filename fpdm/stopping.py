@@ -62,7 +62,7 @@ def decide(
 
 
 def _mark(w: Watch, n: int, r: Tensor, tol: float) -> None:
-    mark(w.done[:n], w.count[:n], r, w.cap[:n], tol, w.left)
+    mark(w.done[:n], w.count[:n], r, w.cap[:n], tol or None, w.left)
 
 
 def propose(

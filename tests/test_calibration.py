@@ -57,6 +57,21 @@ def test_whatever_the_allocation(changes: dict[str, Any]) -> None:
     assert learned(replace(SETTINGS, **changes)) == learned()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"reuse": "none"}, {"reuse_gamma": 0.2}, {"reuse_gamma_end": 0.1}, {"reuse": "extrapolate"}],
+)
+def test_of_another_start(changes: dict[str, Any]) -> None:
+    """What residuals were learned of: where iterations start."""
+    blend = replace(SETTINGS, allocation="learned", reuse="blend", reuse_gamma=0.7)
+    found = learned(blend)
+    assert found.reuse == "blend 0.7"
+    model, diffusion = random_model(MODEL), Diffusion(DiffusionConfig())
+    Sampler(model, diffusion, blend, calibration=found)
+    with pytest.raises(ConfigError, match=r"got learned with reuse blend 0\.7, expected one with"):
+        Sampler(model, diffusion, replace(blend, **changes), calibration=found)
+
+
 def test_there_and_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / NAME
     save(FOUND, path)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -330,8 +331,12 @@ def test_empty_and_tensor_labels() -> None:
 @pytest.mark.parametrize(
     ("labels", "seeds", "words"),
     [
-        ([-1], [0], "labels: got -1, expected 0..4"),
-        ([0, 5], [0, 1], "labels: got 5, expected 0..4"),
+        ([-1], [0], "labels: got -1, expected integers 0..4"),
+        ([0, 5], [0, 1], "labels: got 5, expected integers 0..4"),
+        ([torch.tensor(3.7)], [0], "labels: got tensor(3.7"),
+        (None, [0], "labels: got None, expected integers 0..4"),
+        (torch.tensor(3), [0], "labels: got tensor(3), expected integers 0..4"),
+        ([0], 1, "seeds: got 1, expected integers 0..2^64 - 1"),
         ([1.0], [0], "labels: got 1.0, expected integers 0..4"),
         ([math.nan], [0], "labels: got nan, expected integers"),
         ([True], [0], "labels: got True, expected integers"),
@@ -367,8 +372,54 @@ def test_bad_settings(changes: dict[str, Any], words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_labels_and_seeds_in_any_form() -> None:
+    forms = ([0, 3], torch.tensor([0, 3]), list(torch.tensor([0, 3])), np.array([0, 3]))
+    found = [draw(BUSY, labels, seeds) for labels in forms for seeds in forms]
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_a_compiled_model_is_its_model() -> None:
+    model = network()
+    assert torch.equal(draw(BUSY, model=torch.compile(model)), draw(BUSY, model=model))
+
+
+def test_noise_that_a_step_does_not_add_is_not_looked_at() -> None:
+    plain = replace(BUSY, method="ddim", eta=0.0)
+    given = torch.full((BUSY.steps, len(LABELS), 2, 4, 4), math.nan)
+    assert torch.equal(draw(plain, step_noise=given), draw(plain))
+
+
+def test_release_within_a_call_is_refused() -> None:
+    s = sampler(BUSY)
+    with pytest.raises(ConfigError, match="release: got it within a call"):
+        s.sample(LABELS, SEEDS, progress=lambda n: s.release())
+    s.release()
+    assert s.sample(LABELS, SEEDS).x.isfinite().all()
+
+
+def test_out_of_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+
+    def full(*operands: Any) -> None:
+        raise RuntimeError(told)
+
+    s = sampler(BUSY)
+    monkeypatch.setattr(s, "_workspace", full)
+    with pytest.raises(ConfigError, match=r"sample.batch: got \d+, expected less: out of memory"):
+        s.sample(LABELS, SEEDS)
+    told = "anything else"
+    with pytest.raises(RuntimeError, match="anything else"):
+        s.sample(LABELS, SEEDS)
+
+
 def test_bad_noise_and_weights() -> None:
     s, model = sampler(BUSY), network()
+    other = PreparedWeights(random_model(SMALL), torch.float32, fold=True)
+    with pytest.raises(ConfigError, match="weights: got those of another model"):
+        Sampler(model, s.diffusion, BUSY, other)
+    wrong: Any = "digits"
+    with pytest.raises(ConfigError, match="model: got str, expected an FPDM or a DiT"):
+        Sampler(wrong, s.diffusion, BUSY)
     with pytest.raises(
         ConfigError, match=r"^noise: got shape \(1, 2, 4, 5\), expected \(1, 2, 4, 4\)"
     ):

@@ -235,6 +235,17 @@ def test_few_graphs_still_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert s.graphs.evictions
 
 
+def test_an_iterate_of_another_dtype_has_another_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = network(SMALL), replace(BUSY, dtype="bfloat16")
+    s, _ = make(config, model, monkeypatch)
+    s.sample(LABELS, SEEDS)
+    model.execution = replace(model.execution, residual_dtype="float32")
+    wide = s.sample(LABELS, SEEDS).x
+    assert s._kept is not None
+    assert s._kept.z[0].dtype == torch.float32
+    assert torch.equal(wide, eager(config, model).sample(LABELS, SEEDS).x)
+
+
 @pytest.mark.parametrize(("extra", "kept"), [(-0.4, True), (-0.02, False), (0.3, False)])
 def test_auto_keeps_what_measures_faster(extra: float, kept: bool) -> None:
     work = Work()

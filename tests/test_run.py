@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import relative
+from conftest import random_model, relative
 from test_engine import BUSY, DIT, LABELS, SEEDS, SMALL, TIMED, draw, network, sampler
 from torch import Tensor
 
@@ -62,6 +63,19 @@ def test_adaptive_where_no_residual_reaches_the_tolerance(most: int) -> None:
     assert torch.equal(ran, usual)
     assert ran.max() == min(most, 7)
     assert ran.sum(0).max() <= 12
+
+
+@pytest.mark.parametrize(
+    ("tol", "iterate", "told"),
+    [(3e-3, "compute", True), (3e-3, "float32", False), (1e-3, "float32", True)],
+)
+def test_rounding_is_warned_of(tol: float, iterate: str, told: bool) -> None:
+    """Half of bfloat16's eps, 3.9e-3, and half of that where the iterate is float32."""
+    model = random_model(SMALL, residual_dtype=iterate)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        sampler(replace(BUSY, dtype="bfloat16", tol=tol), model)
+    assert any("run to their cap" in str(w.message) for w in found) == told
 
 
 def test_two_samplers_in_two_threads() -> None:

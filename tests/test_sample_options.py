@@ -72,6 +72,18 @@ def test_residuals_of_a_complete_directory(
         (["--vae-batch", "3"], "vae-batch: got 3 without --vae, expected none"),
         (["--vae-batch", "8"], "vae-batch: got 8 without --vae, expected none"),
         (["--calibrate", "8", "--vae-batch", "8"], "vae-batch: got it with --calibrate"),
+        (["--calibrate", "8", "--tol", "0.1"], "tol: got 0.1 with --calibrate, which runs every"),
+        (["--calibrate", "8", "--allocation", "increasing"], "allocation: got increasing with --c"),
+        (["--calibrate", "-5"], "calibrate: got -5 images, expected at least 1"),
+        (
+            ["--schedule", "3,2", "--allocation", "increasing"],
+            "allocation: got increasing with --schedule",
+        ),
+        (
+            ["--guidance", "8", "--guidance-high", "0.1", "--steps", "2"],
+            "sample.guidance_low, guidance_high: got 0 and 0.1, expected an interval with one of "
+            "the timesteps' t/(T-1): 1, 0.499",
+        ),
     ],
 )
 def test_what_would_be_ignored_or_never_end(

@@ -244,6 +244,28 @@ def test_timesteps_out_of_order() -> None:
         denoise(torch.zeros(2, 2, 4, 4), 999)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_interrupted_loop_begins_again(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts before the interruption are a timestep ahead: the same call again is refused."""
+    config = SamplerConfig(iters=2, batch=2, reuse="full")
+    args = random_model(SMALL), Diffusion(DiffusionConfig()), config, [999, 600, 200], [0, 1, 2]
+    denoise, x = Denoiser(*args), torch.ones(3, 2, 4, 4)
+    whole = [denoise(x, t) for t in (999, 600, 200)]
+    denoise(x, 999)
+    predict = denoise.runs[part].predict
+
+    def interrupted(*operands: Any) -> None:
+        predict(*operands)
+        raise KeyboardInterrupt
+
+    denoise.runs[part].predict = interrupted  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        denoise(x, 600)
+    with pytest.raises(ConfigError, match="t: got 600, expected 999, which begins a loop"):
+        denoise(x, 600)
+    assert all(torch.equal(denoise(x, t), y) for t, y in zip((999, 600, 200), whole))
+
+
 @pytest.mark.parametrize(
     ("timesteps", "labels", "words"),
     [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,18 @@ CASES: dict[str, dict[str, Any]] = {
         ("interval", 1),
     ],
 )  # fmt: skip
+def test_without_a_tolerance_only_the_cap_ends() -> None:
+    """Not even a residual of 0, whatever the solver."""
+    n = 2
+    w: Any = SimpleNamespace(
+        done=torch.zeros(n, dtype=torch.bool), count=torch.zeros(n, dtype=torch.int64),
+        cap=torch.tensor([1, 2]), left=torch.tensor([n]),
+    )  # fmt: skip
+    for done in ([True, False], [True, True]):
+        stopping._mark(w, n, torch.zeros(n), 0.0)
+        assert w.done.tolist() == done
+
+
 def test_definition(
     digits: Any, case: str, lag: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

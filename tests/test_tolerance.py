@@ -132,6 +132,14 @@ def test_the_cap_counts(evaluations: int, tol: float | None) -> None:
     assert not found.residual.isnan().any()
 
 
+def test_the_flag_lies_on_the_host() -> None:
+    """Whatever device new tensors are made on."""
+    left = torch.ones(1, dtype=torch.int64)
+    with torch.device("meta"):
+        flag = solvers.Flag(left)
+    assert flag.read(0) == 1
+
+
 def test_a_residual_of_nan_meets_no_tolerance() -> None:
     f, exact = spread(3, 8)
 
