@@ -236,6 +236,17 @@ def flops(parts: list[Part]) -> int:
     return sum(p.flops for p in parts)
 
 
+def network_bytes(config: ModelConfig, batch: int, iters: int, itemsize: int) -> int:
+    """Bytes that one evaluation of the network moves at least: its parts in the fused style."""
+    return sum(p.bytes for p in network(config, batch, iters, itemsize, "fused"))
+
+
+def training_bytes(config: ModelConfig, batch: int, n: int, m: int, itemsize: int) -> int:
+    """Bytes that a training step moves at least: those of its products, which could do everything
+    else on their way, with nothing computed again."""
+    return sum(p.bytes for p in products(training(config, batch, n, m, itemsize)))
+
+
 def training_flops(config: ModelConfig, batch: int, n: int, m: int) -> int:
     """FLOPs of a training step: n iterations, and m more, the pre and post blocks and the injection
     with their backward. Of a GEMM that is twice its forward, of attention 2.5 times."""

@@ -22,9 +22,17 @@ from torch import Tensor, nn
 from bench import cost, published, timing
 from bench.operators import iteration, operators
 from bench.rows import LAUNCHED, OURS, Arms, Row, Setting, inputs, randomised
-from bench.suites import Plain, attempt, gemms, network, optimizer, published_sampler
+from bench.suites import (
+    Plain,
+    attempt,
+    gemms,
+    network,
+    optimizer,
+    published_sampler,
+    sampling_counts,
+)
 from bench.timing import Arm
-from fpdm import budget, engine
+from fpdm import engine
 from fpdm.batches import draw_iterations
 from fpdm.config import DiffusionConfig, SamplerConfig
 from fpdm.diffusion import Diffusion
@@ -93,9 +101,9 @@ def sampling(
                 arms["published eager float32"] = published_sampler(
                     sampler, shipped, wide, labels, seeds
                 )
-        count = 2 * s.batch * budget.macs_per_sample(s.config, [iters] * steps, True, guidance)
         facts = {"steps": steps, "k": iters, "guidance": guidance}
-        return Arms(arms, count, 0, s.batch, facts, s.dtype)
+        counts = sampling_counts(s, guidance, steps, iters)
+        return Arms(arms, *counts, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
     name += "" if method == "ddim" else f" {method}"
@@ -236,8 +244,9 @@ def training(
                 lambda: timing.one_by_one([partial(regions, step) for step in plainly])
             )
         count = sum(cost.training_flops(s.config, s.batch, n, m) for n, m in draws)
+        size = sum(cost.training_bytes(s.config, s.batch, n, m, s.dtype.itemsize) for n, m in draws)
         facts = {"recompute": recompute, "draws": draws, "chunks": chunks}
-        return Arms(arms, count, 0, s.batch * len(draws), facts, s.dtype)
+        return Arms(arms, count, size, s.batch * len(draws), facts, s.dtype)
 
     n, m = (statistics.mean(pair[i] for pair in draws) for i in range(2))
     what = f"n={n:g} m={m:g}" + (f" over {len(draws)} draws" if len(draws) > 1 else "")

@@ -10,12 +10,11 @@ from typing import Any
 
 from bench import machine
 from bench.report import (
-    HEAD,
     LIBRARY,
     PREDICTED,
     ceilings,
-    cells_of,
     duration,
+    every_row,
     predictions,
     reason,
     remarks,
@@ -384,7 +383,7 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
     ]  # fmt: skip
     lines = "".join(f"<li>{html.escape(line)}" for line in unmeasured(result))
     gone = f"<h2>Not measured</h2><ul>{lines}</ul>" if lines else ""
-    every = grid(HEAD, [cells_of(r) for r in result["rows"]])
+    every = grid(*every_row(result))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fpdm bench</title>"
         f"<style>{STYLE}</style><h1>fpdm bench</h1>{facts(result)}{''.join(parts)}"

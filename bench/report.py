@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,14 @@ def ours(row: dict[str, Any]) -> str:
 
 def peak(arm: dict[str, Any]) -> str:
     """Peak memory of an arm beyond what was there before the call."""
-    size = arm.get("peak_bytes")
-    if size is None:
+    return _size(arm.get("peak_bytes"))
+
+
+def _size(count: int | None) -> str:
+    """Bytes with a unit, three digits; nothing for None."""
+    if count is None:
         return ""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def times(arm: dict[str, Any]) -> str:
@@ -99,10 +104,62 @@ def cells_of(row: dict[str, Any]) -> list[str]:
             peak(row["arms"][OURS])]  # fmt: skip
 
 
+def floor(row: dict[str, Any]) -> str:
+    """How much of our time the floor is, the larger of FLOPs over the GEMM ceiling and bytes over
+    the copy ceiling, and how long; of a row without counted bytes, FLOPs alone."""
+    kinds = (("gemm_share", "GEMM"), ("copy_share", "copy"))
+    shares = [(row[key], name) for key, name in kinds if key in row]
+    if not shares:
+        return ""
+    share, ceiling = max(shares)
+    return f"{share:.0%} ({ceiling}, {duration(share * row['arms'][OURS]['median_s'])})"
+
+
+def cold(arm: dict[str, Any]) -> str:
+    """An arm's time with a cold L2 cache."""
+    return duration(arm["cold_s"]) if "cold_s" in arm else ""
+
+
+def throttled(row: dict[str, Any]) -> str:
+    """What held the GPU's clock down while our arm ran, and in how many readings of NVML."""
+    found = row.get("nvml", {}).get("throttled")
+    if found is None:
+        return ""
+    return ", ".join(f"{reason} {share:.0%}" for reason, share in found.items()) or "no"
+
+
+# columns that are left out where no row has anything to say in them, of rows with a time of ours:
+# what NVML tells
+Cells = dict[str, Callable[[dict[str, Any]], str]]
+NVML: Cells = {
+    "joules an image": lambda r: f"{r['joules_per_image']:.3g}" if "joules_per_image" in r else "",
+    "SM clock": lambda r: f"{r['nvml']['sm_mhz']:.0f} MHz" if "sm_mhz" in r.get("nvml", ()) else "",
+    "throttled": throttled,
+    "memory in use": lambda r: _size(r.get("nvml", {}).get("memory_used")),
+}
+OF_A_SUITE: Cells = {"of the floor": floor, "peak": lambda r: peak(r["arms"][OURS]), **NVML}
+OF_ALL: Cells = {"cold L2": lambda r: cold(r["arms"][OURS]), **NVML}
+
+
+def _kept(cells: Cells, rows: list[dict[str, Any]]) -> Cells:
+    return {name: cell for name, cell in cells.items() if any(cell(r) for r in rows)}
+
+
+def every_row(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of all suites together."""
+    kept = _kept(OF_ALL, [r for r in result["rows"] if reason(r) is None])
+    body = [
+        [*cells_of(r), *(cell(r) if reason(r) is None else "" for cell in kept.values())]
+        for r in result["rows"]
+    ]
+    return [*HEAD, *kept], body
+
+
 def table(result: dict[str, Any]) -> str:
     """Aligned text."""
-    rows = [HEAD, *(cells_of(r) for r in result["rows"])]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
+    head, body = every_row(result)
+    rows = [head, *body]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
     return "\n".join([*lines, "ceilings: " + ceilings(result)])
 
@@ -122,32 +179,32 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def suite_table(result: dict[str, Any], suite: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one suite, a column for every baseline that ran in any of its rows."""
+    """Header and rows of one suite, a column for every baseline and measure that a row has."""
     rows = [r for r in result["rows"] if r["suite"] == suite and reason(r) is None]
     names = list(dict.fromkeys(n for r in rows for n in r["arms"] if n != OURS))
-    with_gemm = any("gemm_share" in r for r in rows)
-    with_peak = any("peak_bytes" in r["arms"][OURS] for r in rows)
-    head = [suite, "fpdm", *names]
-    head += ["of the GEMM ceiling"] * with_gemm + ["peak"] * with_peak
+    kept = _kept(OF_A_SUITE, rows)
     lines = []
     for r in rows:
         cells = [r["name"], ours(r)]
         cells += [times(r["arms"][n]) if n in r["arms"] else "" for n in names]
-        cells += [f"{r['gemm_share']:.0%}" if "gemm_share" in r else ""] * with_gemm
-        cells += [peak(r["arms"][OURS])] * with_peak
-        lines.append(cells)
-    return head, lines
+        lines.append([*cells, *(cell(r) for cell in kept.values())])
+    return [suite, "fpdm", *names, *kept], lines
 
 
 def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Operators by settings: our time, and how many times longer the plain operator takes."""
+    """Operators by settings: our time, and how many times longer the plain operator takes; beside
+    it with a cold L2 cache where that was measured."""
     rows = [r for r in result["rows"] if r["suite"] == "operators" and reason(r) is None]
     cells: dict[str, dict[str, str]] = {}
     for r in rows:
         setting, _, name = r["name"].rpartition(" ")
         plain = times(r["arms"]["plain PyTorch"])
-        cells.setdefault(name, {})[setting] = f"{ours(r).split(' ±')[0]}, {plain}"
-    settings = list(dict.fromkeys(r["name"].rpartition(" ")[0] for r in rows))
+        line = cells.setdefault(name, {})
+        line[setting] = f"{ours(r).split(' ±')[0]}, {plain}"
+        if told := cold(r["arms"][OURS]):
+            theirs = r["arms"]["plain PyTorch"]["cold_s"] / r["arms"][OURS]["cold_s"]
+            line[f"{setting}, cold L2"] = f"{told}, {theirs:.2f}x"
+    settings = list(dict.fromkeys(column for line in cells.values() for column in line))
     body = [[name, *(found.get(s, "") for s in settings)] for name, found in cells.items()]
     return ["operator", *settings], body
 
@@ -357,8 +414,10 @@ def document(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> s
         "with nothing between them; *published* is the published architecture written plainly; "
         "DiT has the blocks of its preset (S/2: 12), else as many as ours evaluates. A row names "
         "model, batch B, dtype, timesteps S and iterations k, in training n without gradient and m "
-        "with it and what is recomputed; ± is the interquartile range over the median. Peak memory "
-        "is what the call needs beyond weights, counted by live storages on a CPU.\n",
+        "with it and what is recomputed; ± is the interquartile range over the median. The floor "
+        "is the larger of FLOPs over the GEMM ceiling and bytes over the copy ceiling; rows from "
+        "before bytes were counted have that of FLOPs. Peak memory is what the call needs beyond "
+        "weights, counted by live storages on a CPU.\n",
     ]
     parts += [machine_section(r) for r in results]
     if not results:

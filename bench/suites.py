@@ -142,8 +142,9 @@ def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True
             arms["published frozen"] = attempt(lambda: compiled(frozen, args, freezing=True))
             arms |= _dit_arms(s, iters) if with_dit else {}
         count = network_flops(s.config, s.batch, iters)
+        size = cost.network_bytes(s.config, s.batch, iters, s.dtype.itemsize)
         facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}
-        return Arms(arms, count, 0, s.batch, facts, s.dtype)
+        return Arms(arms, count, size, s.batch, facts, s.dtype)
 
     return Row("network", f"{s.name} k={iters}", build, 21, 12.0)
 
@@ -206,7 +207,8 @@ def training(
         count = cost.training_flops(s.config, s.batch, n, m)
         facts = {"n": n, "m": m, "recompute": recompute, "chunks": chunks,
                  "dit_blocks": dit(s.config, n + m).depth}  # fmt: skip
-        return Arms(arms, count, 0, s.batch, facts, s.dtype)
+        size = cost.training_bytes(s.config, s.batch, n, m, s.dtype.itemsize)
+        return Arms(arms, count, size, s.batch, facts, s.dtype)
 
     name = f"{s.name} n={n} m={m} {recompute}" + (f", {chunks} chunks" if chunks > 1 else "")
     return Row("training", name, build, 15, 45.0)
@@ -268,12 +270,19 @@ def sampling(s: Setting, guidance: float, steps: int, iters: int) -> Row:
             arms["published eager float32"] = published_sampler(
                 sampler, shipped, wide, labels, seeds
             )
-        count = 2 * s.batch * budget.macs_per_sample(s.config, [iters] * steps, True, guidance)
+        counts = sampling_counts(s, guidance, steps, iters)
         facts = {"steps": steps, "k": iters, "guidance": guidance, "batch": s.batch}
-        return Arms(arms, count, 0, s.batch, facts, s.dtype)
+        return Arms(arms, *counts, s.batch, facts, s.dtype)
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
     return Row("sampler", name, build, 15, 8.0, pooled=s.batch <= 8)
+
+
+def sampling_counts(s: Setting, guidance: float, steps: int, iters: int) -> tuple[int, int]:
+    """FLOPs and bytes of all timesteps; guidance evaluates a batch twice as large."""
+    flops = 2 * s.batch * budget.macs_per_sample(s.config, [iters] * steps, True, guidance)
+    batch = s.batch * (1 if guidance == 1.0 else 2)
+    return flops, steps * cost.network_bytes(s.config, batch, iters, s.dtype.itemsize)
 
 
 def published_sampler(
