@@ -88,14 +88,10 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
             found["missing"][name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             del alive[name]
     found |= told(alive[rows.OURS], arms.dtype)
-    if row.suite in ("operators", "iteration") and torch.cuda.is_available():
-        # a single one takes the host longer than the device
-        times, uncaptured = timing.device_times(alive, rounds or row.rounds)
-        found["missing"] |= uncaptured
-    else:
-        # a number of rounds that was asked for is kept to
-        known = 0.0 if rounds else timing.KNOWN
-        times = timing.interleave(alive, rounds or row.rounds, row.seconds, known)
+    times, uncaptured, cold = timed(row, alive, rounds)
+    found["missing"] |= uncaptured
+    if rows.OURS not in times:
+        return found
     ours = times[rows.OURS]
     found["rounds"] = len(ours.rounds)
     found["arms"] = {
@@ -107,33 +103,44 @@ def run_row(row: rows.Row, rounds: int | None, ceilings: dict[str, float]) -> di
         }
         for name, t in times.items()
     }
-    if torch.cuda.is_available() and arms.images:
-        found["joules_per_image"] = joules(alive[rows.OURS], ours.median) / arms.images
+    for name, seconds in cold.items():
+        found["arms"][name]["cold_s"] = seconds
+    if row.suite != "data":
+        # reading data leaves a GPU idle
+        found |= machine.under_load(alive[rows.OURS], ours.median, arms.images)
     found |= machine.shares(found, ours.median, ceilings)
     if row.suite in MEASURED:
-        replayed = torch.cuda.is_available() and row.suite in ("sampler", "training")
-        for name, fn in alive.items():
-            # inside a compiled function nothing is seen, and a replay allocates nothing
-            if "compiled" in name or "frozen" in name or (replayed and name == rows.OURS):
-                continue
-            found["arms"][name]["peak_bytes"] = peak_bytes(fn)
-        if replayed and rows.LAUNCHED in found["arms"]:
-            # the graphs' pool holds what the launches need
-            peak = found["arms"][rows.LAUNCHED]["peak_bytes"]
-            found["arms"][rows.OURS]["peak_bytes"] = peak
+        for name, size in peaks(row, alive).items():
+            found["arms"][name]["peak_bytes"] = size
     return found
 
 
-def joules(fn: Callable[[], object], seconds: float) -> float:
-    """Of one call that takes ``seconds``: over 2 s of them, as the counter is read 10 times a
-    second."""
-    count = max(1, round(2 / seconds))
-    timing.synchronize()
-    before = machine.joules() or 0.0
-    for _ in range(count):
-        fn()
-    timing.synchronize()
-    return ((machine.joules() or 0.0) - before) / count
+def timed(
+    row: rows.Row, arms: dict[str, timing.Arm], rounds: int | None
+) -> tuple[dict[str, timing.Times], dict[str, str], dict[str, float]]:
+    """Times of every arm, why one has none, and with a cold L2 cache, where that is measured."""
+    if row.replayed and torch.cuda.is_available():
+        times, missing = timing.device_times(arms, rounds or row.rounds)
+        cold = timing.cold_times({n: arms[n] for n in times}, rounds or row.rounds)
+        return times, missing, cold
+    # a number of rounds that was asked for is kept to
+    known = 0.0 if rounds else timing.KNOWN
+    return timing.interleave(arms, rounds or row.rounds, row.seconds, known), {}, {}
+
+
+def peaks(row: rows.Row, arms: dict[str, timing.Arm]) -> dict[str, int]:
+    """``peak_bytes`` of every arm that tells them."""
+    replayed = torch.cuda.is_available() and row.suite in ("sampler", "training")
+    found: dict[str, int] = {}
+    for name, fn in arms.items():
+        # inside a compiled function nothing is seen, and a replay allocates nothing
+        if "compiled" in name or "frozen" in name or (replayed and name == rows.OURS):
+            continue
+        found[name] = peak_bytes(fn)
+    if replayed and rows.LAUNCHED in found:
+        # the graphs' pool holds what the launches need
+        found[rows.OURS] = found[rows.LAUNCHED]
+    return found
 
 
 def told(fn: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:

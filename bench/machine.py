@@ -8,18 +8,29 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.timing import inner_calls, once
+from bench.timing import inner_calls, once, synchronize
 from fpdm import info, process
 from fpdm.kernels.launch import dtype_name
 
 ROOT = Path(__file__).resolve().parent.parent
+# seconds between two readings of a GPU; of a load whose energy is told, since that counter moves
+# 10 times a second; of one whose clocks are
+PERIOD, ENERGY, CLOCKS = 0.05, 2.0, 0.4
+# what holds a clock down, by NVML's bits; an idle GPU, and clocks that somebody set, are none
+REASONS = {
+    0x04: "power cap", 0x08: "hardware slowdown", 0x10: "sync boost", 0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown", 0x80: "power brake",
+}  # fmt: skip
 
 
 def git(*args: str) -> str:
@@ -105,34 +116,111 @@ def _own() -> float:
     return sum(os.times()[:4])
 
 
-def nvml() -> dict[str, Any]:
-    """Clocks, throttling, power and memory in use by NVML; why not, where it is missing."""
-    try:
-        import pynvml
+def _gpu() -> tuple[Any, Any]:
+    """pynvml and its handle of the current GPU: by UUID, since CUDA_VISIBLE_DEVICES, which pynvml
+    does not read, changes numbers. Raises where there is none."""
+    import pynvml
 
-        pynvml.nvmlInit()
-        h = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_MEM),
-            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(h),
-            "watts": pynvml.nvmlDeviceGetPowerUsage(h) / 1e3,
-            "memory_used": pynvml.nvmlDeviceGetMemoryInfo(h).used,
-        }
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+
+def _reading(lib: Any, h: Any) -> dict[str, Any]:
+    """Clocks, what holds them down (bits of ``REASONS``), power, memory in use on the device, and
+    by this process; without what this device does not tell."""
+    asked: dict[str, Callable[[], Any]] = {
+        "sm_mhz": lambda: lib.nvmlDeviceGetClockInfo(h, lib.NVML_CLOCK_SM),
+        "memory_mhz": lambda: lib.nvmlDeviceGetClockInfo(h, lib.NVML_CLOCK_MEM),
+        "throttle_reasons": lambda: lib.nvmlDeviceGetCurrentClocksThrottleReasons(h),
+        "watts": lambda: lib.nvmlDeviceGetPowerUsage(h) / 1e3,
+        "memory_used": lambda: lib.nvmlDeviceGetMemoryInfo(h).used,
+        # in a container NVML knows it by another number
+        "process_memory": lambda: next(
+            (p.usedGpuMemory for p in lib.nvmlDeviceGetComputeRunningProcesses(h)
+             if p.pid == os.getpid()), None),
+        "joules": lambda: lib.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3,
+    }  # fmt: skip
+    found = {}
+    for name, ask in asked.items():
+        try:
+            value = ask()
+        except lib.NVMLError:
+            continue
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def nvml() -> dict[str, Any]:
+    """NVML's reading now, of an idle GPU before anything runs; why not, where it is missing."""
+    try:
+        return _reading(*_gpu())
     except Exception as error:
         return {"unavailable": f"{type(error).__name__}: {error}"}
 
 
-def joules() -> float | None:
-    """Energy counter of the GPU in joules since the driver was loaded; None without one."""
-    try:
-        import pynvml
+class Watch:
+    """NVML's readings of a GPU every ``PERIOD`` seconds while inside, taken by a thread."""
 
-        pynvml.nvmlInit()
-        h = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3
+    def __init__(self, lib: Any, h: Any) -> None:
+        # the handle is the caller's: a new thread's current device is another
+        self.lib, self.h, self.readings = lib, h, list[dict[str, Any]]()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        # the first reading has to wait: a clock takes a while to rise
+        while not self.over.wait(PERIOD):
+            self.readings.append(_reading(self.lib, self.h))
+
+
+def condensed(readings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of readings under load: medians of clocks and power, the most memory, and ``throttled``: of
+    every one of ``REASONS`` that was there, in how many of them, 0..1."""
+    values = {name: [r[name] for r in readings if name in r] for name in readings[0]}
+    how: dict[str, Callable[[list[Any]], Any]] = {
+        "sm_mhz": statistics.median, "memory_mhz": statistics.median, "watts": statistics.median,
+        "memory_used": max, "process_memory": max,
+    }  # fmt: skip
+    found = {name: fn(values[name]) for name, fn in how.items() if name in values}
+    if masks := values.get("throttle_reasons"):
+        shares = {r: sum(bool(m & bit) for m in masks) / len(masks) for bit, r in REASONS.items()}
+        found["throttled"] = {reason: share for reason, share in shares.items() if share}
+    return found
+
+
+def under_load(fn: Callable[[], object], seconds: float, images: int) -> dict[str, Any]:
+    """What NVML tells while calls of ``fn`` run, which take ``seconds`` each: ``nvml``, readings
+    ``condensed``, and ``joules_per_image`` where there are images and a counter. Without NVML
+    nothing; ``facts`` says why."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        lib, h = _gpu()
     except Exception:
-        return None
+        return {}
+    count = max(1, round((ENERGY if images else CLOCKS) / seconds))
+    synchronize()
+    before = _reading(lib, h)
+    with Watch(lib, h) as watch:
+        for _ in range(count):
+            fn()
+        synchronize()
+    after = _reading(lib, h)
+    # of a load that was shorter than a period, the one right after it
+    found: dict[str, Any] = {"nvml": condensed(watch.readings or [after])}
+    if images and "joules" in before and "joules" in after:
+        found["joules_per_image"] = (after["joules"] - before["joules"]) / count / images
+    return found
 
 
 def gemm_ceiling(ceilings: dict[str, float], dtype: str) -> float:

@@ -24,6 +24,8 @@ from fpdm.config import ModelConfig
 from fpdm.kernels import implementations
 from fpdm.weights import PreparedWeights
 
+# a row of single kernels
+single = partial(Row, pooled=True, replayed=True)
 # the calls of block.step_forward with injection, in order
 PARTS = (
     "fc1 injection, gelu", "fc2 injection", "adaln, qkv", "attention", "proj, gate, adaln",
@@ -130,7 +132,7 @@ def operators(s: Setting) -> Iterator[Row]:
         )  # fmt: skip
 
     for name in OPERATORS:
-        yield Row("operators", f"{s.name} {name}", partial(build, name), 31, 1.0, pooled=True)
+        yield single("operators", f"{s.name} {name}", partial(build, name), 31, 1.0)
 
 
 class Recorder:
@@ -203,5 +205,5 @@ def iteration(s: Setting) -> Iterator[Row]:
         return Arms(run, cost.flops(parts), sum(p.bytes for p in parts), dtype=s.dtype)
 
     for index, name in enumerate(PARTS):
-        yield Row("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0, pooled=True)
-    yield Row("iteration", f"{s.name} whole", whole, 31, 2.0, pooled=True)
+        yield single("iteration", f"{s.name} {name}", partial(part, index), 31, 1.0)
+    yield single("iteration", f"{s.name} whole", whole, 31, 2.0)

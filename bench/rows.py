@@ -42,7 +42,9 @@ class Arms:
 class Row:
     """``build`` makes the arms only when the row is run; ``rounds`` at most, within ``seconds``,
     fewer where they agree (bench.timing.interleave).
-    ``pooled``: so short that what a process decides once shows; on a CPU timed in several."""
+    ``pooled``: so short that what a process decides once shows; on a CPU timed in several.
+    ``replayed``: single kernels, which take the host longer than the device: on a GPU timed by
+    replays of a graph, with a warm and with a cold L2 cache."""
 
     suite: str
     name: str
@@ -50,6 +52,7 @@ class Row:
     rounds: int = 15
     seconds: float = 60.0
     pooled: bool = False
+    replayed: bool = False
 
 
 @dataclass(frozen=True)

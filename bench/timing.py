@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -101,6 +102,30 @@ def device_times(arms: dict[str, Arm], rounds: int) -> tuple[dict[str, Times], d
     calls = REPLAYED if torch.cuda.is_available() else 1
     times = interleave(found, rounds)
     return {n: Times(tuple(t / calls for t in x.rounds)) for n, x in times.items()}, missing
+
+
+def flushing() -> Arm:
+    """Writes twice as much as the L2 cache of the current GPU holds: of what was used before,
+    nothing is in it afterwards."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return partial(torch.empty(size, dtype=torch.uint8, device=device).fill_, 1)
+
+
+def cold_times(arms: dict[str, Arm], rounds: int) -> dict[str, float]:
+    """Median seconds of one call of every arm with nothing in the L2 cache, by replays of a graph
+    that flushes it before every call, less one that only flushes; none without a GPU.
+
+    What a flush leaves to be written back, the next one pays for alone as much as after a call."""
+    if not torch.cuda.is_available():
+        return {}
+    flush = flushing()
+    both = {name: replayed(in_turn([flush, fn])) for name, fn in arms.items()}
+    alone, *times = interleave({"flush": replayed(flush), **both}, rounds).values()
+    return {
+        name: statistics.median(t - f for t, f in zip(found.rounds, alone.rounds)) / REPLAYED
+        for name, found in zip(arms, times)
+    }
 
 
 def inner_calls(fn: Arm, at_least: float = 2e-3) -> int:
