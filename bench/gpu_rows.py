@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import cost, published, timing
+from bench import cost, published, third_party, timing
 from bench.operators import iteration, operators
-from bench.rows import LAUNCHED, OURS, Arms, Row, Setting, inputs, randomised
+from bench.rows import LAUNCHED, OURS, Arms, Row, Setting, attempt, inputs, randomised
 from bench.suites import (
     Plain,
-    attempt,
+    data,
+    dit_training,
     gemms,
     network,
     optimizer,
@@ -44,9 +45,9 @@ XL = MODEL_PRESETS["fpdm-xl-2"]
 DRAWS = 8
 
 
-def setting(batch: int) -> Setting:
-    """XL/2 in bfloat16 on the current GPU."""
-    return Setting("XL/2", XL, batch, torch.bfloat16, torch.device("cuda"))
+def setting(batch: int, dtype: torch.dtype = torch.bfloat16) -> Setting:
+    """XL/2 on the current GPU."""
+    return Setting("XL/2", XL, batch, dtype, torch.device("cuda"))
 
 
 def sampling(
@@ -68,7 +69,8 @@ def sampling(
             )  # fmt: skip
             sampler = engine.Sampler(model, diffusion, config)
             run = partial(sampler.sample, labels, seeds, stats=False)
-            for _ in range(4):  # graphs are tried, timed and settled
+            # graphs are tried, timed and settled; without them once to warm up
+            for _ in range(1 if graphs == "off" else 4):
                 run()
             return sampler, run
 
@@ -237,6 +239,8 @@ def training(
         plainly = [partial(theirs, *pair) for pair in pairs]
         if eager:
             arms["published eager"] = timing.in_turn(plainly)
+        if eager and len(draws) == 1:
+            arms |= dit_training(s, sum(draws[0]))
         if compiled:
             regions = Regions()
             arms["published compiled"] = partial(regions, timing.in_turn(plainly))
@@ -260,13 +264,21 @@ def drawn() -> list[tuple[int, int]]:
     return [draw_iterations(0, step, 0, config, 0) for step in range(DRAWS)]
 
 
+def samplers() -> list[Row]:
+    """Batches with and without guidance, and one of them in every dtype; the longest row last. By
+    the times of those measured so far, 170 s on an H200."""
+    some = [(setting(64), 1.0), (setting(8), 4.0), (setting(1), 4.0), (setting(1), 1.0)]
+    some += [(setting(8, d), 1.0) for d in (torch.bfloat16, torch.float16, torch.float32)]
+    found = [sampling(s, guidance, False) for s, guidance in some]
+    found.append(sampling(setting(1), 4.0, False, method="ddpm"))
+    return [*found, sampling(setting(64), 4.0, False)]
+
+
 def rows() -> list[Row]:
     """Everything, cheap rows first and compiled baselines last."""
     large, one = setting(64), setting(1)
-    found = [*operators(large), *iteration(large)]
-    found += [network(large, full=False)]
-    found += [sampling(large, 1.0, False), sampling(setting(8), 4.0, False)]
-    found += [sampling(one, 4.0, False), sampling(one, 4.0, False, method="ddpm")]
+    found = [*operators(large), *iteration(large), *third_party.rows(large), *data()]
+    found += [network(large, 8, ("dit",)), *samplers()]
     found += [training(large, [(5, 6)], mode, False, mode == "none")
               for mode in cost.RECOMPUTE]  # fmt: skip
     found += [training(large, drawn(), "none", False, True)]

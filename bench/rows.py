@@ -71,10 +71,20 @@ class Setting:
         return f"{self.label} B{self.batch} {dtype_name(self.dtype)}"
 
 
+def attempt(make: Callable[[], Arm]) -> Arm | str:
+    """The arm, or why there is none: torch.compile needs a C++ compiler on a CPU."""
+    try:
+        return make()
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
 def randomised(config: ModelConfig, device: torch.device, **execution: Any) -> Any:
     """An FPDM or DiT with every parameter random: adaLN-Zero would make the gates zero."""
     torch.manual_seed(0)
-    model = build_model(config, ExecutionConfig(**execution)).to(device)
+    # drawn there: a CPU takes 10 s over a DiT-XL
+    with device:
+        model = build_model(config, ExecutionConfig(**execution))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench import cost, published, third_party
 from bench.operators import iteration, operators
-from bench.rows import DIGITS, OURS, S2, XL, Arms, Row, Setting, inputs, randomised
+from bench.rows import DIGITS, OURS, S2, XL, Arms, Row, Setting, attempt, inputs, randomised
 from bench.timing import Arm
 from fpdm import budget, engine, noise, shards
 from fpdm.config import DataConfig, DiffusionConfig, ModelConfig, OptimConfig, SamplerConfig
@@ -111,17 +111,9 @@ def compiled(module: nn.Module, args: tuple[Any, ...], freezing: bool = False) -
     return run
 
 
-def attempt(make: Callable[[], Arm]) -> Arm | str:
-    """The arm, or why there is none: torch.compile needs a C++ compiler on a CPU."""
-    try:
-        return make()
-    except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-
-
-def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True) -> Row:
-    """The whole network once, without gradient. ``full`` (on a CPU): also against compiled
-    baselines and, unless ``with_dit`` is false, DiT."""
+def network(s: Setting, iters: int = 8, beside: Collection[str] = ()) -> Row:
+    """The whole network once, without gradient. ``beside``: also against what is ``compiled`` (on a
+    CPU) and against the ``dit`` of its size."""
 
     def build() -> Arms:
         model = randomised(s.config, s.device)
@@ -136,11 +128,12 @@ def network(s: Setting, iters: int = 8, full: bool = True, with_dit: bool = True
         }
         if s.dtype != torch.float32:
             arms["published eager float32"] = _no_grad(lambda: shipped(x, t, y, iters))
-        if full:
+        if "compiled" in beside:
             arms["published compiled"] = attempt(lambda: compiled(plain, args))
             frozen = Plain(model, s.dtype)
             arms["published frozen"] = attempt(lambda: compiled(frozen, args, freezing=True))
-            arms |= _dit_arms(s, iters) if with_dit else {}
+        if "dit" in beside:
+            arms |= _dit_arms(s, iters)
         count = network_flops(s.config, s.batch, iters)
         size = cost.network_bytes(s.config, s.batch, iters, s.dtype.itemsize)
         facts = {"k": iters, "dit_blocks": dit(s.config, iters).depth}
@@ -203,7 +196,7 @@ def training(
             f = published.optimised(published.fixed_point_map)
             arms["published, map compiled"] = lambda: theirs(plain, s.dtype, f=f)
         if recompute == "none":
-            arms |= _dit_training(s, n + m)
+            arms |= dit_training(s, n + m)
         count = cost.training_flops(s.config, s.batch, n, m)
         facts = {"n": n, "m": m, "recompute": recompute, "chunks": chunks,
                  "dit_blocks": dit(s.config, n + m).depth}  # fmt: skip
@@ -214,7 +207,8 @@ def training(
     return Row("training", name, build, 15, 45.0)
 
 
-def _dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
+def dit_training(s: Setting, iters: int) -> dict[str, Arm | str]:
+    """Forward and backward of the DiT of its size."""
     config = dit(s.config, iters)
     model = randomised(config, s.device)
     weights = PreparedWeights(model, s.dtype, accumulate=True)
@@ -355,9 +349,13 @@ def cpu_rows() -> list[Row]:
     rows = [row for s in kinds for row in operators(s)]
     rows += [row for s in (digits, small, small_bf16) for row in iteration(s)]
     larger = replace(small_bf16, batch=8)
-    rows += [network(digits, 3), network(small, 8, False), network(larger, 8, with_dit=False)]
-    rows += [network(small, k, False) for k in (1, 4, 16)]
-    rows += [network(Setting("XL/2", XL, 1, d, device), 8, False) for d in DTYPES]
+    rows += [
+        network(digits, 3, ("compiled", "dit")),
+        network(small),
+        network(larger, 8, ("compiled",)),
+    ]
+    rows += [network(small, k) for k in (1, 4, 16)]
+    rows += [network(Setting("XL/2", XL, 1, d, device)) for d in DTYPES]
     for batch in (1, 8, 64):
         rows += [sampling(replace(digits, batch=batch), g, 5, 3) for g in (1.0, 1.1)]
     rows.append(sampling(kinds[1], 1.1, 5, 3))
