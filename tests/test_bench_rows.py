@@ -15,7 +15,8 @@ from bench import cost, gpu_rows, machine, report, rows, suites, third_party
 from fpdm.config import ModelConfig
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(input_size=8, hidden_size=16, num_heads=2)
+# 16 tokens
+CONFIG = ModelConfig(input_size=8, hidden_size=32, num_heads=2)
 TINY = rows.Setting("test", CONFIG, 2, torch.bfloat16, CPU)
 
 
@@ -45,18 +46,20 @@ def test_bytes_of_an_evaluation_and_of_the_sampler(dtype: torch.dtype) -> None:
         assert twice.flops == 2 * plain.flops
 
 
-def test_bytes_of_a_training_step() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_training_step(dtype: torch.dtype) -> None:
     """By hand, of the products alone: forward 26 U and 16 D^2 an iteration; back 52 U, the weights
     once, and their gradients in float32 read and written."""
-    u, w = units(TINY)
-    n, m, d = 1, 2, TINY.config.hidden_size
+    s = replace(TINY, dtype=dtype)
+    u, w = units(s)
+    n, m, d = 1, 2, s.config.hidden_size
     back = w + 8 * d * d
     want = (n + m) * (26 * u + 16 * w) + 2 * (20 * u + 12 * w) + 5 * u + 3 * w
     want += m * (52 * u + 16 * back) + 2 * (40 * u + 12 * back) + 10 * u + 3 * back
     for mode in cost.RECOMPUTE:
         # what is computed again counts for nothing, as its FLOPs do
-        assert suites.training(TINY, n, m, mode).build().bytes == want
-    several = gpu_rows.training(TINY, [(n, m), (n, m)], "none", False, False).build()
+        assert suites.training(s, n, m, mode).build().bytes == want
+    several = gpu_rows.training(s, [(n, m), (n, m)], "none", False, False).build()
     assert several.bytes == 2 * want
 
 
