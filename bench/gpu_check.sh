@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | sample | train | compiled
+# Turns an hour with a GPU into evidence: bench/gpu_check.sh tests | tables | sample | train | compiled
 #
 #   tests      every gpu test, 1,000 repeats, compute-sanitizer on one small step of each
 #              implementation
-#   sample     tables of the fused GEMMs and of attention's routes, device time by kernel, waits of
-#              the sampler, then python -m bench on operators, parts of an iteration, network and
-#              sampler
+#   tables     which GEMM and which attention runs, measured and entered
+#   sample     device time by kernel, waits of the sampler, then python -m bench on the sampler, on
+#              networks, parts of an iteration and operators, on data and on other packages
 #   train      memory, 300 steps of the digits in three precisions, micro-batches as graphs, python
 #              -m bench on training and the optimiser
 #   compiled   the rows against torch.compile: mostly compilation
@@ -22,9 +22,9 @@
 set -u
 part="${1:-}"
 case "$part" in
-  tests | sample | train | compiled) ;;
+  tests | tables | sample | train | compiled) ;;
   *)
-    echo "gpu_check.sh: error: got '$part', expected tests, sample, train or compiled" >&2
+    echo "gpu_check.sh: error: got '$part', expected tests, tables, sample, train or compiled" >&2
     exit 2
     ;;
 esac
@@ -98,7 +98,7 @@ case "$part" in
       "${files[@]}"
     piece gpu_repeats 120 "$python" -m pytest -v --tb short -m "gpu and slow" "${files[@]}"
     ;;
-  sample)
+  tables)
     piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs" \
       --batches 2 16 64
     # our tiles were slower at every smaller one
@@ -107,10 +107,15 @@ case "$part" in
     piece attention 60 "$python" -m bench.attention --out "$out/attention.json" --write
     # one file: at most eight of a part come back from a lent machine
     tar -cf "$out/tables.tar" -C fpdm/kernels gemm_table.json attention_table.json
+    ;;
+  sample)
     piece profile 60 "$python" -m bench.gpu profile --out "$out"
     piece syncs 60 "$python" -m bench.gpu syncs --out "$out"
-    piece bench_sample 200 "$python" -m bench --suite operators iteration network sampler \
-      --skip compiled --out "$out/bench_sample.json"
+    piece bench_sampler 220 "$python" -m bench --suite sampler --skip compiled \
+      --out "$out/bench_sampler.json"
+    piece bench_network 120 "$python" -m bench --suite network iteration operators \
+      --out "$out/bench_network.json"
+    piece bench_rest 60 "$python" -m bench --suite data "third party" --out "$out/bench_rest.json"
     ;;
   train)
     piece memory 80 "$python" -m bench.gpu memory --out "$out"
