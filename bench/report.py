@@ -100,12 +100,17 @@ def cells_of(row: dict[str, Any]) -> list[str]:
             peak(row["arms"][OURS])]  # fmt: skip
 
 
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in (header, *rows)]
+    return "\n".join(lines)
+
+
 def table(result: dict[str, Any]) -> str:
-    """Aligned text."""
-    rows = [HEAD, *(cells_of(r) for r in result["rows"])]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    return "\n".join([*lines, "ceilings: " + ceilings(result)])
+    """Every row of a result, and its ceilings."""
+    rows = [cells_of(r) for r in result["rows"]]
+    return f"{aligned(HEAD, rows)}\nceilings: {ceilings(result)}"
 
 
 def ceilings(result: dict[str, Any]) -> str:
