@@ -39,8 +39,6 @@ def compose(folder: Path, names: Sequence[str]) -> Found:
     sources: dict[str, Found] = {}
     rows: dict[tuple[str, str], Found] = {}
     notes = _read(folder / NOTES) if (folder / NOTES).is_file() else {}
-    for row in notes.get("rows", []):
-        rows[key(row)] = row
     for name in names:
         found = _read(folder / name)
         source = {k: v for k, v in found.items() if k not in ("rows", *MACHINE)}
@@ -56,6 +54,8 @@ def compose(folder: Path, names: Sequence[str]) -> Found:
         sources[name] = source
     if "machine" not in result:
         raise ConfigError(f"{folder}: got no result of python -m bench, expected one")
+    for row in notes.get("rows", []):
+        rows.setdefault(key(row), row)
     commits = [s["commit"] for s in sources.values() if "commit" in s]
     told = {
         "commit": ", ".join(dict.fromkeys(commits)),

@@ -137,9 +137,10 @@ def sources(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for name, run in result["sources"].items():
         others = f"{run['others']:.0%}" if "others" in run else "not measured"
-        lines.append([name, run.get("commit", "not written down"), run["command"].strip(), others,
-                      ceilings(run) if "ceilings" in run else ""])  # fmt: skip
-    head = ["file", "commit", "command", "of the processors, other programs", "ceilings"]
+        rates = ceilings(run) if "ceilings" in run else ""
+        commit, command = run.get("commit", "not written down"), run["command"].strip()
+        lines.append([name, commit, others, rates, command])
+    head = ["file", "commit", "other programs' part of the processors", "ceilings", "command"]
     return head, lines
 
 
@@ -328,7 +329,7 @@ def machine_section(result: dict[str, Any]) -> str:
     if "sources" in result:
         head, lines = sources(result)
         # a stroke would end the cell
-        lines = [[a, b, f"`{c}`".replace("|", "\\|"), *rest] for a, b, c, *rest in lines]
+        lines = [[*line[:-1], f"`{line[-1]}`".replace("|", "\\|")] for line in lines]
         parts[-1] += (
             "Each row is of one of these runs, as its file says, and stands against the ceilings "
             f"of that run:\n\n{markdown(head, lines)}\n"

@@ -221,15 +221,15 @@ def test_the_last_file_of_a_row_is_taken(
     assert found["command"] == "python -m bench.compose a.json b.json memory.json"
     assert (found["commit"], found["note"], found["memory"]) == ("abc+, def", "Read so.", peaks)
     assert found["sources"]["memory.json"] == {"command": "python -m bench.gpu memory"}
-    first, second = found["rows"]
-    assert first == gap
+    second, last = found["rows"]
+    assert last == gap
     assert (second["source"], second["arms"]["fpdm"]["median_s"]) == ("b.json", 2.0)
     assert second["flops"] == suites.network_flops(rows.S2, 2, 4)
     assert second["gemm_share"] == second["flops"] / 2.0 / 1e12
     assert compose.again(tmp_path / "bench.json") == found
     compose.main([str(f) for f in files[::-1]])
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["rows"][1]["source"] == "a.json"
+    assert found["rows"][0]["source"] == "a.json"
 
 
 def test_what_cannot_be_composed_is_refused(tmp_path: Path) -> None:
