@@ -5,6 +5,7 @@
     python -m bench --against FILE        a result, or a commit that holds one
     python -m bench --against FILE --compare    the result that is there, measuring nothing
     python -m bench --count               memory and cost model, into bench/results/counted.json
+    python -m bench --count fpdm-b-4 --batch 32 --m 6    of any preset, recipe or YAML: a table
     python -m bench --render              report.html and the tables of the READMEs from the JSON
 
 Each row is one process state: arms in turn, round by round; results are written after every row.
@@ -271,8 +272,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--processes", type=int, default=15, help="of short rows on a CPU: to 15")
     p.add_argument("--threads", type=int, help="of torch")
     p.add_argument("--strict", action="store_true", help="a failing row ends the run")
-    p.add_argument("--count", action="store_true", help="only count memory and the cost model")
     p.add_argument("--render", action="store_true", help="only write reports and tables")
+    counted.add_options(p)
     return p
 
 
@@ -283,10 +284,15 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.out or RESULTS / machine.name() / "bench.json"
-    if args.count:
-        path = args.out or RESULTS / "counted.json"
-        write(path, counted.collect())
-        print("wrote", path)
+    counted.refuse(args)
+    if args.count is not None:
+        found = counted.count(counted.asked(args)) if args.count else counted.collect()
+        if args.count:
+            print(counted.told(found))
+        if args.out or not args.count:
+            path = args.out or RESULTS / "counted.json"
+            write(path, found)
+            print("wrote", path)
         return 0
     if args.render:
         render(path, args.out is None)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import published
 from bench.cost import RECOMPUTE
 from fpdm import fixed_point
+from fpdm.block import WIDTHS, saved_names
 from fpdm.config import ExecutionConfig, ModelConfig
 from fpdm.kernels import ops
 from fpdm.model import FPDM, build_model
@@ -196,6 +197,29 @@ def training(
         state = sum(p.numel() for p in model.parameters()) * 4
     copies = state * dtype.itemsize // 4 if dtype != torch.float32 else 0
     return Memory(state, state, 2 * state, state, copies, *found)
+
+
+def kept(
+    config: ModelConfig, batch: int, execution: ExecutionConfig, m: int = 12,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
+    """Of the bytes saved by ``training``, those of fpdm.block's ledger by its names: of the m
+    iterations, and of the blocks before and after them, which are all of a DiT. Beside them stay u,
+    each block's input and the first iterate, embeddings, patches and the output."""
+    unit = batch * config.tokens * config.hidden_size
+    residual = 4 if execution.residual_dtype == "float32" else dtype.itemsize
+
+    def sizes(count: int, injected: bool) -> dict[str, int]:
+        wide, half = saved_names(execution.recompute, injected)
+        found = {n: count * WIDTHS[n] * unit * residual for n in wide}
+        return found | {n: count * WIDTHS[n] * unit * dtype.itemsize for n in half}
+
+    blocks = sizes(config.pre_depth + config.post_depth + config.depth, injected=False)
+    if config.kind == "dit":
+        return {}, blocks
+    # where z' and r are kept in its place, no iterate is
+    iterates = {} if execution.recompute == "elementwise" else {"x": (m - 1) * unit * residual}
+    return iterates | sizes(m, injected=True), blocks
 
 
 def plain(

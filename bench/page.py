@@ -9,19 +9,24 @@ import json
 from typing import Any
 
 from bench import machine
+from bench.compose import PARTS
 from bench.report import (
     LIBRARY,
     PREDICTED,
     ceilings,
     duration,
     every_row,
+    origin,
     predictions,
     reason,
     remarks,
+    sources,
     unmeasured,
 )
 from bench.rows import OURS
 
+# of a profile, that are drawn by name
+KERNELS = 14
 BLUE, RED, GREY = "#2b6cb0", "#c53030", "#cbd5e0"
 COLOURS = {
     LIBRARY: "#c53030", "plain PyTorch": "#a0aec0", "published eager": "#4a5568",
@@ -126,7 +131,7 @@ def floors(result: dict[str, Any], suite: str) -> str:
         drawn, (axis,) = figure(10, 1.0 + 0.42 * len(parts))
         draw = _dots if suite == "operators" else _bars
         for place, row in enumerate(parts.values()):
-            draw(axis, place, row, result["ceilings"])
+            draw(axis, place, row, origin(result, row)["ceilings"])
         axis.set_yticks(range(len(parts)), list(parts))
         axis.invert_yaxis()
         axis.set_xlabel("milliseconds")
@@ -235,6 +240,28 @@ def cost_against_k(result: dict[str, Any]) -> str:
     return picture(drawn, "cost of one evaluation against k")
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """Device time by kernel, largest first: bench.gpu's part profile."""
+    rows = [r for r in result.get("profile", ()) if "kernels" in r]
+    found = []
+    for row in rows:
+        shown, total = row["kernels"][:KERNELS], row["total_us"]
+        rest = total - sum(k["us"] for k in shown)
+        bars = [(f"{k['kernel'][:56]} x{k['count']:.0f}", k["us"]) for k in shown]
+        drawn, (axis,) = figure(10, 1.0 + 0.24 * (len(bars) + 1))
+        for place, (_, us) in enumerate(bars := [*bars, ("all others", rest)]):
+            axis.barh(place, us / 1e3, 0.7, color=BLUE if place < len(shown) else GREY)
+            label(axis, us / 1e3, place, f"{us / total:.0%}")
+        axis.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_xlabel("milliseconds of the device")
+        title = f"{row['arm']}, batch {row['batch']}: {duration(total / 1e6)} in all, "
+        axis.set_title(f"{title}{row['launches']:.0f} launches", loc="left", fontsize=10)
+        found.append(picture(drawn, f"device time by kernel, {row['arm']} B{row['batch']}"))
+    return "\n".join(found)
+
+
 def modelled(counted: dict[str, Any]) -> str:
     """The cost model: an iteration on named devices, by style."""
     batches = list(counted["model"])
@@ -324,7 +351,7 @@ def facts(result: dict[str, Any]) -> str:
         else None,
         "OpenMP": " ".join(f"{k}={v}" for k, v in result.get("openmp", {}).items()) or None,
         "took": duration(result["seconds"]) if "seconds" in result else None,
-        "ceilings": ceilings(result),
+        "ceilings": ceilings(result) if "ceilings" in result else "of each run, below",
         "note": remarks(result) or None,
     }
     shown = {k: v for k, v in shown.items() if v is not None}
@@ -344,16 +371,19 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 
 
-def section(title: str, note: str, *pictures: str) -> str:
-    """A heading, what to see, and the pictures; nothing without one."""
-    body = "".join(pictures)
-    return f"<h2>{title}</h2><p class=note>{note}</p>{body}" if body else ""
+def section(title: str, note: str, *pictures: str, wanted: bool = True) -> str:
+    """A heading, what to see, and the pictures. Without one it says that nothing was measured, or
+    where it is not ``wanted`` is none."""
+    if body := "".join(pictures):
+        return f"<h2>{title}</h2><p class=note>{note}</p>{body}"
+    return f"<h2>{title}</h2><p class=note>Not measured.</p>" if wanted else ""
 
 
 def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
     """The whole page."""
     predicted = predictions(result)
-    raw = html.escape(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+    kept = {k: v for k, v in result.items() if k not in ("rows", *PARTS)}
+    raw = html.escape(json.dumps(kept, indent=1))
     parts = [
         section("At a glance", "Every arm's time over ours; all ran in one process, alternating. "
                 "The red stroke is the library's products and attention alone.",
@@ -362,7 +392,11 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
                 "without gradient, and plain PyTorch's time for the same. The floor is the larger "
                 "of FLOPs over the measured GEMM rate and bytes over the measured copy rate; what "
                 "fits the caches can beat it.", floors(result, "iteration")),
-        section("Cost against k", "One evaluation of the network per sample.",
+        section("Device time by kernel", "One evaluation at k = 8 (a batch of 2 is one image under "
+                "guidance) and one training step of n = 5, m = 6 of XL/2 in bfloat16, launched.",
+                kernels(result), wanted=bool(result.get("gpu"))),
+        section("Cost against k", "One evaluation of the network per sample, where three k or more "
+                "were measured.",
                 cost_against_k(result)),
         section("Images per second", "The whole sampler, from noise to images: S timesteps of k "
                 "iterations.", speed(result)),
@@ -372,22 +406,24 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
         section("The cost model against measurements", "One evaluation of the network, or one "
                 "training step, in half precision. The model knows nothing of the host, which "
                 "bounds at batch 1 whatever is not replayed as a graph.",
-                grid(PREDICTED, predicted) if predicted else ""),
+                grid(PREDICTED, predicted) if predicted else "", wanted=bool(result.get("gpu"))),
         section("Other devices", "Predicted from counted FLOPs, bytes, launches and waves of "
                 "tiles, and each device's rates, in half precision. Not a measurement. Published: "
                 "modulation and concatenation in every iteration, a kernel a call; library: "
                 "hoisted, the library's products and fused kernels between them; fused: those "
-                "inside the products.", modelled(counted) if counted else ""),
+                "inside the products.", modelled(counted) if counted else "",
+                wanted=False),
         section("Operators against their floor", "Forward and backward; a logarithmic axis.",
                 floors(result, "operators")),
     ]  # fmt: skip
     lines = "".join(f"<li>{html.escape(line)}" for line in unmeasured(result))
     gone = f"<h2>Not measured</h2><ul>{lines}</ul>" if lines else ""
     every = grid(*every_row(result))
+    runs = f"<h2>Runs</h2>{grid(*sources(result))}" if "sources" in result else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fpdm bench</title>"
         f"<style>{STYLE}</style><h1>fpdm bench</h1>{facts(result)}{''.join(parts)}"
         f"<h2>Every number</h2><details open><summary>{len(result['rows'])} rows</summary>"
-        f"{every}</details>{gone}<details><summary>machine, versions, ceilings as JSON"
+        f"{every}</details>{runs}{gone}<details><summary>machine, versions, ceilings as JSON"
         f"</summary><pre>{raw}</pre></details></html>\n"
     )

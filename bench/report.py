@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import cost
 from bench.against import WITHIN
+from bench.counted import PAPER
 from bench.rows import OURS
 from bench.timing import Times
 from fpdm.recipes import MODEL_PRESETS
@@ -137,8 +138,10 @@ NVML: Cells = {
     "throttled": throttled,
     "memory in use": lambda r: _size(r.get("nvml", {}).get("memory_used")),
 }
-OF_A_SUITE: Cells = {"of the floor": floor, "peak": lambda r: peak(r["arms"][OURS]), **NVML}
-OF_ALL: Cells = {"cold L2": lambda r: cold(r["arms"][OURS]), **NVML}
+# the file that a row of a composed result is from
+RUN: Cells = {"run": lambda r: r.get("source", "")}
+OF_A_SUITE: Cells = {"of the floor": floor, "peak": lambda r: peak(r["arms"][OURS]), **NVML, **RUN}
+OF_ALL: Cells = {"cold L2": lambda r: cold(r["arms"][OURS]), **NVML, **RUN}
 
 
 def _kept(cells: Cells, rows: list[dict[str, Any]]) -> Cells:
@@ -155,21 +158,47 @@ def every_row(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*HEAD, *kept], body
 
 
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in (header, *rows)]
+    return "\n".join(lines)
+
+
 def table(result: dict[str, Any]) -> str:
-    """Aligned text."""
-    head, body = every_row(result)
-    rows = [head, *body]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    return "\n".join([*lines, "ceilings: " + ceilings(result)])
+    """Every row of a result, and its ceilings."""
+    return f"{aligned(*every_row(result))}\nceilings: {ceilings(result)}"
 
 
 def ceilings(result: dict[str, Any]) -> str:
-    """What rates are held against."""
+    """What rates of one run are held against."""
     units = {"copy": "GB/s"}
     return ", ".join(
         f"{k} {v / 1e9:.0f} {units.get(k, 'GFLOP/s')}" for k, v in result["ceilings"].items()
     )
+
+
+def origin(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The run of a row: commit, command, ceilings. Of a composed result (bench.compose) that is the
+    raw file which the row names."""
+    return result["sources"][row["source"]] if "source" in row else result
+
+
+def commits(result: dict[str, Any]) -> str:
+    """Which one, or those of a composed result, in words."""
+    return f"commit{'s' if ', ' in result['commit'] else ''} {result['commit']}"
+
+
+def sources(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and one line a raw file of a composed result, as the file says."""
+    lines = []
+    for name, run in result["sources"].items():
+        others = f"{run['others']:.0%}" if "others" in run else "not measured"
+        rates = ceilings(run) if "ceilings" in run else ""
+        commit, command = run.get("commit", "not written down"), run["command"].strip()
+        lines.append([name, commit, others, rates, command])
+    head = ["file", "commit", "other programs' part of the processors", "ceilings", "command"]
+    return head, lines
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -210,10 +239,13 @@ def operator_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def several(result: dict[str, Any]) -> str:
-    """What the operators' ratios are of, where they come from several processes."""
-    counts = {len(a["ratios"]) for r in result["rows"] for a in r["arms"].values() if "ratios" in a}
+    """What the operators' ratios are of, where they come from several processes; and of which run,
+    in a composed result."""
+    rows = [r for r in result["rows"] if r["suite"] == "operators"]
+    counts = {len(a["ratios"]) for r in rows for a in r["arms"].values() if "ratios" in a}
+    runs = dict.fromkeys(r["source"] for r in rows if "source" in r)
     if not counts:
-        return ""
+        return f" ({', '.join(runs)})" if runs else ""
     return (
         f", the mean of the middle half of {max(counts)} processes (in brackets their range, where "
         "a quarter of them lie more than 15 % away: where a baseline's intermediates lie is "
@@ -267,9 +299,23 @@ def measured_memory(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     return (
         f"Peak memory of a training step in GB by the allocator, with all state, at batch "
-        f"{first['batch']}, n = {first['n']}, m = {first['m']} (the paper: 10.2, DiT 25.2):\n\n"
+        f"{first['batch']}, n = {first['n']}, m = {first['m']} (the paper: {PAPER['fpdm-xl-2']}, "
+        f"DiT {PAPER['dit-xl-2']}):\n\n"
         f"{markdown(['model', 'recompute', 'chunks', 'state', 'peak'], body)}\n"
     )
+
+
+def replays(rows: list[dict[str, Any]]) -> str:
+    """What CUDA graphs gain in training: bench.gpu's part replays."""
+    body = [
+        [f"{r['recipe']} B{r['batch']} {r['precision']} n={r['n']} m={r['m']} "
+         f"{r.get('recompute', 'none')}" + (f", {r['chunks']} chunks" if "chunks" in r else ""),
+         duration(r["off_ms"] / 1e3), duration(r["on_ms"] / 1e3),
+         f"{r['launched_over_replayed']:.2f}x"]
+        for r in rows if "on_ms" in r
+    ]  # fmt: skip
+    head = ["micro-batch", "kernel by kernel", "as one graph", "launched over replayed"]
+    return f"A training micro-batch, `train.graphs` off and on:\n\n{markdown(head, body)}\n"
 
 
 def predictions(result: dict[str, Any]) -> list[list[str]]:
@@ -333,10 +379,18 @@ def machine_section(result: dict[str, Any]) -> str:
     parts = [
         f"## {result['machine']}\n",
         f"{place(result)}; Python {v['python']}, torch {v['torch']}{extra}; "
-        f"commit {result['commit']}; `{result['command'].strip()}`{company(result)}. "
-        "Ceilings measured in the same run: "
-        f"{ceilings(result)}.\n",
+        f"{commits(result)}; `{result['command'].strip()}`{company(result)}. ",
     ]
+    if "sources" in result:
+        head, lines = sources(result)
+        # a stroke would end the cell
+        lines = [[*line[:-1], f"`{line[-1]}`".replace("|", "\\|")] for line in lines]
+        parts[-1] += (
+            "Each row is of one of these runs, as its file says, and stands against the ceilings "
+            f"of that run:\n\n{markdown(head, lines)}\n"
+        )
+    else:
+        parts[-1] += f"Ceilings measured in the same run: {ceilings(result)}.\n"
     if told := remarks(result):
         parts.append(f"{told}\n")
     for suite, title in TABLES.items():
@@ -358,6 +412,8 @@ def machine_section(result: dict[str, Any]) -> str:
         )
     if "memory" in result:
         parts.append(measured_memory(result["memory"]))
+    if "replays" in result:
+        parts.append(replays(result["replays"]))
     gone = unmeasured(result)
     if gone:
         parts.append(f"Not measured there: {'; '.join(gone)}.\n")

@@ -15,6 +15,8 @@ from bench.rows import OURS
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GAIN_BEGIN, GAIN_END = "<!-- gain:begin -->", "<!-- gain:end -->"
 SUITES = ("network", "sampler", "training")
+# of the memory rows, the published architecture
+PLAIN = "published bf16 eager"
 # the columns: a baseline's time over ours
 BASELINES = {
     "published eager": ("published eager",),
@@ -43,7 +45,7 @@ def headlines(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(best.values(), key=lambda row: SUITES.index(row["suite"]))
 
 
-def _line(row: dict[str, Any]) -> list[str]:
+def _line(row: dict[str, Any], commit: str) -> list[str]:
     arms = row["arms"]
     ratios = [
         next((f"{arms[a]['ratio']:.2f}x" for a in names if a in arms), "")
@@ -54,75 +56,143 @@ def _line(row: dict[str, Any]) -> list[str]:
     # that is the baseline, not ours
     name = row["name"].removesuffix(" compiled")
     return [f"{row['suite']}, {name}", report.duration(arms[OURS]["median_s"]), *ratios, memory,
-            row.get("commit", "")]  # fmt: skip
+            commit]  # fmt: skip
 
 
 def machine_table(result: dict[str, Any]) -> str:
     """The headline rows of one machine, under what it is."""
     head = ["", "fpdm", *BASELINES, "peak: fpdm, published", "commit"]
-    lines = [_line(row) for row in headlines(result)]
+    composed = "sources" in result
+    lines = [
+        _line(row, report.origin(result, row)["commit"] if composed else "")
+        for row in headlines(result)
+    ]
     # a baseline that no row has is no column
     kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines)]
     table = report.markdown([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
     note = f" {result['note']}" if "note" in result else ""
-    return f"**{report.place(result)}**, commit {result['commit']}.{note}\n\n{table}\n"
+    return f"**{report.place(result)}**, {report.commits(result)}.{note}\n\n{table}\n"
 
 
 def gain(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> str:
     """How many times faster than the published architecture, eager and compiled, the work of each
     suite and batch is: on a GPU where one was measured; and the memory of a training step."""
     result = sorted(results, key=lambda r: not r.get("gpu"))[0]
-    rows = [row for row in headlines(result) if row["suite"] in ("sampler", "training")]
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in (row for row in headlines(result) if row["suite"] in ("sampler", "training")):
         model, batch, dtype = row["name"].split(" ")[:3]
-        line = found.setdefault((row["suite"], f"{model} {dtype}, batch {batch[1:]}"), {})
-        for column in ("published eager", "published compiled"):
-            arms = [row["arms"][arm] for arm in BASELINES[column] if arm in row["arms"]]
-            if arms:
-                line[column] = f"{arms[0]['ratio']:.2f}x"
+        found.setdefault((row["suite"], f"{model} {dtype}, batch {batch[1:]}"), []).append(row)
     verbs = {"sampler": "sampling", "training": "training"}
-    body = [
-        [f"{verbs[suite]}, {what}", line.get("published eager", "not measured"),
-         line.get("published compiled", "not measured")]
-        for (suite, what), line in found.items()
-    ]  # fmt: skip
-    device = next((d["name"] for d in result["devices"].values() if isinstance(d, dict)),
-                  result["processor"]["name"])  # fmt: skip
-    head = [f"{device}: times as fast as the published code", "in eager PyTorch",
-            "under torch.compile"]  # fmt: skip
-    text = report.markdown(head, body) + "\n"
-    if counted is None:
-        return text
-    gb = {(row["model"], row["arm"]): f"{row['total']:.1f}" for row in counted["memory"]}
-    ours = [gb["fpdm-xl-2", f"fpdm {kept}"] for kept in cost.RECOMPUTE]
-    paper = counted["paper_gb"]
-    return text + (
-        f"\nA training step of XL/2, batch {counted['batch']}, n = m = {counted['m']}, with all "
-        f"its state: {ours[0]} GB, or {ours[1]} or {ours[2]} GB where more is recomputed. The "
-        f"published code: {gb['fpdm-xl-2', 'published bf16 eager']} GB; DiT: "
-        f"{gb['dit-xl-2', 'published bf16 eager']} GB (in the paper {paper['fpdm-xl-2']} and "
-        f"{paper['dit-xl-2']}, both partly recomputed).\n"
+    body = [[f"{verbs[suite]}, {what}", *_gains(result, rows)]
+            for (suite, what), rows in found.items()]  # fmt: skip
+    head = [f"{_device(result)}: times as fast as the published architecture written plainly",
+            "in eager PyTorch", "under torch.compile"]  # fmt: skip
+    several = any("](" in cell for line in body for cell in line)
+    return (
+        f"{report.markdown(head, body)}\n\n"
+        "That is a plain rewrite, `bench/published.py`, not its authors' files."
+        + (" Where a line names runs, its two ratios are of two rows." if several else "")
+        + "\n"
+        + (f"\n{_step_memory(result, counted)}" if counted is not None else "")
     )
 
 
-def memory_table(counted: dict[str, Any]) -> str:
-    """Totals of a training step by what is recomputed, beside the paper's."""
+def _device(result: dict[str, Any]) -> str:
+    found = (d["name"] for d in result["devices"].values() if isinstance(d, dict))
+    return next(found, result["processor"]["name"])
+
+
+def _gains(result: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Ratios to the eager and the compiled baseline, of one row where one has both; else each says
+    what it is of."""
+    columns = [BASELINES[name] for name in ("published eager", "published compiled")]
+
+    def arm(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+        return next((row["arms"][name] for name in names if name in row["arms"]), None)
+
+    both = [row for row in rows if all(arm(row, names) for names in columns)]
+    cells, used = [], []
+    for names in columns:
+        row = next((row for row in both or rows if arm(row, names)), None)
+        found = arm(row, names) if row else None
+        cells.append(f"{found['ratio']:.2f}x" if found else "not measured")
+        used += [row] if row else []
+    if len(used) == 2 and used[0] is not used[1]:
+        cells = [f"{cell} ({_of(result, row)})" for cell, row in zip(cells, used)]
+    return cells
+
+
+def _of(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """What a ratio is of: how many draws of (n, m), and the run of a composed result."""
+    draws = [f"{len(row['draws'])} draws of (n, m)"] if "draws" in row else []
+    source = row.get("source")
+    folder = f"bench/results/{result['machine']}"
+    return ", ".join([*draws, *([f"[{source}]({folder}/{source})"] if source else [])])
+
+
+def _step_memory(result: dict[str, Any], counted: dict[str, Any]) -> str:
+    """A training step's memory as counted, and by the allocator where it was measured."""
+    gb = {(row["model"], row["arm"]): f"{row['total']:.1f}" for row in counted["memory"]}
+    ours = [gb["fpdm-xl-2", f"fpdm {kept}"] for kept in cost.RECOMPUTE]
+    paper = counted["paper_gb"]
+    text = (
+        f"A training step of XL/2, batch {counted['batch']}, n = m = {counted['m']}, with all its "
+        f"state. Counted: {ours[0]} GB, or {ours[1]} or {ours[2]} where more is recomputed; the "
+        f"rewrite {gb['fpdm-xl-2', PLAIN]}; DiT, written the same way, {gb['dit-xl-2', PLAIN]} "
+        f"(the paper: {paper['fpdm-xl-2']} and {paper['dit-xl-2']}, both partly recomputed). "
+        "Measured by the allocator"
+    )
+    if not (peaks := measured_peaks(result, counted)):
+        return f"{text}: not yet.\n"
+    mine = [peaks.get(("fpdm-xl-2", f"fpdm {kept}"), "not measured") for kept in cost.RECOMPUTE]
+    plain = [peaks.get((model, PLAIN), "not measured") for model in ("fpdm-xl-2", "dit-xl-2")]
+    return (
+        f"{text} of the {_device(result)}: {', '.join(mine)}; the rewrite {plain[0]}; that DiT "
+        f"{plain[1]}.\n"
+    )
+
+
+def measured_peaks(result: dict[str, Any], counted: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """GB by the allocator of the steps that are counted, by (model, arm)."""
+    chunks = {(row["model"], row["arm"]): row["chunks"] for row in counted["memory"]}
+    found = {}
+    for row in result.get("memory", ()):
+        key = row["model"], f"{row['arm']} {row.get('recompute', '')}".strip()
+        step = row["batch"], row["n"], row["m"]
+        same = step == (counted["batch"], counted["m"], counted["m"])
+        if same and "peak_gb" in row and row.get("chunks", 1) == chunks.get(key):
+            found[key] = f"{row['peak_gb']:.1f}"
+    return found
+
+
+def memory_table(counted: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Totals of a training step by what is recomputed, beside what was measured of them and the
+    paper's."""
     totals: dict[str, dict[str, float]] = {}
     for row in counted["memory"]:
         totals.setdefault(row["model"], {})[row["arm"]] = row["total"]
     arms = list(dict.fromkeys(row["arm"] for row in counted["memory"]))
     chunks = {row["chunks"] for row in counted["memory"]}
     body = [
-        [model, *(f"{found[arm]:.1f}" for arm in arms), f"{counted['paper_gb'][model]}"]
+        [f"{model}, counted", *(f"{found[arm]:.1f}" for arm in arms),
+         f"{counted['paper_gb'][model]}"]
         for model, found in totals.items()
-    ]
+    ]  # fmt: skip
+    for result in results:
+        if peaks := measured_peaks(result, counted):
+            body += [
+                [f"{model}, measured, {_device(result)}",
+                 *(peaks.get((model, arm), "not measured") for arm in arms), ""]
+                for model in totals
+            ]  # fmt: skip
+    body.sort(key=lambda line: list(totals).index(line[0].split(",")[0]))
     return (
         f"Memory of a training step in GB with all state, batch {counted['batch']}, n = m = "
-        f"{counted['m']}, bf16, counted storage by storage without allocating it "
-        f"(`bench/memory.py`), what is recomputed in `execution.chunks={max(chunks)}`, without "
-        "graphs, which hold as much beside it. The paper's code recomputes DiT and the pre and "
-        f"post blocks, not the iterations:\n\n{report.markdown(['', *arms, 'the paper'], body)}\n"
+        f"{counted['m']}, bf16: counted storage by storage without allocating it "
+        f"(`bench/memory.py`), and the allocator's peak where it was measured. What is recomputed "
+        f"is in `execution.chunks={max(chunks)}`, without graphs, which hold as much beside it. "
+        "The paper's code recomputes DiT and the pre and post blocks, not the iterations:\n\n"
+        f"{report.markdown(['', *arms, 'the paper'], body)}\n"
     )
 
 
@@ -148,16 +218,17 @@ def section(results: list[dict[str, Any]], counted: dict[str, Any] | None) -> st
     parts = [
         "Our time, and each baseline's over it: at `2.00x` a baseline takes twice as long. All "
         "arms of a row ran in one process, in turn. *Published* is the published architecture "
-        "written plainly; *gemm + attention* the library's products alone with nothing between "
-        "them, below `1.00x` where we are slower than that. A row names model, batch B, dtype, "
-        "timesteps S, iterations k, and in training n without gradient, m with it and what is "
-        "recomputed; over several draws of (n, m) it is the time of all of them. Shown are the "
-        "largest rows of each model; every row, single operators, spreads, commands and shares of "
-        "the ceilings: [bench/results](bench/results/README.md).\n"
+        "written plainly (`bench/published.py`, not its authors' files); *gemm + attention* the "
+        "library's products alone with nothing between them, below `1.00x` where we are slower "
+        "than that. A row names model, batch B, dtype, timesteps S, iterations k, and in training "
+        "n without gradient, m with it and what is recomputed; over several draws of (n, m) it is "
+        "the time of all of them. Shown are the largest rows of each model; every row, single "
+        "operators, spreads, commands and shares of the ceilings: "
+        "[bench/results](bench/results/README.md).\n"
     ]
     parts += [machine_table(r) for r in sorted(results, key=lambda r: not r.get("gpu"))]
     if counted is not None:
-        parts.append(memory_table(counted))
+        parts.append(memory_table(counted, results))
     return "\n".join([*parts, gaps(results)])
 
 
