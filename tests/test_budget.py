@@ -195,7 +195,7 @@ def test_thousands_of_budgets() -> None:
 
 @pytest.mark.parametrize("fault", ["round", "published", "reversed", "one more"])
 def test_faulty_allocations_are_caught(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    def shares(total: int, weights: list[int]) -> list[int]:
+    def shares(total: int, weights: list[int], more: int = 0) -> list[int]:
         exact = [total * w / sum(weights) for w in weights]
         if fault == "round":
             return [round(x) for x in exact]

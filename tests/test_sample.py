@@ -307,8 +307,8 @@ def test_images_that_are_not_finite_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--labels", "3"], "labels: got 3, expected 0..2"),
-        (["--labels", "-1"], "labels: got -1, expected 0..2"),
+        (["--labels", "3"], "labels: got 3, expected integers 0..2"),
+        (["--labels", "-1"], "labels: got -1, expected integers 0..2"),
         (["--labels", "x"], "labels: got 'x', expected integers"),
         (["--count", "0"], "count: got 0, expected at least 1"),
         (["--count", "x"], "count: got 'x', expected an integer"),

@@ -272,7 +272,7 @@ def test_an_interrupted_loop_begins_again(part: int, monkeypatch: pytest.MonkeyP
         ([999, 999, 400], [1], "timesteps: got 999, 999, 400, expected integers 999..0, desc"),
         ([1000, 3], [1], "timesteps: got 1000, 3, expected integers 999..0"),
         (torch.tensor([999.0, 400.5]), [1], "timesteps: got 999, 400.5, expected integers"),
-        ([9, 8, 7, 6, 5, 4], [5], "labels: got 5, expected 0..4"),
+        ([9, 8, 7, 6, 5, 4], [5], "labels: got 5, expected integers 0..4"),
         ([], [1], "timesteps: got none, expected"),
         ([999], [], "labels: got none, expected at least one"),
     ],

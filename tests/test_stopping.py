@@ -38,6 +38,18 @@ def digits() -> Any:
     return load_source(None)
 
 
+def test_without_a_tolerance_only_the_cap_ends() -> None:
+    """Not even a residual of 0, whatever the solver."""
+    n = 2
+    w: Any = SimpleNamespace(
+        done=torch.zeros(n, dtype=torch.bool), count=torch.zeros(n, dtype=torch.int64),
+        cap=torch.tensor([1, 2]), left=torch.tensor([n]),
+    )  # fmt: skip
+    for done in ([True, False], [True, True]):
+        stopping._mark(w, n, torch.zeros(n), 0.0)
+        assert w.done.tolist() == done
+
+
 def sampler(digits: Any, config: SamplerConfig = CONFIG, **kw: Any) -> Sampler:
     return Sampler(digits.model, digits.diffusion, config, **kw)
 
@@ -120,18 +132,6 @@ CASES: dict[str, dict[str, Any]] = {
         ("interval", 1),
     ],
 )  # fmt: skip
-def test_without_a_tolerance_only_the_cap_ends() -> None:
-    """Not even a residual of 0, whatever the solver."""
-    n = 2
-    w: Any = SimpleNamespace(
-        done=torch.zeros(n, dtype=torch.bool), count=torch.zeros(n, dtype=torch.int64),
-        cap=torch.tensor([1, 2]), left=torch.tensor([n]),
-    )  # fmt: skip
-    for done in ([True, False], [True, True]):
-        stopping._mark(w, n, torch.zeros(n), 0.0)
-        assert w.done.tolist() == done
-
-
 def test_definition(
     digits: Any, case: str, lag: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
