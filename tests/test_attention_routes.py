@@ -306,12 +306,13 @@ class TestLauncher:
             assert all(p & (p - 1) == 0 and (p == 0 or p >= 16) for p in (main, tail))
             assert main + tail <= max(16, 2 * k, k + 15)
 
-    def test_tiles_cover_the_tokens(self) -> None:
+    @pytest.mark.parametrize("size", [72, 96, 128])
+    def test_tiles_cover_the_tokens(self, size: int) -> None:
         """EVEN drops every mask on tokens: it must be true only where no block passes the end."""
         for capability in ((8, 0), (8, 6), (9, 0), (10, 0)):
             for dtype in (torch.float32, torch.float16):
                 for t in (1, 7, 16, 17, 32, 64, 96, 255, 256, 257, 1024):
-                    found = self.attention.tiles(t, 72, dtype, capability)
+                    found = self.attention.tiles(t, size, dtype, capability)
                     for warps, tile in found.values():
                         assert warps in (4, 8)
                         if tile["EVEN"]:
@@ -321,7 +322,8 @@ class TestLauncher:
     @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
     @pytest.mark.parametrize("size", [12, 24, 64, 80])
     def test_every_kind_of_head_compiles(self, size: int) -> None:
-        """One part or two, masked columns or none; the gate compiles K = 72 and T = 256 only."""
+        """One part or two, masked columns or none; the gate compiles K = 72, 96 and 128
+        at T = 256."""
         gate = pytest.importorskip("bench.compile_gate")
         qkv, y = torch.empty(1, 17, 6 * size, dtype=HALF), torch.empty(1, 17, 2 * size, dtype=HALF)
         with gate.recording(90) as found:

@@ -297,15 +297,19 @@ def tiles(
     one = {"M": size, "N": size, "STAGES": 2 if half else 1}
     columns = dict(one)
     if not hopper:
-        # it holds the operands of dk and dv in registers too
-        columns["M"] = min(32, size)
+        # it holds the operands of dk and dv in registers too: at 64 + 32 columns they spill
+        columns["M"] = min(16 if 80 < head_size <= 96 else 32, size)
     elif half and narrow:
         columns["STAGES"] = 3
     warps = (4, 4, 4) if half and narrow else (8, 8, 8 if half else 4)
+    queries = dict(one)
+    if not (half or narrow):
+        # the sums of 32 rows of 128 columns spill
+        queries["M"], columns["M"], columns["N"] = 16, 16, 16
     names = ("forward", "backward_q", "backward_kv")
     return {
         name: (w, tile | {"EVEN": tokens % max(tile["M"], tile["N"]) == 0})
-        for name, w, tile in zip(names, warps, (one, one, columns))
+        for name, w, tile in zip(names, warps, (one, queries, columns))
     }
 
 
