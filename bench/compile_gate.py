@@ -8,6 +8,10 @@ architecture and has no device: what is compiled is what they would launch, spec
 addresses and strides included. The machine code is then read back with the disassembler that comes
 with Triton.
 
+``PLAN`` is everything that may be launched at these shapes, ``BRIEF`` the same with attention and
+fused GEMMs in their heaviest form only. What is launched is known without compiling it
+(``planned``).
+
 Limits: no stack and no local memory, no atomics, tensor-core instructions in half precision where
 there is a dot, shared memory of one block within the device, at least 8 resident warps per
 multiprocessor.
@@ -28,6 +32,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -58,10 +63,10 @@ from fpdm.steps import Guidance
 TABLE = Path(__file__).parent / "tables" / "triton_resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90)
-DTYPES = (torch.float16, torch.bfloat16)
-D, T, HEADS = 1152, 256, 16
-# samples of a training or sampling batch, and of one image with guidance
-LARGE, SMALL = 64, 2
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+D, T, HEAD_SIZES = 1152, 256, (72, 96, 128)
+# samples of one image with guidance, and more: each has another list of tiles
+SMALL, BATCHES = 2, (2, 16, 64)
 MIN_WARPS = 8
 # per multiprocessor: shared memory, of which a block costs 1 KB more than it asks for; per block
 SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024)}
@@ -72,8 +77,19 @@ ISA = {80: "SM80", 90: "SM90a"}
 INSTRUCTION = 16  # bytes
 
 
+class Key(NamedTuple):
+    """What identifies a compiled kernel."""
+
+    kernel: str
+    arch: int
+    types: str
+    constants: str
+    warps: int
+    stages: int
+
+
 class Resources(NamedTuple):
-    """One compiled kernel: what identifies it, and what was measured."""
+    """One compiled kernel: its key, and what was measured."""
 
     kernel: str
     arch: int
@@ -89,9 +105,9 @@ class Resources(NamedTuple):
     dot: bool
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> Key:
         """Everything but the measurements."""
-        return self[:6]
+        return Key(*self[:6])
 
 
 class _Driver(SimpleNamespace):
@@ -180,56 +196,104 @@ def sampling(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
 def attentions(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
     """Launches attention, forward and backward; it has no residual stream."""
     if residual == dtype:
-        qkv, y = _rows(SMALL, 3 * D, dtype), _rows(SMALL, D, dtype)
-        attention.attention(qkv, HEADS)
-        attention.attention_backward(y, qkv, y, HEADS)
+        for size in HEAD_SIZES:
+            _attention(dtype, size)
+
+
+def _attention(dtype: torch.dtype, size: int) -> None:
+    qkv, y = _rows(SMALL, 3 * D, dtype), _rows(SMALL, D, dtype)
+    attention.attention(qkv, D // size)
+    attention.attention_backward(y, qkv, y, D // size)
 
 
 def gemms(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
-    """Launches the fused GEMMs: as the engine asks for them, and in their heaviest form (all that
-    a training step keeps, norms, a float32 residual stream) with every tile that may be chosen."""
-    for batch in (LARGE, SMALL) if residual != dtype else (LARGE,):
+    """Launches the fused GEMMs in every form, with every tile that may be chosen."""
+    for keep, norms in itertools.product((False, True), repeat=2):
+        _gemms(arch, dtype, residual, keep, norms)
+
+
+def heaviest(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+    """Launches what holds most registers: fused GEMMs with all that a training step keeps, norms
+    and a float32 residual stream, attention at one size of heads."""
+    if residual == torch.float32:
+        _gemms(arch, dtype, residual, True, True)
+    if residual == dtype:
+        _attention(dtype, 128 if dtype == torch.float32 else 72)
+
+
+def _gemms(arch: int, dtype: torch.dtype, residual: torch.dtype, keep: bool, norms: bool) -> None:
+    for batch in BATCHES:
         x, z, wide = _rows(batch, D, dtype), _rows(batch, D, residual), _rows(batch, 4 * D, dtype)
         g, s, a = torch.empty(batch, 6 * D, dtype=dtype).chunk(6, -1)[:3]
         u, bias = _rows(batch, 2 * D, dtype), torch.empty(4 * D, dtype=dtype)
         weight = {n: torch.empty(n, D, dtype=dtype) for n in (D, 2 * D, 3 * D, 4 * D)}
-        deep, norms = torch.empty(D, 4 * D, dtype=dtype), torch.empty(2, batch)
-        if residual == dtype:
-            gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], fused=True)
-            gemm.linear_add_gelu(x, weight[2 * D], u, fused=True)
-            gemm.linear_add_gelu(x, weight[4 * D], bias, fused=True)
-            gemm.linear_gate_residual(x, weight[D], bias[:D], z, g, fused=True)
-            gemm.linear_gate_residual(wide, deep, bias[:D], z, g, prev=x, norms=norms, fused=True)
-            continue
-        y, pre, prev = torch.empty_like(x), torch.empty_like(u), torch.empty_like(z)
-        for tile in gemm_table.tiles("adaln_linear", batch * T, 3 * D, dtype, arch):
+        deep = torch.empty(D, 4 * D, dtype=dtype)
+        y, pre, hidden = (torch.empty_like(t) if keep else None for t in (x, u, wide))
+        prev, sums = (torch.empty_like(z), torch.empty(2, batch)) if norms else (None, None)
+        tiles = partial(gemm_table.tiles, m=batch * T, dtype=dtype, arch=arch)
+        for tile in tiles("adaln_linear", n=3 * D):
             gemm.adaln_linear(z, s, a, weight[3 * D], bias[: 3 * D], y, fused=tile)
-        for tile in gemm_table.tiles("linear_add_gelu", batch * T, 2 * D, dtype, arch):
+        for tile in tiles("linear_add_gelu", n=2 * D):
             gemm.linear_add_gelu(x, weight[2 * D], u, pre, fused=tile)
-        for tile in gemm_table.tiles("linear_gate_residual", batch * T, D, dtype, arch):
+        for tile in tiles("linear_bias_gelu", n=4 * D):
+            gemm.linear_add_gelu(x, weight[4 * D], bias, hidden, fused=tile)
+        for tile in tiles("linear_gate_residual", n=D):
             gemm.linear_gate_residual(
-                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=norms, fused=tile
+                wide, deep, bias[:D], z, g, p=y, prev=prev, norms=sums, fused=tile
             )
+            if not norms:
+                # behind attention, where nothing is measured
+                gemm.linear_gate_residual(x, weight[D], bias[:D], z, g, p=y, fused=tile)
 
 
-PLAN: tuple[Callable[[int, torch.dtype, torch.dtype], None], ...] = (
-    elementwise,
-    sampling,
-    attentions,
-    gemms,
-)
+Plan = tuple[Callable[[int, torch.dtype, torch.dtype], None], ...]
+BRIEF: Plan = (elementwise, sampling, heaviest)
+PLAN: Plan = (elementwise, sampling, attentions, gemms)
+
+
+def _launch(arch: int, plan: Iterable[Callable[..., None]]) -> None:
+    for launches in plan:
+        for dtype in DTYPES:
+            for residual in dict.fromkeys((dtype, torch.float32)):
+                launches(arch, dtype, residual)
 
 
 def compiled(arch: int, plan: Iterable[Callable[..., None]] = PLAN) -> list[Resources]:
     """Resources of everything that ``plan`` launches, in the order of their names."""
     with recording(arch) as found:
-        for launches in plan:
-            for dtype in DTYPES:
-                for residual in (dtype, torch.float32):
-                    launches(arch, dtype, residual)
+        _launch(arch, plan)
     counted = instructions([kernel.asm["cubin"] for _, kernel in found.values()], arch)
     return sorted(
         resources(*pair, arch, count) for pair, count in zip(found.values(), counted, strict=True)
+    )
+
+
+def planned(arch: int, plan: Iterable[Callable[..., None]] = PLAN) -> set[Key]:
+    """Keys of everything that ``plan`` launches; nothing is compiled."""
+
+    def named(self: JITFunction, key: str, *args: Any) -> SimpleNamespace:
+        signature, _, constants, options = args[:4]
+        source = self.ASTSource(self, signature, constants, None)
+        return SimpleNamespace(hash=(self.fn.__name__, key), src=source, metadata=options)
+
+    with mock.patch.object(JITFunction, "_do_compile", named), recording(arch) as found:
+        _launch(arch, plan)
+    return {_key(*pair, arch) for pair in found.values()}
+
+
+def _key(function: JITFunction, kernel: Any, arch: int) -> Key:
+    meta, source = kernel.metadata, kernel.src
+    names = function.arg_names
+    # an i64 tells kernels apart: an integer beyond 31 bits
+    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc", "i64"))]
+    constants = {names[i]: v for (i, *_), v in source.constants.items()}
+    return Key(
+        kernel=f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}",
+        arch=arch,
+        types=" ".join(types),
+        constants=" ".join(f"{n}={v}" for n, v in sorted(constants.items())),
+        warps=meta.num_warps,
+        stages=meta.num_stages,
     )
 
 
@@ -237,19 +301,10 @@ def resources(
     function: JITFunction, kernel: Any, arch: int, instructions: dict[str, int]
 ) -> Resources:
     """Reads a compiled kernel."""
-    meta, source = kernel.metadata, kernel.src
-    names = function.arg_names
-    # an i64 tells kernels apart: an integer beyond 31 bits
-    types = [t for t in source.signature.values() if t.startswith(("*", "tensordesc", "i64"))]
-    constants = {names[i]: v for (i, *_), v in source.constants.items()}
     registers, stack = _usage(kernel.asm["cubin"])
+    meta = kernel.metadata
     return Resources(
-        kernel=f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}",
-        arch=arch,
-        types=" ".join(types),
-        constants=" ".join(f"{n}={v}" for n, v in sorted(constants.items())),
-        warps=meta.num_warps,
-        stages=meta.num_stages,
+        *_key(function, kernel, arch),
         registers=registers,
         stack=stack,
         shared=meta.shared,
@@ -384,9 +439,13 @@ def _committed(r: Resources) -> dict[str, Any]:
     return row | {"tensor": sum(dots.values())}
 
 
-def committed() -> set[tuple[Any, ...]]:
-    """Keys of the kernels in the committed table."""
-    return {tuple(row[f] for f in Resources._fields[:6]) for row in json.loads(TABLE.read_text())}
+def committed() -> dict[Key, Resources]:
+    """The kernels of the committed table, which counts no instruction but tensor cores'."""
+    found = (
+        Resources(instructions={TENSOR_CORES[row["arch"]][0]: row.pop("tensor")}, **row)
+        for row in json.loads(TABLE.read_text())
+    )
+    return {r.key: r for r in found}
 
 
 def main() -> int:
