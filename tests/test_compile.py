@@ -15,7 +15,7 @@ import planted_kernels as planted  # noqa: E402
 import torch  # noqa: E402
 
 from bench import compile_gate as gate  # noqa: E402
-from fpdm.kernels import gemm, gemm_table  # noqa: E402
+from fpdm.kernels import adaln, gemm, gemm_table  # noqa: E402
 from fpdm.kernels.launch import HALVES  # noqa: E402
 
 
@@ -98,6 +98,19 @@ def test_odd_gemms_compile() -> None:
     kernels = {"adaln_linear", "linear_add_gelu", "linear_gate_residual", "statistics"}
     assert {r.kernel for r in found} >= {f"gemm_kernels.{n}" for n in kernels}
     assert [line for r in found for line in gate.violations(r) if "stack" in line] == []
+
+
+@pytest.mark.parametrize("arch", gate.ARCHITECTURES)
+def test_the_widest_rows_compile(arch: int) -> None:
+    """No model has them; in float32 they hold most."""
+
+    def wide(arch: int, dtype: torch.dtype, residual: torch.dtype) -> None:
+        if dtype == torch.float32:
+            y, z, dz = (torch.empty(2, 16, 8192) for _ in range(3))
+            adaln.adaln_backward(y, z, z[:, 0], dz, dz[:, 0].clone(), dz[:, 0].clone())
+
+    found = gate.compiled(arch, [wide])
+    assert [line for r in found for line in gate.violations(r)] == []
 
 
 PLANTED = {

@@ -167,8 +167,10 @@ def adaln_backward(
     if not z.numel():
         return
     part = rows.workspace(z, 2, CHUNK)
+    # the two sums over tokens beside a longer row would spill
+    warps = rows.WARPS if d <= 4096 else 2 * rows.WARPS
     _adaln_backward[(b * rows.chunks(t, CHUNK),)](
         dy, z, scale, dz, part, row_stride(scale), t,
-        **rows.shared_tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=rows.WARPS,
+        **rows.shared_tile(d), CHUNK=CHUNK, EPS=LN_EPS, num_warps=warps,
     )  # fmt: skip
     rows.accumulate(part, dshift, dscale)
