@@ -29,6 +29,7 @@ from torch import Tensor
 from fpdm import fixed_point, solvers
 from fpdm.block import BlockWeights
 from fpdm.fixed_point import BlockSettings, iterate, unroll
+from fpdm.kernels.direct import call, refusal, refuse_transformed
 
 KINDS = ("unroll", "implicit", "phantom")
 
@@ -119,9 +120,9 @@ class _Map:
 
     def __call__(self, x: Tensor) -> Tensor:
         s = self.settings
-        out, table, *_ = unroll(
-            x, self.i, self.u, self.mod, list(self.params), list(self.weights), 1, s.heads, s.impl,
-            s.recompute, s.chunks, self.norms, s.accumulate,
+        out, table, *_ = call(
+            unroll, x, self.i, self.u, self.mod, list(self.params), list(self.weights), 1, s.heads,
+            s.impl, s.recompute, s.chunks, self.norms, s.accumulate,
         )  # fmt: skip
         self.tables.append(table)
         return out
@@ -153,6 +154,8 @@ def iterated_block(
     ``implicit``: n + m - 1 iterations without gradient, then one that carries it. ``phantom``: n
     without, m damped ones with. Raises ValueError for m < 1 when gradients are on.
     """
+    # what carries no gradient is detached, and that drops tangents without a word
+    refuse_transformed(x, mod)
     if gradient.kind == "unroll" or not torch.is_grad_enabled():
         return fixed_point.s_jfb(
             x, i, u, mod, params, weights, n, m, settings, detach_init, norms
@@ -163,9 +166,10 @@ def iterated_block(
     if gradient.kind == "implicit" and m > 1:
         n, m = n + m - 1, 1
     if n:
-        x, table = iterate(
-            x.detach(), constant, mod.detach(), flat, n, settings.heads, settings.impl, norms
-        )
+        x, table = call(
+            iterate, x.detach(), constant, mod.detach(), flat, n, settings.heads, settings.impl,
+            norms,
+        )  # fmt: skip
         f.tables.append(table)
     x = iterated(f, x, 0, m, gradient, detach_init, f.constant())
     return x, torch.cat(f.tables)
@@ -179,6 +183,9 @@ def _solve_in_backward(x: Tensor, f: Callable[[Tensor], Tensor], iters: int) -> 
     fx = f(point)
 
     def implicit(g: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise refusal("create_graph=True with the implicit gradient")
+
         def step(w: Tensor) -> Tensor:
             return g + torch.autograd.grad(fx, point, w, retain_graph=True)[0]
 

@@ -42,8 +42,9 @@ def check_tokens(config: ModelConfig, name: str, z: Tensor, batch: int) -> None:
 def check_values(config: ModelConfig, y: Tensor, t: Tensor | None = None) -> None:
     """Labels 0..num_classes (the null label) and timesteps of at least 0."""
     for name, value, most in (("t", t, None), ("y", y, config.num_classes)):
-        # not of a fake or compiled tensor, which has none
+        # not of a fake or compiled tensor or one inside torch.func, which have none
         readable = type(value) is Tensor and value.device.type == "cpu" and not _compiling()
+        readable = readable and not torch._C._are_functorch_transforms_active()
         if not readable or value is None or not len(value) or value.is_floating_point():
             continue
         read = value.numpy()

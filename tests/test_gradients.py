@@ -64,6 +64,13 @@ def test_implicit_gradient_is_exact(contraction: FPDM, exact: dict[str, Tensor])
     assert worst(found, exact) < 1e-9
 
 
+def test_the_implicit_gradient_has_no_derivative(contraction: FPDM) -> None:
+    x, t, y = torch.randn(1, 4, 8, 8).double(), torch.tensor([7]), torch.tensor([1])
+    found = contraction.solve(x, t, y, 2, gradient=Gradient("implicit")).output.sum()
+    with pytest.raises(NotImplementedError, match="got create_graph=True with the implicit"):
+        torch.autograd.grad(found, contraction.block_pre_projection.weight, create_graph=True)
+
+
 def test_a_map_that_is_no_contraction_does_not_blow_the_gradient_up() -> None:
     """The solve for w diverges there; what it found first is kept."""
     g = torch.Generator().manual_seed(0)

@@ -315,13 +315,15 @@ def _linear_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _linear_add_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, addend, impl = inputs
-    _setup(ctx, impl, output[1], x, weight)
+    # of the addend only its graph is wanted, see direct.autograd
+    _setup(ctx, impl, output[1], x, weight, addend)
     ctx.mark_non_differentiable(output[1])
     ctx.bias = addend.dim() == 1
 
 
 def _linear_add_gelu_grad(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *call(linear_add_gelu_backward, dy, *ctx.saved_tensors, ctx.bias, ctx.impl), None
+    pre, x, weight, _ = ctx.saved_tensors
+    return *call(linear_add_gelu_backward, dy, pre, x, weight, ctx.bias, ctx.impl), None
 
 
 def _adaln_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
