@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from fpdm import fixed_point, solvers
-from fpdm.block import BlockWeights
+from fpdm.block import BlockWeights, modulation
 from fpdm.fixed_point import BlockSettings, iterate, unroll
+from fpdm.kernels import reference
 from fpdm.kernels.direct import call, refusal, refuse_transformed
+from fpdm.kernels.ops import no_autocast
 
 KINDS = ("unroll", "implicit", "phantom")
 
@@ -173,6 +175,35 @@ def iterated_block(
         f.tables.append(table)
     x = iterated(f, x, 0, m, gradient, detach_init, f.constant())
     return x, torch.cat(f.tables)
+
+
+def plain_map(
+    h: Tensor, mod: Tensor, params: Sequence[Tensor], dtype: torch.dtype, heads: int
+) -> Callable[[Tensor], Tensor]:
+    """f of x* = f(x*) in plain PyTorch operations: derivatives of every order, in x, h, ``mod`` and
+    ``params``, by autograd, forward mode and torch.func.
+
+    h (B,T,D) is injected, mod (B,6D); ``params`` in their own dtype: W_p and b_p, then those of
+    ``fixed_point.s_jfb``. Products are taken in ``dtype``, the iterate x (B,T,D) keeps its own. The
+    same numbers as the operators', to rounding, and several times their memory.
+    """
+
+    def f(x: Tensor) -> Tensor:
+        with no_autocast(x.device):
+            w_p, b_p, *block, w1, b1, w2, b2 = (p.to(dtype) for p in params)
+            qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = block
+            s1, a1, g1, s2, a2, g2 = modulation(mod)
+            a, e = w1.chunk(2, dim=1)
+            u = reference.linear(reference.linear(h.to(dtype), w_p, b_p), e, b1)
+            hidden = reference.gelu(reference.linear(x.to(dtype), a, None) + u)
+            z = reference.linear(hidden, w2, b2).to(x.dtype)
+            heads_of = reference.adaln_linear(z, s1, a1, qkv, qkv_bias)
+            attended = reference.attention(heads_of, heads)
+            z, y = reference.linear_gate_residual_adaln(attended, proj, proj_bias, z, g1, s2, a2)
+            hidden = reference.gelu(reference.linear(y, fc1, fc1_bias))
+            return reference.linear_gate_residual(hidden, fc2, fc2_bias, z, g2)
+
+    return f
 
 
 def _solve_in_backward(x: Tensor, f: Callable[[Tensor], Tensor], iters: int) -> None:

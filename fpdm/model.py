@@ -27,6 +27,9 @@ from fpdm.kernels.direct import call
 from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
 
 FREQUENCIES = 256
+# parameters of the fixed-point map after the pre-projection, as fixed_point.s_jfb takes them
+FIXED_POINT = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
+FIXED_POINT += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
 
 
 class Modulation(NamedTuple):
@@ -327,33 +330,45 @@ class FPDM(_Transformer):
         i, u = injected
         if i is None and torch.is_grad_enabled():
             raise ValueError("weights: got folded ones with gradients on, expected fold=False")
-        names = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
-        names += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
         out, norms = gradients.iterated_block(
-            x, i, u, vectors, [w.params[name] for name in names],
+            x, i, u, vectors, [w.params[name] for name in FIXED_POINT],
             w.block("block_fixed_point", injected=True), n, m, self._settings(w), gradient,
             detach_init, stats,
         )  # fmt: skip
         return out, SolveStats.from_norms(norms) if stats else None
 
     def fixed_point_map(
-        self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None
-    ) -> Callable[[Tensor], Tensor]:
+        self, h: Tensor, mod: Modulation | Tensor, *, weights: WeightView | None = None,
+        plain: bool = False,
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
         """f of x* = f(x*) for the injected h (B,T,D) of ``encode`` and one timestep's vectors:
-        x (B,T,D) -> f(x) (B,T,D), differentiable by autograd in x, h, ``mod`` and the parameters.
-        Raises ValueError for ``mod`` without the fixed-point block's vectors or in another dtype
-        than the weights', and f for an x of another shape.
+        x (B,T,D) -> f(x) (B,T,D), differentiable by autograd in x, h, ``mod`` and the parameters:
+        once, or with ``plain`` as often as wanted, in forward mode and under torch.func too, by
+        plain PyTorch operations (``gradients.plain_map``). Raises ValueError for ``mod`` without
+        the fixed-point block's vectors or in another dtype than the weights', and f for an x of
+        another shape.
 
         What ``solvers.solve``, ``solvers.spectral_radius`` and loops of one's own take; many
         iterations in one call are ``iterate``'s and ``solve``'s business. Under ``weights`` that
-        accumulate, as a trainer's do, every backward through f adds to the parameters' gradients.
+        accumulate, as a trainer's do, every backward through f that is not ``plain`` adds to the
+        parameters' gradients.
         """
         w = self.view(weights, h)
-        injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
+        vectors = _of_fixed_point(mod, w)
+
+        def once(x: Tensor) -> Tensor:
+            return self._solve(x, injected, vectors, 0, 1, w, detach_init=False, stats=False)[0]
+
+        if plain:
+            names = (f"{PROJECTION}.weight", f"{PROJECTION}.bias", *FIXED_POINT)
+            params = [w.params[name] for name in names]
+            step = gradients.plain_map(h, vectors, params, w.dtype, self.config.num_heads)
+        else:
+            injected, step = self._inject(h, w), once
 
         def f(x: Tensor) -> Tensor:
             operands.check_tokens(self.config, "x", x, len(h))
-            return self._solve(x, injected, vectors, 0, 1, w, detach_init=False, stats=False)[0]
+            return step(x)
 
         return f
 

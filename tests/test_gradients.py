@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from conftest import TINY, random_model
 from runs import small
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fpdm import solvers
 from fpdm.config import FixedPointConfig
 from fpdm.gradients import Gradient, _solve_in_backward, iterated
 from fpdm.model import FPDM
 from fpdm.train import Trainer
+from fpdm.weights import PreparedWeights
 
+Map = Callable[[Tensor], Tensor]
 NAMES = (
     "block_fixed_point.attn.qkv.weight", "block_fixed_point.mlp.fc2.bias",
     "block_fixed_point.adaLN_modulation.1.weight", "block_pre_projection.weight",
@@ -182,6 +186,110 @@ def test_the_models_map_is_what_its_solve_iterates(contraction: FPDM, gradient: 
     weight = contraction.blocks_pre[0].mlp.fc1.weight
     a, b = (torch.autograd.grad(z.square().sum(), weight)[0] for z in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+@pytest.fixture
+def maps(contraction: FPDM) -> tuple[Map, Map, list[Tensor]]:
+    """f by the operators and in plain PyTorch, and what both depend on, beginning with x."""
+    g = torch.Generator().manual_seed(4)
+    x, h, mod = (
+        torch.randn(*size, generator=g).double().requires_grad_()
+        for size in ((2, 16, 48), (2, 16, 48), (2, 6 * 48))
+    )
+    inside = ("block_fixed_point.attn", "block_fixed_point.mlp", "block_fixed_point_proj")
+    inside += ("block_pre_projection",)
+    params = [p for name, p in contraction.named_parameters() if name.startswith(inside)]
+    assert len(params) == 14
+    fast, plain = (contraction.fixed_point_map(h, mod, plain=plain) for plain in (False, True))
+    return fast, plain, [x, h, mod, *params]
+
+
+def test_the_plain_map_is_the_map(maps: tuple[Map, Map, list[Tensor]]) -> None:
+    fast, plain, leaves = maps
+    a, b = fast(leaves[0]), plain(leaves[0])
+    torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    seen = torch.randn(a.shape, generator=torch.Generator().manual_seed(5)).double()
+    for ours, theirs in zip(*(torch.autograd.grad((z * seen).sum(), leaves) for z in (b, a))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_plain_map_in_half_precision(fold: bool) -> None:
+    """Another order of rounding, the same dtypes: products in bfloat16, the iterate in float32."""
+    model = random_model(TINY, residual_dtype="float32")
+    assert isinstance(model, FPDM)
+    weights = PreparedWeights(model, torch.bfloat16, fold=fold)
+    h, t, y = torch.randn(2, 16, 48), torch.tensor([7, 800]), torch.tensor([1, 10])
+    with torch.no_grad():
+        mod = model.modulation(t, y, weights=weights)
+        fast = model.fixed_point_map(h, mod, weights=weights)(h)
+    plain = model.fixed_point_map(h, mod, weights=weights, plain=True)(h)
+    assert plain.dtype == fast.dtype == torch.float32
+    assert (plain - fast).norm() < 0.02 * fast.norm()
+    # gradients too where the operators have none
+    plain.sum().backward()
+    assert model.block_pre_projection.weight.grad is not None
+
+
+def test_the_plain_map_has_every_derivative(maps: tuple[Map, Map, list[Tensor]]) -> None:
+    """Products with the Jacobian and the Hessian, against central differences."""
+    fast, plain, (x, *_) = maps
+    x = x.detach()
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(6)).double()
+
+    def slope(f: Map, size: float = 1e-5) -> Tensor:
+        return ((f(x + size * v) - f(x - size * v)) / (2 * size)).detach()
+
+    def loss(z: Tensor) -> Tensor:
+        return plain(z).pow(3).sum()
+
+    def gradient(z: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(fast(z).pow(3).sum(), z)[0]
+
+    push, hessian = slope(fast), slope(gradient)
+    func, functional = torch.func, torch.autograd.functional
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(plain(forward_ad.make_dual(x, v))).tangent
+    for found in (dual, func.jvp(plain, (x,), (v,))[1], functional.jvp(plain, x, v)[1]):
+        torch.testing.assert_close(found, push, rtol=1e-6, atol=1e-7)
+    for found in (func.jvp(func.grad(loss), (x,), (v,))[1], functional.hvp(loss, x, v)[1]):
+        torch.testing.assert_close(found, hessian, rtol=1e-6, atol=1e-5)
+
+    def few(z: Tensor) -> Tensor:
+        return plain(z)[:, 0, :3]
+
+    torch.testing.assert_close(func.jacfwd(few)(x), func.jacrev(few)(x), rtol=1e-9, atol=1e-12)
+    both = func.vmap(plain)(torch.stack([x, x + v]))
+    torch.testing.assert_close(both[1], fast(x + v), rtol=1e-9, atol=1e-12)
+
+
+def test_a_penalty_on_the_jacobian_trains(
+    contraction: FPDM, maps: tuple[Map, Map, list[Tensor]]
+) -> None:
+    """|J^T v|^2 (Bai, Koltun & Kolter 2021): its gradient, against differences in each operand's
+    direction of what the operators' first derivative gives."""
+    _, plain, leaves = maps
+    x, h, mod = leaves[:3]
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).double()
+    (g,) = torch.autograd.grad(plain(x), x, v, create_graph=True)
+    # biases of the last products do not enter J
+    grads = torch.autograd.grad(g.square().sum(), leaves, materialize_grads=True)
+
+    def penalty() -> float:
+        fast = contraction.fixed_point_map(h, mod)
+        return torch.autograd.grad(fast(x), x, v)[0].square().sum().item()
+
+    assert sum(bool(grad.any()) for grad in grads) == len(leaves) - 1
+    for leaf, grad in zip(leaves, grads):
+        found = []
+        step = 1e-5 * grad / grad.norm().clamp_min(1e-300)
+        for way in (1, -2, 1):
+            with torch.no_grad():
+                leaf.add_(way * step)
+            found.append(penalty())
+        slope = (found[0] - found[1]) / 2e-5
+        assert slope == pytest.approx(grad.norm().item(), rel=1e-5, abs=1e-6)
 
 
 def test_the_spectral_radius_of_a_model(contraction: FPDM) -> None:

@@ -36,7 +36,7 @@ def refusal(got: str) -> NotImplementedError:
     """That the operators are once differentiable, where ``got`` was asked for."""
     return NotImplementedError(
         f"fpdm's operators: got {got}, expected first derivatives by torch.autograd "
-        "(once_differentiable)"
+        "(once_differentiable); FPDM.fixed_point_map(h, mod, plain=True) has all of them"
     )
 
 
