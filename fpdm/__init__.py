@@ -3,7 +3,8 @@
     import fpdm
     model = fpdm.FPDM.from_pretrained(directory)        # or fpdm.load_official(path)
     out, solution, stats = model.solve(x, t, y, iters=8)
-    sampler = fpdm.Sampler(model, fpdm.Diffusion(config), fpdm.SamplerConfig(steps=20, iters=4))
+    source = fpdm.load_source(directory)                # of a run or an export, with its settings
+    sampler = fpdm.Sampler(model, source.diffusion, fpdm.SamplerConfig(steps=20, iters=4))
 
 Everything in ``__all__`` is loaded when it is first asked for. Where it and the rest lives:
 
@@ -14,6 +15,7 @@ engine, schedulers    Sampler; Denoiser, under the schedulers of diffusers
 solvers, gradients    for any fixed-point map: Anderson, Broyden, spectral radius; S-JFB,
                       implicit and phantom gradients
 weights               PreparedWeights: cast or folded once, for many calls
+pretrained            load_source: model, diffusion and sampler settings of a run or an export
 interop               published weights, exports
 train, sample, evaluate, info       commands: python -m fpdm.train --help
 """
@@ -38,13 +40,14 @@ if TYPE_CHECKING:
     from fpdm.gradients import Gradient
     from fpdm.interop import load_official
     from fpdm.model import FPDM, DiT
+    from fpdm.pretrained import load_source
     from fpdm.schedulers import Denoiser, make_scheduler
     from fpdm.weights import PreparedWeights
 
 __all__ = [
     "FPDM", "Denoiser", "DiT", "Diffusion", "DiffusionConfig", "ExecutionConfig", "Gradient",
     "ModelConfig", "PreparedWeights", "Sampler", "SamplerConfig", "Samples", "__version__",
-    "gradients", "load_official", "make_scheduler", "solvers",
+    "gradients", "load_official", "load_source", "make_scheduler", "solvers",
 ]  # fmt: skip
 
 # module -> the names that it gives
@@ -55,6 +58,7 @@ _HOMES = {
     "gradients": ("Gradient",),
     "interop": ("load_official",),
     "model": ("FPDM", "DiT"),
+    "pretrained": ("load_source",),
     "schedulers": ("Denoiser", "make_scheduler"),
     "weights": ("PreparedWeights",),
 }
