@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,13 @@ def _block(width: int) -> nn.Module:
 class _Transformer(nn.Module):
     """What FPDM and DiT share: embeddings, adaLN vectors, blocks, final layer."""
 
+    kind: ClassVar[str]
+
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
         super().__init__()
+        if config.kind != self.kind:
+            name = type(self).__name__
+            raise ConfigError(f"{name}: got model.kind {config.kind}, expected {self.kind}")
         self.config, self.execution = config, execution or ExecutionConfig()
         d, p = config.hidden_size, config.patch_size
         self.x_embedder = _Named(proj=nn.Conv2d(config.in_channels, d, p, stride=p))
@@ -229,7 +234,11 @@ class FPDM(_Transformer):
     fit, and for no iteration at all.
     """
 
+    kind = "fpdm"
+
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
+        """Initialised at random, to run as ``execution`` says. Raises ConfigError for a config of
+        another kind."""
         super().__init__(config, execution)
         d = config.hidden_size
         self.blocks_pre = nn.ModuleList(_block(d) for _ in range(config.pre_depth))
@@ -427,6 +436,8 @@ class FPDM(_Transformer):
 
 class DiT(_Transformer):
     """The baseline (Peebles & Xie 2023): ``depth`` blocks, all conditioned on emb(t) + emb(y)."""
+
+    kind = "dit"
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
         super().__init__(config, execution)

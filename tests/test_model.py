@@ -10,6 +10,7 @@ import torch
 from conftest import (
     EXTRA,
     TINY,
+    TINY_DIT,
     extra_model,
     published,
     random_model,
@@ -21,9 +22,9 @@ from contract import violation
 from torch import Tensor
 
 from bench import published as plain
-from fpdm.config import ModelConfig
+from fpdm.config import ConfigError, ModelConfig
 from fpdm.diffusion import Diffusion
-from fpdm.model import FPDM, build_model, sincos_2d
+from fpdm.model import FPDM, DiT, build_model, sincos_2d
 from fpdm.steps import guide
 from fpdm.weights import PreparedWeights
 
@@ -225,6 +226,13 @@ def test_batch_mates_do_not_matter() -> None:
         together = model(x, t, y, 4)
         alone = torch.cat([model(x[k : k + 1], t[k : k + 1], y[k : k + 1], 4) for k in range(5)])
     assert worst_relative(alone, together) <= 1e-5
+
+
+@pytest.mark.parametrize(("model", "config"), [(FPDM, TINY_DIT), (DiT, TINY)])
+def test_a_config_of_another_kind_is_refused(model: Any, config: ModelConfig) -> None:
+    match = f"{model.__name__}: got model.kind {config.kind}, expected {model.kind}"
+    with pytest.raises(ConfigError, match=match):
+        model(config)
 
 
 def test_no_iterations_is_refused() -> None:
