@@ -24,7 +24,7 @@ from fpdm.fixed_point import BlockSettings, SolveStats
 from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
-from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, WeightView
+from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, Parts, WeightView
 
 FREQUENCIES = 256
 # parameters of the fixed-point map after the pre-projection, as fixed_point.s_jfb takes them
@@ -91,6 +91,7 @@ class _Transformer(nn.Module):
     """What FPDM and DiT share: embeddings, adaLN vectors, blocks, final layer."""
 
     kind: ClassVar[str]
+    parts: Parts
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
         super().__init__()
@@ -135,7 +136,9 @@ class _Transformer(nn.Module):
         dtype = self.pos_embed.dtype
         if torch.is_autocast_enabled(like.device.type):
             dtype = torch.get_autocast_dtype(like.device.type)
-        return WeightView(dict(self.named_parameters()), dtype, {})
+        params: dict[str, Tensor] = dict(self.named_parameters())
+        self.parts.check_names(params)
+        return WeightView(params, dtype, {})
 
     def _linear(self, x: Tensor, name: str, w: WeightView) -> Tensor:
         weight, bias = w.params[f"{name}.weight"], w.params[f"{name}.bias"]
@@ -232,6 +235,9 @@ class FPDM(_Transformer):
     ``init`` (B,T,D) starts the iteration instead of h. Compute dtype: that of ``weights`` if given,
     else autocast's if on, else the parameters'. Raises ValueError for shapes and kinds that do not
     fit, and for no iteration at all.
+
+    Submodules hold parameters only: the engine reads these by name, so neither a submodule's
+    ``forward`` nor its hooks are called. One that holds other parameters is refused (ValueError).
     """
 
     kind = "fpdm"
@@ -247,6 +253,7 @@ class FPDM(_Transformer):
         self.block_pre_projection = nn.Linear(d, d)
         self.block_fixed_point_projection_fc1 = nn.Linear(2 * d, 2 * d)
         self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
+        self.parts = Parts.of(self)
         self.initialize()
 
     @classmethod
@@ -435,13 +442,15 @@ class FPDM(_Transformer):
 
 
 class DiT(_Transformer):
-    """The baseline (Peebles & Xie 2023): ``depth`` blocks, all conditioned on emb(t) + emb(y)."""
+    """The baseline (Peebles & Xie 2023): ``depth`` blocks, all conditioned on emb(t) + emb(y).
+    Submodules hold parameters only, as FPDM's."""
 
     kind = "dit"
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig | None = None):
         super().__init__(config, execution)
         self.blocks = nn.ModuleList(_block(config.hidden_size) for _ in range(config.depth))
+        self.parts = Parts.of(self)
         self.initialize()
 
     def modulation(self, t: Tensor, y: Tensor, *, weights: WeightView | None = None) -> Modulation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,49 @@ FIRST_HALF = f"{FC1}.weight A"
 
 # every tensor of a flat buffer starts on a 64-byte boundary in float32, 32 in half precision
 _ALIGN = 16
+
+
+_MADE = "that it was made with: submodules hold parameters only, none is called"
+
+
+class Parts(NamedTuple):
+    """What a model was made of: the names of its parameters, and the class of every submodule.
+
+    The engine reads parameters by these names and calls no submodule, so what replaces one would be
+    ignored: a LoRA layer, a parametrization, a quantised Linear. A subclass of the model may hold
+    more, in submodules of its own.
+    """
+
+    names: frozenset[str]
+    classes: dict[str, type]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        """Those of ``model`` as it is now."""
+        names = frozenset(name for name, _ in model.named_parameters())
+        return cls(names, {name: type(part) for name, part in model.named_modules() if name})
+
+    def check_names(self, params: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where ``params`` lack a name, or have another one in a part."""
+        if torch.compiler.is_compiling() or params.keys() == self.names:
+            return
+        extra = [name for name in params if name not in self.names]
+        found = {
+            "extra": [name for name in extra if name.partition(".")[0] in self.classes],
+            "missing": sorted(self.names - params.keys()),
+        }
+        if any(found.values()):
+            got = "; ".join(f"{k}: {', '.join(v[:3])}{' ...' * (len(v) > 3)}"
+                            for k, v in found.items() if v)  # fmt: skip
+            raise ValueError(f"model: got other parameters ({got}), expected those {_MADE}")
+
+    def check_classes(self, model: nn.Module) -> None:
+        """Raises ValueError where a submodule of ``model`` is of another class than it was."""
+        for name, part in model.named_modules():
+            made = self.classes.get(name, type(part))
+            if type(part) is not made:
+                got = f"{name}: got {type(part).__name__}, expected the {made.__name__}"
+                raise ValueError(f"{got} {_MADE}")
 
 
 class FlatLayout:
@@ -145,12 +188,18 @@ class PreparedWeights(WeightView):
     calls without gradient.
     ``model.load_state_dict`` refreshes by itself while this object lives; every other change of
     parameters (an optimiser step, an EMA swap, a submodule's load) must call ``refresh()``.
+
+    Raises ValueError for a model with other parameters, or submodules of other classes, than it was
+    made with (``Parts``).
     """
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, fold: bool = False, accumulate: bool = False
     ):
         params: dict[str, Tensor] = dict(model.named_parameters())
+        parts: Parts = model.parts  # type: ignore[assignment]
+        parts.check_names(params)
+        parts.check_classes(model)
         super().__init__(params, dtype, {})
         self.accumulate = accumulate
         self._model = weakref.ref(model)
@@ -208,11 +257,13 @@ class PreparedWeights(WeightView):
     def refresh(self) -> None:
         """Write every copy again, in place, from the model's parameters as they are now.
 
-        Raises ValueError when a parameter has changed its shape or device since.
+        Raises ValueError when a parameter has changed its name, shape or device since.
         """
         model = self._model()
         if model is not None:
-            self.params.update(model.named_parameters())
+            params = dict(model.named_parameters())
+            model.parts.check_names(params)  # type: ignore[union-attr,operator]
+            self.params.update(params)
         if self.flat is not None:
             names = list(self.layout.offsets)
             sources = [self._current(name) for name in names]

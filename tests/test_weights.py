@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, TINY_DIT, random_model, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpdm.config import ModelConfig, OptimConfig
 from fpdm.model import FPDM, DiT
@@ -118,3 +120,74 @@ def test_autocast_equals_prepared() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = model(*inputs())
     assert torch.equal(prepared, cast)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Lora(nn.Linear):
+    def __init__(self, inner: nn.Linear):
+        super().__init__(inner.in_features, inner.out_features)
+        self.load_state_dict(inner.state_dict())
+        self.down = nn.Parameter(torch.zeros(2, inner.in_features))
+
+
+def wrap(model: Any) -> None:
+    model.block_fixed_point.mlp.fc1 = nn.Sequential(model.block_fixed_point.mlp.fc1, nn.Dropout())
+
+
+def adapt(model: Any) -> None:
+    model.block_fixed_point.attn.qkv = Lora(model.block_fixed_point.attn.qkv)
+
+
+def parametrize(model: Any) -> None:
+    nn.utils.parametrizations.spectral_norm(model.block_pre_projection)
+
+
+CHANGED: list[tuple[Callable[[Any], None], str]] = [
+    (wrap, r"\(extra: block_fixed_point.mlp.fc1.0.weight, .*; missing: block_fixed_point.mlp.fc1."),
+    (adapt, r"\(extra: block_fixed_point.attn.qkv.down\)"),
+    (parametrize, r"extra: .*original; missing: block_pre_projection.weight"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), CHANGED)
+def test_other_parameters_are_refused(change: Callable[[Any], None], told: str) -> None:
+    """By the model, by weights prepared from it, and by those prepared before; not ignored."""
+    model = random_model(TINY)
+    before = PreparedWeights(model, torch.bfloat16)
+    change(model)
+    match = f"model: got other parameters .*{told}.*, expected those that it was made with"
+    with pytest.raises(ValueError, match=match):
+        model(*inputs())
+    with pytest.raises(ValueError, match=match):
+        PreparedWeights(model, torch.float32)
+    with pytest.raises(ValueError, match=match):
+        before.refresh()
+
+
+def test_a_submodule_of_another_class_is_refused() -> None:
+    """Whose parameters have the same names, when weights are prepared."""
+    model = random_model(TINY)
+    fine = copy.deepcopy(model)
+    assert isinstance(model, FPDM)
+    width = TINY.hidden_size
+    model.block_fixed_point.attn.proj = Doubled(width, width)
+    with pytest.raises(ValueError, match=r"attn.proj: got Doubled, expected the Linear that it"):
+        PreparedWeights(model, torch.float32)
+    PreparedWeights(fine, torch.float32)
+
+
+class Larger(FPDM):
+    def __init__(self) -> None:
+        super().__init__(TINY)
+        self.head = nn.Linear(3, 2)
+
+
+def test_a_subclass_may_hold_more() -> None:
+    model = Larger()
+    PreparedWeights(model, torch.float32)
+    assert model(*inputs(), weights=PreparedWeights(model, torch.bfloat16)).shape == (2, 8, 8, 8)
+    assert model(*inputs()).shape == (2, 8, 8, 8)
