@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fpdm import fixed_point, solvers
+from fpdm import fixed_point, operands, solvers
 from fpdm.block import BlockWeights, modulation
 from fpdm.fixed_point import BlockSettings, iterate, unroll
 from fpdm.kernels import reference
@@ -51,14 +51,16 @@ class Gradient:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"gradient: got {self.kind!r}, expected {', '.join(KINDS)}")
-        if self.iters < 1 or not 0 < self.damping <= 1:
-            raise ValueError(
-                f"gradient: got iters {self.iters}, damping {self.damping}, expected iters of at "
-                "least 1 and 0 < damping <= 1"
-            )
+        operands.whole("gradient.iters", self.iters, 1)
+        operands.damping("gradient.damping", self.damping)
 
 
 S_JFB = Gradient()
+
+
+def _check(gradient: Gradient) -> None:
+    if not isinstance(gradient, Gradient):
+        raise ValueError(f"gradient: got {gradient!r}, expected such as Gradient('implicit')")
 
 
 def iterated(
@@ -82,12 +84,12 @@ def iterated(
                    backward: x is to be near a fixed point. J is that of ``constant``, by default of
                    f: the same map with everything but x detached spares the backward its gradients
 
-    With gradients disabled all n + m run plainly. Raises ValueError for negative n or m, and for
-    m = 0 with implicit and phantom when gradients are on.
+    With gradients disabled all n + m run plainly. Raises ValueError for negative n or m, for a
+    ``gradient`` that is none, and for m = 0 with implicit and phantom when gradients are on.
     """
+    _check(gradient)
+    n, m = operands.whole("n", n, 0), operands.whole("m", m, 0)
     grad = torch.is_grad_enabled()
-    if n < 0 or m < 0:
-        raise ValueError(f"n, m: got {n}, {m}, expected at least 0")
     if grad and m < 1 and gradient.kind != "unroll":
         raise ValueError(f"iters: got {m}, expected at least 1 with the {gradient.kind} gradient")
     if grad and gradient.kind == "implicit":
@@ -154,8 +156,10 @@ def iterated_block(
     norms (n+m or 0,2,B)).
 
     ``implicit``: n + m - 1 iterations without gradient, then one that carries it. ``phantom``: n
-    without, m damped ones with. Raises ValueError for m < 1 when gradients are on.
+    without, m damped ones with. Raises ValueError for m < 1 when gradients are on, and for a
+    ``gradient`` that is none.
     """
+    _check(gradient)
     # what carries no gradient is detached, and that drops tangents without a word
     refuse_transformed(x, mod)
     if gradient.kind == "unroll" or not torch.is_grad_enabled():

@@ -24,12 +24,9 @@ from fpdm.fixed_point import BlockSettings, SolveStats
 from fpdm.gradients import S_JFB, Gradient
 from fpdm.kernels import ops
 from fpdm.kernels.direct import call
-from fpdm.weights import BLOCK_KEYS, FC1, FC2, PROJECTION, Parts, WeightView
+from fpdm.weights import BLOCK_KEYS, FIXED_POINT, PROJECTION, Parts, WeightView
 
 FREQUENCIES = 256
-# parameters of the fixed-point map after the pre-projection, as fixed_point.s_jfb takes them
-FIXED_POINT = [f"block_fixed_point.{key}" for key in BLOCK_KEYS]
-FIXED_POINT += [f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias"]
 
 
 class Modulation(NamedTuple):
@@ -152,6 +149,7 @@ class _Transformer(nn.Module):
         return hidden.to(self.pos_embed.dtype)
 
     def _label(self, y: Tensor, w: WeightView) -> Tensor:
+        operands.check_label_dtype(y)
         try:
             return nn.functional.embedding(y, w.params["y_embedder.embedding_table.weight"])
         except IndexError:
@@ -376,8 +374,8 @@ class FPDM(_Transformer):
             return self._solve(x, injected, vectors, 0, 1, w, detach_init=False, stats=False)[0]
 
         if plain:
-            names = (f"{PROJECTION}.weight", f"{PROJECTION}.bias", *FIXED_POINT)
-            params = [w.params[name] for name in names]
+            names = f"{PROJECTION}.weight", f"{PROJECTION}.bias"
+            params = [w.params[name] for name in (*names, *FIXED_POINT)]
             step = gradients.plain_map(h, vectors, params, w.dtype, self.config.num_heads)
         else:
             injected, step = self._inject(h, w), once
@@ -397,8 +395,7 @@ class FPDM(_Transformer):
         or None). h (B,T,D), of ``encode``, is injected at every one; ``mod`` holds its timestep's
         vectors, or is those of the fixed-point block (B,6D). x0 is h, or for reuse an earlier
         timestep's x. Raises ValueError for other shapes and dtypes, and for ``iters`` below 0."""
-        if iters < 0:
-            raise ValueError(f"iters: got {iters}, expected at least 0")
+        iters = operands.whole("iters", iters, 0)
         operands.check_tokens(self.config, "x0", x0, len(h))
         w = self.view(weights, h)
         injected, vectors = self._inject(h, w), _of_fixed_point(mod, w)
@@ -412,10 +409,10 @@ class FPDM(_Transformer):
         """Like ``forward``, and also the solution and, with ``stats``, the residual of every
         iteration and sample; ``gradient`` chooses another one than S-JFB's (fpdm.gradients). Raises
         ValueError as the class says."""
-        if iters < 0 or no_grad_iters < 0 or iters + no_grad_iters < 1:
-            raise ValueError(
-                f"iters, no_grad_iters: got {iters}, {no_grad_iters}, expected a sum of at least 1"
-            )
+        iters = operands.whole("iters", iters, 0)
+        no_grad_iters = operands.whole("no_grad_iters", no_grad_iters, 0)
+        if iters + no_grad_iters < 1:
+            raise ValueError("iters, no_grad_iters: got 0, 0, expected a sum of at least 1")
         operands.check_inputs(self.config, x, t, y)
         if init is not None:
             operands.check_tokens(self.config, "init", init, len(x))

@@ -1,10 +1,12 @@
 """What a model may be given: shapes, kinds, values and dtypes, told at its boundary.
 
-B batch, C channels, T tokens, D width. Each raises ValueError, one line with what was got and what
-was expected. Nothing here waits for a device: values are read of plain CPU tensors only.
+B batch, C channels, T tokens, D width. Each function raises ValueError, one line with what was got
+and what was expected. Nothing here waits for a device: values are read of plain CPU tensors only.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor
@@ -52,6 +54,31 @@ def check_values(config: ModelConfig, y: Tensor, t: Tensor | None = None) -> Non
         if low < 0 or (most is not None and high > most):
             bound = "at least 0" if most is None else f"0..{most} ({most} is the null label)"
             raise ValueError(f"{name}: got {low if low < 0 else high}, expected {bound}")
+
+
+def check_label_dtype(y: Tensor) -> None:
+    """y of a dtype that an embedding is indexed with."""
+    if y.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"y: got {y.dtype}, expected torch.int64 or torch.int32")
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """The argument ``name``, an integer of at least ``least``; a tensor or numpy's may hold it."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        try:
+            value = int(operator.index(value))
+        except TypeError:
+            raise ValueError(f"{name}: got {value!r}, expected an integer") from None
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+    return value
+
+
+def damping(name: str, value: float) -> float:
+    """The argument ``name``, the b of a damped step: 0 < b <= 1."""
+    if not (isinstance(value, (int, float)) and 0 < value <= 1):
+        raise ValueError(f"{name}: got {value!r}, expected a number above 0, at most 1")
+    return value
 
 
 def check_vectors(vectors: Tensor, dtype: torch.dtype) -> None:

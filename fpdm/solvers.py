@@ -25,6 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fpdm import operands
+
 LAG = {"cpu": 0, "cuda": 1}  # evaluations between a decision and its reading
 
 
@@ -99,17 +101,21 @@ def solve(
     ``gradients.iterated`` attaches a gradient to the result.
 
     Raises ValueError for fewer than one evaluation, for a ``tol`` that is negative or NaN, for x
-    without a dimension beside the samples', and for a solver that is no new one.
+    without a dimension beside the samples' or not of floating point, and for a solver that is no
+    new one.
     """
-    if evaluations < 1:
-        raise ValueError(f"evaluations: got {evaluations}, expected at least 1")
+    evaluations = operands.whole("evaluations", evaluations, 1)
     if tol is not None and not tol >= 0:
         raise ValueError(f"tol: got {tol}, expected none or a number of at least 0")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B,...), a sample to a row")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype}, expected floating point")
     calls: int = getattr(solver, "calls", 0)
-    if isinstance(solver, type) or calls:
-        what = "one with the history of another solve" if calls else "a class"
+    known = all(callable(getattr(solver, name, None)) for name in ("advance", "select"))
+    if isinstance(solver, type) or not known or calls:
+        what = "one with the history of another solve" if calls else repr(solver)
+        what = "a class" if isinstance(solver, type) else what
         raise ValueError(f"solver: got {what}, expected a new one, such as Anderson()")
     residuals, best = [], Best(x)
     done, count = torch.zeros_like(best.index, dtype=torch.bool), torch.zeros_like(best.index)
@@ -203,11 +209,6 @@ class Best:
         self.x, self.residual, self.index = self.x[rows], self.residual[rows], self.index[rows]
 
 
-def _check_window(window: int) -> None:
-    if window < 1:
-        raise ValueError(f"window: got {window}, expected at least 1")
-
-
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
 
@@ -217,10 +218,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Picard:
-    """x + b (f(x) - x) with damping b, 0 < b <= 1; b = 1 is the plain iteration. Keeps nothing."""
+    """x + b (f(x) - x) with damping b, 0 < b <= 1; b = 1 is the plain iteration. Keeps nothing.
+    Raises ValueError for another b."""
 
     def __init__(self, damping: float = 1.0):
-        self.damping = damping
+        self.damping = operands.damping("damping", damping)
 
     def advance(self, x: Tensor, fx: Tensor) -> Tensor:
         """The next point."""
@@ -238,7 +240,8 @@ class Anderson:
     has not fallen to ``fall`` of its last mark for ``patience`` calls, until it does: where the
     map creeps along a slow manifold, combinations of past steps keep a sample there that plain
     steps carry out. The first ``delay`` steps are plain too: one difference alone predicts little.
-    Memory: 2 window + 2 iterates. Raises ValueError for a window below 1.
+    Memory: 2 window + 2 iterates. Raises ValueError for a window below 1, and for a damping that is
+    not above 0 and at most 1.
     """
 
     delay, patience, fall = 2, 2, 0.95
@@ -246,8 +249,9 @@ class Anderson:
     def __init__(
         self, window: int = 3, damping: float = 1.0, ridge: float = 1e-6, restart: float = 2.0
     ):
-        _check_window(window)
-        self.window, self.damping, self.ridge, self.restart = window, damping, ridge, restart
+        self.window = operands.whole("window", window, 1)
+        self.damping = operands.damping("damping", damping)
+        self.ridge, self.restart = ridge, restart
         self.calls = 0
 
     def _start(self, r: Tensor, dtype: torch.dtype) -> None:
@@ -317,12 +321,14 @@ class Broyden:
     """Good Broyden with at most ``window`` rank-one updates of Z = -1; a full memory starts anew.
 
     A sample whose update would divide by almost nothing skips it; one whose |r| exceeds ``restart``
-    times its smallest so far forgets its updates. Memory: 2 window + 2 iterates.
+    times its smallest so far forgets its updates. Memory: 2 window + 2 iterates. Raises ValueError
+    as Anderson.
     """
 
     def __init__(self, window: int = 8, damping: float = 1.0, restart: float = 2.0):
-        _check_window(window)
-        self.window, self.damping, self.restart = window, damping, restart
+        self.window = operands.whole("window", window, 1)
+        self.damping = operands.damping("damping", damping)
+        self.restart = restart
         self.calls = 0
         # of the last call; empty before the first
         self.x = self.r = torch.empty(0)
@@ -396,8 +402,7 @@ def spectral_radius(
 
     Raises ValueError for fewer than one iteration.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations: got {iterations}, expected at least 1")
+    iterations = operands.whole("iterations", iterations, 1)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(x.shape, generator=generator).to(x)
     with torch.inference_mode(False), torch.enable_grad():

@@ -25,6 +25,9 @@ BLOCK_KEYS = (
 )  # fmt: skip
 FC1, FC2 = "block_fixed_point_projection_fc1", "block_fixed_point_projection_fc2"
 PROJECTION = "block_pre_projection"
+# parameters of the fixed-point map after the pre-projection, as fixed_point.s_jfb takes them
+FIXED_POINT = tuple(f"block_fixed_point.{key}" for key in BLOCK_KEYS)
+FIXED_POINT += (f"{FC1}.weight", f"{FC1}.bias", f"{FC2}.weight", f"{FC2}.bias")
 FIRST_HALF = f"{FC1}.weight A"
 
 

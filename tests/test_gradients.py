@@ -136,17 +136,27 @@ def test_no_iteration_with_gradient_is_refused(contraction: FPDM) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "implict"}, {"iters": 0}, {"damping": 0.0}, {"damping": 1.5}]
+    "wrong",
+    [{"kind": "implict"}, {"iters": 0}, {"iters": 2.5}, {"damping": 0.0}, {"damping": 1.5}],
 )
 def test_a_gradient_that_does_not_exist_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^gradient: got .*, expected "):
+    with pytest.raises(ValueError, match=r"^gradient[.a-z]*: got .*, expected "):
         Gradient(**wrong)
 
 
+def test_a_gradient_by_its_name_alone_is_refused(contraction: FPDM) -> None:
+    match = r"^gradient: got 'implicit', expected such as Gradient\('implicit'\)"
+    with pytest.raises(ValueError, match=match):
+        run(contraction, 2, 1, gradient="implicit")
+    with pytest.raises(ValueError, match=match):
+        iterated(torch.cos, torch.ones(1, 2), 1, 1, "implicit")  # type: ignore[arg-type]
+
+
 def test_fewer_than_no_iterations_are_refused() -> None:
-    for n, m in ((-1, 1), (2, -1)):
-        with pytest.raises(ValueError, match=f"n, m: got {n}, {m}, expected at least 0"):
-            iterated(torch.cos, torch.ones(1, 2), n, m)
+    for n, m, told in ((-1, 1, "n: got -1, expected at least 0"), (2, -1, "m: got -1"),
+                       (1, 2.0, "m: got 2.0, expected an integer")):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            iterated(torch.cos, torch.ones(1, 2), n, m)  # type: ignore[arg-type]
 
 
 KINDS = (Gradient(), Gradient("implicit", 40), Gradient("phantom", damping=0.7))

@@ -237,8 +237,12 @@ def test_a_config_of_another_kind_is_refused(model: Any, config: ModelConfig) ->
 
 def test_no_iterations_is_refused() -> None:
     model = random_model(TINY)
+    given = torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0])
     with pytest.raises(ValueError, match="at least 1"):
-        model(torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]), 0)
+        model(*given, 0)
+    # what holds one integer is one
+    with torch.no_grad():
+        assert torch.equal(model(*given, torch.tensor(1)), model(*given, True))
 
 
 @pytest.mark.parametrize("kind", ["fpdm", "dit"])
@@ -285,6 +289,12 @@ STUMBLES: dict[str, tuple[Any, str]] = {
     "pre vectors in another dtype": (
         lambda m, x, h, mod: m.encode(x, mod._replace(pre=[v.half() for v in mod.pre])),
         "mod: got torch.float16, expected torch.float32"),
+    "half an iteration": (
+        lambda m, x, h, mod: m.iterate(h, h, mod, 2.5), "iters: got 2.5, expected an integer"),
+    "iterations that are none": (
+        lambda m, x, h, mod: m(x, TIMES, LABELS, 2, None), "no_grad_iters: got None, expected an"),
+    "labels of a byte": (
+        lambda m, x, h, mod: m(x, TIMES, LABELS.to(torch.uint8)), "y: got torch.uint8, expected"),
     "a label that is none": (
         lambda m, x, h, mod: m.modulation(TIMES, torch.tensor([3, 11])),
         r"y: got 11, expected 0\.\.10 \(10 is the null label\)"),

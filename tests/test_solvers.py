@@ -193,12 +193,24 @@ def test_a_solver_that_cannot_serve_is_refused() -> None:
     for bad, told in (
         (used, "one with the history of another solve"),
         (solvers.Anderson, "a class"),
+        ("anderson", "'anderson'"),
     ):
         with pytest.raises(ValueError, match=f"solver: got {told}, expected a new one"):
             solvers.solve(f, x, bad, 3)  # type: ignore[arg-type]
     for kind in (solvers.Anderson, solvers.Broyden):
         with pytest.raises(ValueError, match="window: got 0, expected at least 1"):
             kind(window=0)
+        with pytest.raises(ValueError, match=r"window: got 2.5, expected an integer"):
+            kind(window=2.5)
+    for kind in (solvers.Picard, solvers.Anderson, solvers.Broyden):
+        for b in (0.0, 5.0, -1, float("nan"), "half"):
+            with pytest.raises(ValueError, match=f"damping: got {b!r}, expected a number above 0"):
+                kind(damping=b)
+    for wrong, told in ((2.0, "2.0, expected an integer"), (0, "0, expected at least 1")):
+        with pytest.raises(ValueError, match=f"evaluations: got {told}"):
+            solvers.solve(f, x, solvers.Picard(), wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x: got torch.int64, expected floating point"):
+        solvers.solve(f, x.long(), solvers.Picard(), 3)
     with pytest.raises(ValueError, match=r"x: got shape \(4,\), expected \(B,...\)"):
         solvers.solve(f, torch.ones(4), solvers.Picard(), 3)
     with pytest.raises(ValueError, match="iterations: got 0, expected at least 1"):
