@@ -278,6 +278,11 @@ def _read(path: Path, keep: bool) -> Checkpoint:
     return Checkpoint(body["step"], path, tensors, meta, body["finite"])
 
 
+def any_under(root: Path) -> bool:
+    """Whether there is a checkpoint under ``root``, good or not."""
+    return root.is_dir() and bool(_listing(root))
+
+
 def load(path: str | Path) -> Checkpoint:
     """Read and verify one checkpoint directory.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -64,14 +65,16 @@ def check_same(
     if changed:
         decays = any(line.startswith("train.steps:") for line in changed)
         why = " (optim.lr_final is reached at the last step)" if decays else ""
+        names = {line.partition(": ")[0] for line in changed} - {"model.num_classes"}
+        fits = "train.init" not in names and not any(name.startswith("model.") for name in names)
         raise ConfigError(
             f"{path} is of another run: {'; '.join(changed)}{why}; expected the same settings, or "
-            "another train.name"
+            f"another train.name{_from(path) if fits else ''}"
         )
     if meta["data"] != fingerprint:
         raise ConfigError(
             f"data: got fingerprint {fingerprint[:16]}, expected {meta['data'][:16]} of {path}: "
-            "the data changed since"
+            f"the data changed since; expected the same data, or another train.name{_from(path)}"
         )
     if config.fixed_point.draws == "per_rank" and meta["ranks"] != world:
         raise ConfigError(
@@ -83,6 +86,12 @@ def check_same(
             f"train.steps: got {config.train.steps}, expected at least {meta['state']['step']}, "
             f"where {path} is"
         )
+
+
+def _from(path: Path) -> str:
+    """How another run begins with the weights of the run that ``path`` is a checkpoint of."""
+    run = quote(str(path.parents[1]))
+    return f"; a new run that begins with its weights: --train.name NEW --train.init {run}"
 
 
 def check_alike(ranks: Ranks, config: Config, fingerprint: str) -> None:

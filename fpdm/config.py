@@ -299,6 +299,7 @@ class TrainConfig(Settings):
 
     out: str = "runs"  # runs live in OUT/NAME
     name: str = ""  # empty: the recipe's name
+    init: str = ""  # a run or export, with whose weights (a run's: EMA) a new run begins
     steps: int = 400_000  # optimiser steps in all
     batch: int = 512  # global: all ranks, all micro-batches
     accumulate: int = 1  # micro-batches per step

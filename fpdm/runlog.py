@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fpdm.config import Config, ConfigError, UserError
+from fpdm.config import Config, ConfigError, UserError, to_dict
 from fpdm.distributed import Ranks
 from fpdm.files import atomic_write, directory_lock, write_problem
 from fpdm.settings import one_line
@@ -148,6 +148,17 @@ def described(config: Config, model: torch.nn.Module, samples: int, ranks: Ranks
         f"({config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} on "
         f"{many}{ranks.device}"
     )
+
+
+def export_extra(config: Config, step: int) -> dict[str, Any]:
+    """What the export of a run says beside its model."""
+    data = config.data
+    return {
+        "step": step,
+        "recipe": config.recipe,
+        "sample": to_dict(config.sample),
+        "latent_scale": data.latent_scale if data.kind == "latents" else None,
+    }
 
 
 def peak_memory(device: torch.device) -> int:

@@ -45,8 +45,9 @@ from fpdm.model import FPDM, build_model
 from fpdm.optim import AdamWEMA, LossScaler, learning_rate
 from fpdm.process import lasting_output
 from fpdm.recipes import load_config
-from fpdm.runlog import Progress, RunDirectory, Window, described
+from fpdm.runlog import Progress, RunDirectory, Window, described, export_extra
 from fpdm.settings import flat, one_line
+from fpdm.start import begin_with
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,6 +124,8 @@ class Trainer:
         # named from here on: no part of the run may take another
         model = build_model(config.model, replace(config.execution, impl=self.impl))
         model.initialize(torch.Generator().manual_seed(config.train.seed))
+        if self.ranks.rank == 0:
+            self.begun = begin_with(model, config, self.directory.checkpoints)
         self.model = model.to(device)
         self.diffusion = Diffusion(config.diffusion, device=str(device))
         self.prepared = PreparedWeights(self.model, DTYPES[config.train.precision], accumulate=True)
@@ -162,7 +165,7 @@ class Trainer:
 
     def _resume(self) -> None:
         root = self.directory.checkpoints
-        if self.config.train.resume == "never" and any(root.glob("step_*")):
+        if self.config.train.resume == "never" and checkpoint.any_under(root):
             raise ConfigError(
                 f"train.resume: got never, but {self.directory.root} holds checkpoints; expected "
                 "resume=auto or another train.name"
@@ -173,6 +176,7 @@ class Trainer:
             check_same(found.meta, self.config, self.data.fingerprint, world, found.path)
             self.optimizer.load_state(found.tensors)
             self._restore(found.meta["state"])
+            self.begun = found.meta.get("init")
             total = self.config.train.steps
             print(f"resumed {found.path}: step {self.step} of {total}", flush=True)
         elif self.directory.metrics.exists():
@@ -411,6 +415,7 @@ class Trainer:
         meta = {
             "config": to_dict(self.config),
             "data": self.data.fingerprint,
+            "init": self.begun,
             "state": self._state(),
             "versions": versions | {"python": platform.python_version()},
             "ranks": self.ranks.world,
@@ -462,20 +467,11 @@ class Trainer:
     def _finish(self) -> None:
         self._announce()
         self.progress.close()
-        data = self.config.data
         export(
-            self.directory.export,
-            self.config.model,
-            self.optimizer.ema_state_dict(),
-            which="ema",
-            diffusion=self.config.diffusion,
-            extra={
-                "step": self.step,
-                "recipe": self.config.recipe,
-                "sample": to_dict(self.config)["sample"],
-                "latent_scale": data.latent_scale if data.kind == "latents" else None,
-            },
-        )
+            self.directory.export, self.config.model, self.optimizer.ema_state_dict(),
+            which="ema", diffusion=self.config.diffusion,
+            extra=export_extra(self.config, self.step) | {"init": self.begun},
+        )  # fmt: skip
         # after what nothing can replace
         drawn = figures.plot_history(self.directory.metrics, self.directory.curves)
         curves = f"curves {self.directory.curves}, " if drawn else ""

@@ -116,6 +116,7 @@ ELSEWHERE = {
     "data.latent_scale": "latents (tests/test_shards.py)",
     "train.out": "where the run lives",
     "train.name": "where the run lives",
+    "train.init": "other weights (tests/test_start.py)",
     "train.steps": "the length",
     "train.device": "the other device (tests/test_gpu.py)",
     "train.save_every": "files (tests/test_train.py)",
@@ -273,7 +274,12 @@ def test_a_run_that_is_resumed_with_it_changed(name: str, begun: Path, tmp_path:
     with pytest.raises(ConfigError, match=r"step_0000003 is of another run: ") as told:
         Trainer(config).run()
     assert all(f"{n}: " in str(told.value) for n in refused)
-    assert str(told.value).endswith("expected the same settings, or another train.name")
+    ways = "expected the same settings, or another train.name"
+    ways += "; a new run that begins with its weights: --train.name NEW --train.init "
+    ways += str(tmp_path / "run")
+    if any(n.startswith("model.") for n in refused):
+        ways = ways.partition(";")[0]
+    assert str(told.value).endswith(ways)
 
 
 @pytest.mark.slow
