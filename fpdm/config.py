@@ -255,12 +255,14 @@ class DataConfig(Settings):
     split: Literal["train", "reference", "all"] = needs("train", "kind=digits")
     image_size: int = needs(32, "kind=images")  # images: height and width after decoding
     flip: bool = False  # mirror half of the samples
-    latent_scale: float = needs(0.18215, "kind=latents")  # latents: factor to unit variance
+    # latents: factor to unit variance; none: the one that is stored with them
+    latent_scale: float | None = needs(None, "kind=latents")
 
     def check(self) -> None:
         """Sizes are positive."""
         self.at_least(1, "image_size")
-        self.require(self.latent_scale > 0, "latent_scale", "more than 0")
+        scale = self.latent_scale
+        self.require(scale is None or scale > 0, "latent_scale", "more than 0")
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,9 @@ class Config:
                 f"{m.input_size}"
             )
 
+
+# what files of older versions say where nobody had chosen anything
+FORMER_DEFAULTS: Mapping[str, Any] = {"data.latent_scale": 0.18215}
 
 # settings and sections that a resumed run may change, each with the reason. Not among them: seed,
 # batch, and the cadence of metrics.jsonl. Two exceptions are made by ``diff``: with optim.lr_final

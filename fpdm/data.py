@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     fastdit.add_argument("labels", type=Path, help="folder of N.npy, labels (b,)")
     lightningdit = commands.add_parser("convert-lightningdit", help="safetensors files to shards")
     lightningdit.add_argument("folder", type=Path, help="of *.safetensors: latents and labels")
-    stored = {fastdit: DataConfig().latent_scale, lightningdit: 1.0}
+    stored = {fastdit: 0.18215, lightningdit: 1.0}  # fast-DiT's carry Stable Diffusion's factor
     for command, scale in stored.items():
         _add_output(command, 8192)
         command.add_argument("--num-classes", type=int, help="default: the largest label + 1")
@@ -337,7 +337,7 @@ def _verify(folder: Path, skip_broken: bool) -> None:
         if skip_broken:
             raise DataError("--skip-broken: got shards, expected a folder of images")
         manifest = shards.read_manifest(folder)
-        shards.open_latents(folder, manifest.latent_scale, flip=False)
+        shards.open_latents(folder, None, flip=False)
         print(f"{_describe(folder, manifest)}: all hashes match")
         return
     records, skipped = index_images(folder, accept_broken=skip_broken, decode_all=True)
@@ -348,7 +348,7 @@ def _verify(folder: Path, skip_broken: bool) -> None:
 
 def _latents_info(folder: Path) -> None:
     manifest = shards.read_manifest(folder)
-    latents = shards.open_latents(folder, manifest.latent_scale, flip=False)
+    latents = shards.open_latents(folder, None, flip=False)
     total = torch.zeros(2, manifest.shape[0], dtype=torch.float64)
     classes = torch.zeros(manifest.num_classes, dtype=torch.int64)
     for start in range(0, len(latents), 1024):
@@ -410,8 +410,12 @@ def _encode(args: argparse.Namespace) -> None:
     made, seconds = manifest.count - there, time.perf_counter() - began
     rate = f" in {seconds:.3g} s, {made / seconds:.3g} images/s" if made else ""
     print(f"encoded    {made} made, {there} were there{rate}")
-    print(f"wrote      {_describe(args.out, manifest)}")
-    print(f"train      {train_command(args.out, manifest)}")
+    _tell_written(args.out, manifest)
+
+
+def _tell_written(folder: Path, manifest: shards.Manifest) -> None:
+    print(f"wrote      {_describe(folder, manifest)}")
+    print(f"train      {train_command(folder, manifest)}")
 
 
 def train_command(folder: Path, manifest: shards.Manifest) -> str:
@@ -420,7 +424,6 @@ def train_command(folder: Path, manifest: shards.Manifest) -> str:
     options = {
         "data.path": shlex.quote(str(folder)),
         "data.flip": str(manifest.flip).lower(),
-        "data.latent_scale": manifest.latent_scale,
         "model.in_channels": manifest.shape[0],
         "model.input_size": manifest.shape[1],
         "model.num_classes": manifest.num_classes,
@@ -455,7 +458,7 @@ def command(argv: list[str]) -> None:
             rows_per_shard=args.rows_per_shard,
             num_classes=args.num_classes,
         )
-        print(_describe(args.out, manifest))
+        _tell_written(args.out, manifest)
 
 
 def main() -> None:

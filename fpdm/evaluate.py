@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from fpdm.files import TEMPORARY, atomic_write, make_directory, read_small, writ
 from fpdm.pretrained import LoadedSource, choose_device, image_settings, load_source
 from fpdm.quality import Evaluation, baseline, digits, evaluate_pixels, evaluate_samples
 from fpdm.recipes import load_config
-from fpdm.settings import flat, plain
+from fpdm.settings import flat, idle, plain
 
 # what every point of a sweep decides itself
 SWEPT = (
@@ -96,11 +96,13 @@ def evaluate(source: LoadedSource, options: Options) -> Evaluation:
         )
     if options.data.kind == "digits":
         raise ConfigError("data.kind: got digits, expected the images or latents of this model")
-    train = open_dataset(options.data)
-    held_out = None
+    data = options.data
+    if data.latent_scale is None:  # of another one its samples would lie elsewhere
+        data = replace(data, latent_scale=source.latent_scale)
+    train, held_out = open_dataset(data), None
     if options.held_out:
-        config = asdict(options.data) | {"path": options.held_out}
-        held_out = open_dataset(DataConfig(**config))
+        scale = getattr(train, "latent_scale", None)
+        held_out = open_dataset(replace(data, path=options.held_out, latent_scale=scale))
     classes = source.model.config.num_classes
     labels = [i % classes for i in range(options.sets * options.count)]
     return evaluate_pixels(draw(source, options.sample, labels, options.seed), train, held_out)
@@ -147,7 +149,8 @@ def settings_of(source: LoadedSource, options: Options) -> dict[str, Any]:
         "seed": options.seed,
     }
     if not is_digits(source):
-        data = plain(options.data)
+        data, off = plain(options.data), idle(DataConfig, flat(options.data, "data."))
+        data = {name: value for name, value in data.items() if f"data.{name}" not in off}
         settings |= {"count": options.count, "data": data, "held_out": options.held_out}
     return settings
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from fpdm import settings
 from fpdm.cli import COST, parse_options, replace_cost, take_option
 from fpdm.config import (
+    FORMER_DEFAULTS,
     Config,
     ConfigError,
     DataConfig,
@@ -177,7 +178,8 @@ def _read(recipe: str) -> tuple[Config, list[str]]:
         return config, []
     # a setting that the file gives the value which it had anyway is no mistake
     ignored = [name for name in idle(Config, values) if name in given]
-    return config, [name for name in ignored if values[name] != before[name]]
+    usual = {name: (before[name], FORMER_DEFAULTS.get(name, before[name])) for name in ignored}
+    return config, [name for name in ignored if values[name] not in usual[name]]
 
 
 def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:

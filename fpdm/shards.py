@@ -130,7 +130,7 @@ class LatentShards:
     def __init__(
         self, manifest: Manifest, files: Sequence[TensorFile], labels: Tensor, latent_scale: float
     ) -> None:
-        self.manifest = manifest
+        self.manifest, self.latent_scale = manifest, latent_scale
         self.shape = manifest.shape
         self.num_classes = manifest.num_classes
         self._files, self._labels = files, labels
@@ -169,8 +169,9 @@ class LatentShards:
             raise DataError(f"{error} (reading {len(rows)} of rows {first}..{last})") from None
 
 
-def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
-    """Check every byte of a folder of shards and keep its files open.
+def open_latents(path: Path, latent_scale: float | None, flip: bool) -> LatentShards:
+    """Check every byte of a folder of shards and keep its files open; without a scale of one's own
+    the latents come as they are stored.
 
     Raises:
         DataError: a missing, surplus, truncated or changed file, NaN or Inf, a label out of range,
@@ -185,7 +186,6 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
     if surplus:
         raise DataError(f"{path}: got files that are not in the manifest: {listed(surplus)}")
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
-
     _allow_open_files(len(names))
 
     def check(i: int) -> tuple[TensorFile, Tensor] | DataError:
@@ -200,7 +200,7 @@ def open_latents(path: Path, latent_scale: float, flip: bool) -> LatentShards:
         more = f" (and {len(errors) - 1} more damaged shards)" if errors[1:] else ""
         raise DataError(f"{errors[0]}{more}")
     files, labels = zip(*(x for x in opened if not isinstance(x, DataError)))
-    return LatentShards(manifest, files, torch.cat(labels), latent_scale)
+    return LatentShards(manifest, files, torch.cat(labels), latent_scale or manifest.latent_scale)
 
 
 def _allow_open_files(count: int) -> None:

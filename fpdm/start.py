@@ -7,16 +7,26 @@ other one is by then. Parameters and average begin with them, the optimiser with
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from fpdm import checkpoint
 from fpdm.config import Config, ConfigError, UserError, diff
+from fpdm.data import Dataset
 from fpdm.pretrained import LoadedSource, load_source
 from fpdm.settings import flat
+from fpdm.shards import LatentShards
 
 _LABELS = "y_embedder.embedding_table.weight"
+
+
+def settled(config: Config, data: Dataset) -> Config:
+    """``config`` with the scale that the latents of ``data`` have, where it leaves that to them."""
+    if not isinstance(data, LatentShards):
+        return config
+    return replace(config, data=replace(config.data, latent_scale=data.latent_scale))
 
 
 def begin_with(model: nn.Module, config: Config, checkpoints: Path) -> dict[str, str] | None:

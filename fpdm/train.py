@@ -47,7 +47,7 @@ from fpdm.process import lasting_output
 from fpdm.recipes import load_config
 from fpdm.runlog import Progress, RunDirectory, Window, described, export_extra
 from fpdm.settings import flat, one_line
-from fpdm.start import begin_with
+from fpdm.start import begin_with, settled
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,9 +115,10 @@ class Trainer:
         self.ranks.agree(failure)
 
     def _build(self) -> None:
-        config, device = self.config, self.ranks.device
-        check_machine(config, self.ranks.world, device)
-        self.data = open_dataset(config.data)
+        device = self.ranks.device
+        check_machine(self.config, self.ranks.world, device)
+        self.data = open_dataset(self.config.data)
+        self.config = config = settled(self.config, self.data)
         check_data(config, self.data)
         precision = config.train.precision
         self.impl = self._choose(DTYPES[precision], f"train.precision = {precision}")

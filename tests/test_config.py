@@ -386,6 +386,11 @@ def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path)
     # a copy of it elsewhere: what it says as the recipe does, in whatever mode, asks for nothing
     assert "sample.reuse_gamma: got 0.3 with" in refused(recipe=str(settings_file))
     older["sample"]["reuse_gamma"] = 0.5
+    older["data"]["latent_scale"] = 0.2
+    settings_file.write_text(settings.write_yaml(older))
+    assert "data.latent_scale: got 0.2 with" in refused(recipe=str(settings_file))
+    # what every older file says
+    older["data"]["latent_scale"] = 0.18215
     settings_file.write_text(settings.write_yaml(older))
     assert load_config(str(settings_file)).sample.reuse_gamma == 0.5
 

@@ -326,6 +326,10 @@ def test_lightningdit_files(tmp_path: Path):
     assert np.array_equal(got[1::2].numpy(), mirrored[1::2])
     assert np.array_equal(labels.numpy(), y)
     assert opened.num_classes == 4
+    # by default they are stored, and come back, as they are
+    data.command(["convert-lightningdit", str(source), str(tmp_path / "own"), "--dtype", "float32"])
+    own = open_dataset(DataConfig(kind="latents", path=str(tmp_path / "own")))
+    assert np.array_equal(own.batch(rows(30))[0].numpy(), x)
     bad = source / "latents_rank01_shard000.safetensors"
     for tensors in ({"latents": x}, {"latents": x, "labels": y[:-1]}):
         save_file(tensors, bad)
@@ -344,6 +348,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "23 latents (4, 4, 4) float16, 10 classes, latent_scale 0.18215" in printed
     assert "3 shards" in printed
+    assert f"\ntrain      python -m fpdm.train imagenet256 --data.path {out} " in printed
     data.command(["verify", out])
     assert "all hashes match" in capsys.readouterr().out
     data.command(["latents-info", out])

@@ -29,6 +29,8 @@ from fpdm import checkpoint, figures
 from fpdm.config import Config, ConfigError, DataConfig, ModelConfig, UserError, to_dict
 from fpdm.exports import export
 from fpdm.model import build_model, from_pretrained
+from fpdm.pretrained import load_source
+from fpdm.recipes import load_config
 from fpdm.shards import write_shards
 from fpdm.train import Trainer
 
@@ -238,6 +240,22 @@ def test_other_classes_begin_with_a_table_of_their_own(
         "; label table afresh, for 3 classes in place of 10; trained with other settings: " in told
     )
     assert "diffusion.beta_end: 0.02 -> 0.01\n" in told
+
+
+def test_latents_are_taken_as_they_are_stored(tmp_path: Path) -> None:
+    """The scale that the manifest says stands in the run; one that was said before is kept to."""
+    data = few(tmp_path, 10)
+    base = replace(small(tmp_path, steps=4), data=replace(data, latent_scale=None))
+    stopping(2)(base).run()
+    assert newest(tmp_path / "run").meta["config"]["data"]["latent_scale"] == 1.0
+    assert load_source(tmp_path / "run").latent_scale == 1.0
+    # the same, said
+    stopping(3)(replace(base, data=data)).run()
+    older = changed(replace(base, data=replace(data, latent_scale=0.18215)), name="older")
+    stopping(2)(older).run()
+    with pytest.raises(ConfigError, match=r"data\.latent_scale: 0\.18215 -> 1\.0; expected"):
+        Trainer(replace(older, data=base.data)).run()
+    assert Trainer(load_config(str(tmp_path / "older" / "config.yaml"))).run() == 4
 
 
 def test_published_weights_are_a_beginning(tmp_path: Path) -> None:
