@@ -143,11 +143,23 @@ def with_preset(config: Config, preset: str) -> Config:
     return dataclasses.replace(config, model=model, sample=sample)
 
 
+class _Draft(Config):
+    """A Config to which options are still to come: its sections need not agree yet."""
+
+    def __post_init__(self) -> None:
+        """Nothing; see ``_agreed``."""
+
+
+def _agreed(config: Config, kind: type[Config] = Config) -> Config:
+    """The same settings as a ``kind``. Raises ConfigError where a Config's sections disagree."""
+    return kind(**{name: getattr(config, name) for name in settings.hints(Config)})
+
+
 def _read(recipe: str) -> tuple[Config, list[str]]:
     """A named recipe, or a YAML file, whose ``recipe:`` names its base and ``preset:`` its
     architecture; and the settings that the file changes although their mode is off."""
     if recipe in RECIPES:
-        return RECIPES[recipe], []
+        return _agreed(RECIPES[recipe], _Draft), []
     if not recipe.endswith((".yaml", ".yml")):
         near = settings.suggest(recipe, RECIPES)
         known = f"; expected {', '.join(RECIPES)} or the path of a .yaml file"
@@ -164,7 +176,7 @@ def _read(recipe: str) -> tuple[Config, list[str]]:
         data["sample"] = dict.fromkeys(COST) | sample
     if base and base not in RECIPES:
         raise ConfigError(f"{path}: unknown recipe {base}{settings.suggest(base, RECIPES)}")
-    config = RECIPES[base] if base else Config()
+    config = _agreed(RECIPES[base] if base else Config(), _Draft)
     try:
         if preset is not None:
             config = with_preset(config, str(preset))
@@ -202,6 +214,11 @@ def load_config(recipe: str, argv: Sequence[str] = ()) -> Config:
     config = parse_options(
         config, replace_cost(rest), "python -m fpdm.train RECIPE", extra, ("recipe",), _ABOUT
     )
+    try:
+        config = _agreed(config)
+    except ConfigError as error:
+        # at odds with itself is a file only where nothing else was said
+        raise ConfigError(f"{'' if argv else f'{recipe}: '}{error}") from error
     try:
         return settings.used(config, ignored)
     except ConfigError as error:

@@ -395,6 +395,22 @@ def test_a_yaml_gives_what_the_command_line_may_switch_on_or_off(tmp_path: Path)
     assert load_config(str(settings_file)).sample.reuse_gamma == 0.5
 
 
+def test_an_option_mends_what_a_yaml_leaves_at_odds(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: digits\ntrain: {label_dropout: 0}\n")
+    told = refused(recipe=str(path))
+    assert told.startswith(f"{path}: sample.guidance: got 1.1, expected 1 with train.label_dropout")
+    assert refused("--train.keep", "4", recipe=str(path)) == told.removeprefix(f"{path}: ")
+    config = load_config(str(path), ["--sample.guidance", "1"])
+    assert type(config) is Config
+    assert (config.train.label_dropout, config.sample.guidance) == (0.0, 1.0)
+    path.write_text("recipe: digits\ndata: {kind: images, path: x}\nmodel: {in_channels: 3}\n")
+    assert load_config(str(path), ["--model.input_size", "32"]).model.input_size == 32
+    path.write_text("recipe: digits\nmodel: {input_size: 16}\n")
+    argv = ["--data.kind", "images", "--data.image_size", "16", "--preset", "fpdm-s-2"]
+    assert load_config(str(path), argv).model.hidden_size == 384
+
+
 def test_resume_free_names_exist_and_have_reasons() -> None:
     known = {*settings.flat(Config()), *SECTIONS}
     assert set(c.RESUME_FREE) <= known
