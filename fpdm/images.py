@@ -159,12 +159,11 @@ def _image_names(folder: Path) -> list[str]:
     names: list[str] = []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            below = [
-                Path(root, file).relative_to(folder).as_posix()
-                for root, _, files in os.walk(entry)
-                for file in files
-                if _is_image(file)
-            ]
+            below: list[str] = []
+            for root, inner, files in os.walk(entry):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                where = Path(root).relative_to(folder).as_posix()
+                below += [f"{where}/{file}" for file in files if _is_image(file)]
             if not below:
                 raise DataError(f"{entry}: got no images, expected {' '.join(_SUFFIXES)}")
             names += below

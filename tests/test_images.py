@@ -94,6 +94,18 @@ def test_one_flat_folder_is_one_class(tmp_path: Path):
     refused(lambda: open_images(tmp_path), "beside the class folders", "0.jpg")
 
 
+def test_hidden_folders_hold_no_images(tmp_path: Path):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    for where in (".cache", "n01/.cache", "n01/deep/.cache/inner"):
+        (path / where).mkdir(parents=True)
+        (path / where / "thumb.png").write_bytes(picture(seed=77))
+    assert open_images(path).fingerprint == opened.fingerprint
+    (path / "n01" / "cache").mkdir()
+    (path / "n01" / "cache" / "thumb.png").write_bytes(picture(seed=77))
+    assert len(open_images(path)) == len(opened) + 1
+
+
 def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
