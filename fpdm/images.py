@@ -9,13 +9,14 @@ is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import stat
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,17 +34,24 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # among the others are some that start programs
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
+_ORIENTATION = 0x0112  # EXIF's tag; what its values ask for, in pillow's words
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+    7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """What is known of a file: ``mode`` is pillow's, ``problem`` is why it cannot be read or ""."""
+    """What is known of a file: ``mode`` is pillow's, ``problem`` is why it cannot be read or "",
+    ``redrawn`` what ``_as_shown`` did; None: not known, in an index of an older version."""
 
     size: int
     mtime_ns: int
     sha256: str
     mode: str
     problem: str
+    redrawn: str | None = None
 
 
 def _pillow() -> ModuleType:
@@ -59,11 +67,12 @@ def _pillow() -> ModuleType:
 class ImageFolder:
     """Images (B, C, s, s) float32 in [-1, 1] = pixel / 127.5 - 1 and class numbers (B,) int64.
 
-    s = image_size. C = 1 if every file is 8-bit gray, else 3 (alpha is dropped, EXIF rotation is
-    ignored). ADM's crop: halve by box filter while the short side is at least 2 s, bicubic to short
-    side s, centre crop. A true flip mirrors left and right. ``skipped`` names broken files that
-    ``index_images(accept_broken=True)`` has agreed to leave out; ``sha256`` are the files', and
-    ``classes`` the folders in the order of their numbers.
+    s = image_size. C = 1 if every file is 8-bit gray, else 3. Pictures are as a viewer shows them:
+    turned as their EXIF says, what is transparent over white. ADM's crop: halve by box filter while
+    the short side is at least 2 s, bicubic to short side s, centre crop. A true flip mirrors left
+    and right. ``skipped`` names broken files that ``index_images(accept_broken=True)`` has agreed
+    to leave out; ``sha256`` are the files', and ``classes`` the folders in the order of their
+    numbers.
     """
 
     def __init__(self, path: Path, image_size: int) -> None:
@@ -83,6 +92,9 @@ class ImageFolder:
         digest = hashlib.sha256(f"images {self.shape}\0".encode())
         for name, sha256 in zip(names, self.sha256):
             digest.update(sha256.encode() + os.fsencode(name) + b"\0")
+            # folders without such images keep the fingerprint that they always had
+            if redrawn := records[name].redrawn:
+                digest.update(redrawn.encode() + b"\0")
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -114,7 +126,7 @@ class ImageFolder:
                 f"{path}: got other bytes than the index says (image {index}), expected its; mend "
                 f"it, or have it indexed anew: python -m fpdm.data verify {self._folder}"
             )
-        image = _centre_crop(_decode(data).convert(self._mode), self.shape[1])
+        image = _centre_crop(_decode(data)[0].convert(self._mode), self.shape[1])
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self._mode == "L" else pixels.transpose(2, 0, 1)
 
@@ -134,8 +146,26 @@ def _centre_crop(image, size: int):  # type: ignore[no-untyped-def]  # pillow ma
     return image.crop((left, top, left + size, top + size))
 
 
+def _as_shown(image):  # type: ignore[no-untyped-def]
+    """A decoded image as a viewer shows it, and what was done to it: "turned", "over white"."""
+    module, done, turn = _pillow(), [], None
+    with contextlib.suppress(Exception):  # damaged EXIF asks for nothing
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    if turn:
+        image = image.transpose(getattr(module.Transpose, turn))
+        done.append("turned")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        if layer.getextrema()[3][0] < 255:
+            paper = module.new("RGBA", layer.size, "white")
+            image = module.alpha_composite(paper, layer).convert("RGB")
+            done.append("over white")
+    return image, ", ".join(done)
+
+
 def _decode(data: bytes):  # type: ignore[no-untyped-def]
-    """A decoded image; raises ValueError with a short reason."""
+    """A decoded image as it is shown, its file's mode, and what ``_as_shown`` did; raises
+    ValueError with a short reason."""
     image_module = _pillow()
     try:
         image = image_module.open(io.BytesIO(data), formats=_FORMATS)
@@ -143,13 +173,15 @@ def _decode(data: bytes):  # type: ignore[no-untyped-def]
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
         image.load()
+        mode = image.mode
+        image, redrawn = _as_shown(image) if mode in _GRAY + _COLOUR else (image, "")
     except image_module.UnidentifiedImageError:
         raise ValueError(f"not {', '.join(_FORMATS)}") from None
     except Exception as error:  # decoders raise nearly anything on damaged input
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:120]) from None
-    if image.mode not in _GRAY + _COLOUR:
-        raise ValueError(f"pixel format {image.mode}, expected 8 bits per channel")
-    return image
+    if mode not in _GRAY + _COLOUR:
+        raise ValueError(f"pixel format {mode}, expected 8 bits per channel")
+    return image, mode, redrawn
 
 
 def _image_names(folder: Path) -> list[str]:
@@ -184,7 +216,7 @@ def _is_image(name: str) -> bool:
 def _examine(path: Path) -> ImageRecord:
     """Read and decode one file; every failure becomes the record's ``problem``."""
     size = mtime = 0
-    digest = mode = problem = ""
+    digest = mode = problem = redrawn = ""
     try:
         status = path.stat()
         size, mtime = status.st_size, status.st_mtime_ns
@@ -192,12 +224,12 @@ def _examine(path: Path) -> ImageRecord:
             raise ValueError("not a regular file")
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        mode = _decode(data).mode
+        _, mode, redrawn = _decode(data)
     except OSError as error:
         problem = error.strerror or type(error).__name__
     except ValueError as error:
         problem = str(error)
-    return ImageRecord(size, mtime, digest, mode, problem)
+    return ImageRecord(size, mtime, digest, mode, problem, redrawn)
 
 
 def index_images(
@@ -217,7 +249,7 @@ def index_images(
     names = _image_names(folder)
     known, agreed = _load_index(folder)
     same = {name for name in names if _unchanged(folder / name, known.get(name))}
-    fresh = [name for name in names if decode_all or name not in same]
+    fresh = [n for n in names if decode_all or n not in same or known[n].redrawn is None]
     progress = tqdm(
         thread_map(lambda name: _examine(folder / name), fresh),
         total=len(fresh),
@@ -227,7 +259,7 @@ def index_images(
     )
     found = dict(zip(fresh, progress))
     records = {name: found.get(name) or known[name] for name in names}
-    changed = [name for name in names if name in same and records[name] != known[name]]
+    changed = [name for name in names if name in same and not _alike(records[name], known[name])]
     if changed:
         warnings.warn(
             f"{folder}: got other bytes than the index said in {len(changed)} of {len(names)} "
@@ -236,7 +268,7 @@ def index_images(
         )
     broken = [name for name in names if records[name].problem]
     accepted = frozenset(
-        n for n in broken if accept_broken or (n in agreed and records[n] == known.get(n))
+        n for n in broken if accept_broken or (n in agreed and _alike(records[n], known.get(n)))
     )
     if fresh or accepted != agreed or len(known) != len(names):
         _save_index(folder, records, accepted)
@@ -256,6 +288,11 @@ def _unchanged(path: Path, record: ImageRecord | None) -> bool:
         return False
     seen = (status.st_size, status.st_mtime_ns)
     return record is not None and seen == (record.size, record.mtime_ns)
+
+
+def _alike(record: ImageRecord, known: ImageRecord | None) -> bool:
+    """Whether ``known``, perhaps of an older version's index, is of the same bytes."""
+    return known is not None and record == replace(known, redrawn=record.redrawn)
 
 
 def _save_index(folder: Path, records: dict[str, ImageRecord], accepted: frozenset[str]) -> None:

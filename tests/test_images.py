@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import struct
 import sys
@@ -72,6 +73,98 @@ def test_images_are_sorted_cropped_and_scaled(tmp_path: Path, monkeypatch: pytes
     assert again.fingerprint == opened.fingerprint
     assert torch.equal(again.batch(rows(9))[0], x)
     assert open_images(path, 16).fingerprint != opened.fingerprint
+
+
+def photo(orientation: int, kind: str = "JPEG", **exif: bytes) -> bytes:
+    image_module = pytest.importorskip("PIL.Image")
+    tags, out = image_module.Exif(), io.BytesIO()
+    tags[0x0112] = orientation
+    image = image_module.open(io.BytesIO(picture()))
+    image.save(out, kind, **{"exif": tags, **exif})
+    return out.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_photos_are_turned_as_their_exif_says(tmp_path: Path, kind: str):
+    image_module, ops = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageOps")
+    for i in range(10):
+        (tmp_path / f"{i}.{kind.lower()}").write_bytes(photo(i, kind))  # 0 and 9 mean nothing
+    opened = open_images(tmp_path, 30)
+    got = opened.batch(rows(10))[0]
+    for i in range(10):
+        with image_module.open(tmp_path / f"{i}.{kind.lower()}") as image:
+            want = np.asarray(images._centre_crop(ops.exif_transpose(image).convert("RGB"), 30))
+        assert np.allclose(got[i].numpy(), want.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    assert len({x.numpy().tobytes() for x in got}) == 8
+    # control: damaged EXIF asks for nothing
+    (tmp_path / "6.jpg").write_bytes(photo(6, exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    assert open_images(tmp_path, 30).skipped == ()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_lies_over_white(tmp_path: Path, mode: str):
+    """By an alpha channel, or by a colour that means it."""
+    image_module = pytest.importorskip("PIL.Image")
+    pixels = np.full((8, 8), 51, np.uint8)
+    pixels[:, 4:] = 204
+    image, more = image_module.fromarray(pixels), {}
+    if mode.endswith("A"):
+        alpha = image_module.fromarray(np.where(pixels == 51, 0, 255).astype(np.uint8))
+        image = image.convert(mode)
+        image.putalpha(alpha)
+    else:
+        image = image.convert(mode)
+        first = image.getpixel((0, 0))
+        more = {"transparency": first}
+    image.save(tmp_path / "a.png", **more)
+    opened = open_images(tmp_path)
+    assert opened.shape[0] == (1 if mode in ("L", "LA") else 3)
+    x = opened.batch(rows(1))[0]
+    assert torch.equal(x[..., :4], torch.ones_like(x[..., :4]))
+    assert (x[..., 4:] - (204 / 127.5 - 1)).abs().max() < 0.02
+
+
+def older_index(path: Path) -> None:
+    """The index as it was before it said what is redrawn."""
+    content = json.loads((path / images.INDEX).read_bytes().partition(b"\n")[2])
+    content["files"] = {name: fields[:5] for name, fields in content["files"].items()}
+    text = json.dumps(content).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (path / images.INDEX).write_bytes(digest + b"\n" + text)
+
+
+def fingerprint_before(path: Path) -> str:
+    """Of names and bytes alone, which is what it was of when no image was redrawn."""
+    digest = hashlib.sha256(b"images (3, 8, 8)\0")
+    names = sorted(str(p.relative_to(path)) for p in path.rglob("*.png") if p.name != "bad.png")
+    for name in names:
+        sha256 = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        digest.update(sha256.encode() + name.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def test_other_folders_keep_their_fingerprint(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    """Also those with opaque alpha; an older index is made new, an agreement in it stays."""
+    path = folder(tmp_path)
+    opaque = pytest.importorskip("PIL.Image").open(io.BytesIO(picture())).convert("RGBA")
+    opaque.save(path / "n01" / "opaque.png")
+    (path / "n01" / "bad.png").write_bytes(b"bad")
+    images.index_images(path, accept_broken=True)
+    opened = open_images(path)
+    assert opened.fingerprint == fingerprint_before(path)
+    whole = (path / images.INDEX).read_bytes()
+    older_index(path)
+    assert open_images(path).fingerprint == opened.fingerprint
+    assert (path / images.INDEX).read_bytes() == whole
+    # one that is turned is new data, and an older index does not hide it
+    (path / "n10" / "0.png").write_bytes(photo(6, "PNG"))
+    turned = open_images(path).fingerprint
+    older_index(path)
+    assert open_images(path).fingerprint == turned != fingerprint_before(path)
+    (path / "n10" / "0.png").write_bytes(photo(1, "PNG"))
+    assert open_images(path).fingerprint == fingerprint_before(path)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("LA", 1), ("RGBA", 3)])
