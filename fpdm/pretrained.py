@@ -22,7 +22,7 @@ from fpdm.settings import plain, update
 @dataclass(frozen=True)
 class LoadedSource:
     """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
-    directory; ``latent_scale`` of its data, None where that is not known."""
+    directory; ``latent_scale`` of its data and ``label_dropout``, None where that is not known."""
 
     model: FPDM | DiT
     diffusion: Diffusion
@@ -31,15 +31,25 @@ class LoadedSource:
     which: str
     path: Path
     latent_scale: float | None = None
+    label_dropout: float | None = None
 
     def sampler(self, config: SamplerConfig) -> Sampler:
         """A sampler, with the model's calibration if ``config`` wants one. Raises ConfigError for
         settings that cannot be met."""
+        self.check_guidance(config)
         found = None
         if config.allocation == "learned":
             there = [path for path in self.calibrations() if path.is_file()]
             found = calibration.load(there[0], self.digest()) if there else None
         return Sampler(self.model, self.diffusion, config, calibration=found)
+
+    def check_guidance(self, config: SamplerConfig) -> None:
+        """Raises ConfigError for guidance by a null label that was never trained."""
+        if config.guidance != 1.0 and self.label_dropout == 0.0:
+            raise ConfigError(
+                f"guidance: got {config.guidance:g}, expected 1: {self.path} was trained with "
+                "train.label_dropout=0 (the null label is never trained)"
+            )
 
     def calibrations(self) -> list[Path]:
         """Where its calibration may lie, a new one in the first place: the run. An export may be
@@ -122,7 +132,12 @@ def _load_export(
     scale = found.extra.get("latent_scale")
     if scale is not None and not (type(scale) in (int, float) and scale > 0):
         raise ConfigError(f"{path}: got latent_scale {scale!r:.40}, expected a positive number")
-    return LoadedSource(model, diffusion, sampler, name, found.weights, path, latent_scale=scale)
+    dropout = found.extra.get("label_dropout")
+    if dropout is not None and not (type(dropout) in (int, float) and 0 <= dropout < 1):
+        raise ConfigError(
+            f"{path}: got label_dropout {dropout!r:.40}, expected at least 0, below 1"
+        )
+    return LoadedSource(model, diffusion, sampler, name, found.weights, path, scale, dropout)
 
 
 def _load_run(
@@ -141,6 +156,7 @@ def _load_run(
         model.to(device), Diffusion(config.diffusion, device), config.sample,
         f"{path.resolve().name}-{found.step}", which, path,
         config.data.latent_scale if config.data.kind == "latents" else None,
+        config.train.label_dropout,
     )  # fmt: skip
 
 

@@ -157,6 +157,7 @@ def export_extra(config: Config, step: int) -> dict[str, Any]:
         "step": step,
         "recipe": config.recipe,
         "sample": to_dict(config.sample),
+        "label_dropout": config.train.label_dropout,
         "latent_scale": data.latent_scale if data.kind == "latents" else None,
     }
 

@@ -196,6 +196,7 @@ def calibrate(source: LoadedSource, config: SamplerConfig, images: int) -> None:
         raise ConfigError(f"calibrate: got a {source.model.config.kind}, expected an fpdm")
     if images < 1:
         raise ConfigError(f"calibrate: got {images} images, expected at least 1")
+    source.check_guidance(config)
     labels = [i % source.model.config.num_classes for i in range(images)]
     # seeds that no image of a usual run has
     seeds = range(1 << 63, (1 << 63) + images)

@@ -20,9 +20,11 @@ from fpdm.config import (
     ExecutionConfig,
     ModelConfig,
     SamplerConfig,
+    TrainConfig,
     to_dict,
 )
 from fpdm.pretrained import load_source
+from fpdm.runlog import export_extra
 from fpdm.sample import main
 
 
@@ -46,6 +48,43 @@ def test_export_with_a_scale_that_is_none(tmp_path: Path, scale: object) -> None
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"got latent_scale .*, expected a positive number"):
         load_source(path)
+
+
+@pytest.mark.parametrize("dropout", ["0.1", -1, True, 1])
+def test_export_with_a_label_dropout_that_is_none(tmp_path: Path, dropout: object) -> None:
+    path = exports.export(
+        tmp_path / "e", MODEL, random_model(MODEL).state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={"label_dropout": dropout},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"got label_dropout .*, expected at least 0, below 1"):
+        load_source(path)
+
+
+def test_guidance_needs_a_null_label_that_was_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = ModelConfig(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10)
+    model, sources = random_model(digits), {}
+    groups = {"model": model.state_dict(), "ema": dict(model.named_parameters())}
+    for name, dropout in (("without", 0.0), ("with", 0.1)):
+        config = Config(
+            model=digits, data=DataConfig(kind="digits"), sample=SETTINGS,
+            train=TrainConfig(label_dropout=dropout),
+        )  # fmt: skip
+        meta = {"config": to_dict(config)}
+        checkpoint.save(tmp_path / name / "checkpoints", 12, groups, meta, keep=2)
+        exports.export(
+            tmp_path / name / "export", digits, model.state_dict(), which="ema",
+            diffusion=config.diffusion, extra=export_extra(config, 12),
+        )  # fmt: skip
+        sources[name] = (str(tmp_path / name), str(tmp_path / name / "export"))
+    for source in sources["without"]:
+        for more in ([], ["--calibrate", "4"]):
+            told = complain([source, "--guidance", "4", *more], capsys)
+            assert f"guidance: got 4, expected 1: {source} was trained with train.label_d" in told
+    for i, source in enumerate((*sources["with"], *sources["without"])):
+        argv = ["--out", str(tmp_path / f"{i}"), "--count", "1", "--steps", "2"]
+        main([source, *argv, "--guidance", "4" if i < 2 else "1"])
 
 
 def test_run_directory(
