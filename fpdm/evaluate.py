@@ -103,6 +103,11 @@ def evaluate(source: LoadedSource, options: Options) -> Evaluation:
     if options.held_out:
         scale = getattr(train, "latent_scale", None)
         held_out = open_dataset(replace(data, path=options.held_out, latent_scale=scale))
+        if held_out.fingerprint == train.fingerprint:  # before an hour of sampling
+            raise ConfigError(
+                f"held_out: got {options.held_out}, the training images themselves, expected "
+                "images that training did not see"
+            )
     classes = source.model.config.num_classes
     labels = [i % classes for i in range(options.sets * options.count)]
     return evaluate_pixels(draw(source, options.sample, labels, options.seed), train, held_out)

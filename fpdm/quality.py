@@ -267,7 +267,8 @@ def evaluate_pixels(x: Tensor, train: Dataset, held_out: Dataset | None = None) 
     """Nearest distances of samples x (N,C,h,w) to the images of ``train``, and their ratio to those
     of ``held_out`` images that training did not see (without them there is no target).
 
-    Raises ConfigError when shapes differ or a sample is not finite.
+    Raises ConfigError when shapes differ, a sample is not finite, or half of ``held_out`` and more
+    are training images.
     """
     x = x.detach().cpu()
     if not x.isfinite().all():
@@ -279,7 +280,12 @@ def evaluate_pixels(x: Tensor, train: Dataset, held_out: Dataset | None = None) 
         missing.append("nearest ratio: needs images that training did not see (--held_out PATH)")
     else:
         real = torch.cat([nearest_distances(part, batches(train)) for part in batches(held_out)])
-        ratio = median / max(real.median().item(), 1e-300)
+        if real.median() == 0:
+            raise ConfigError(
+                f"held_out: got images of which {int((real == 0).sum())} of {len(real)} are "
+                "training images, expected images that training did not see"
+            )
+        ratio = median / real.median().item()
         note = f"held-out images are {real.median().item():.3f} from training images (median)"
         results.append(Result("nearest ratio", ratio, ">=", RATIO, note))
     return Evaluation(

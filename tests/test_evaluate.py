@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -16,9 +17,17 @@ from safetensors.torch import load_file, save_file
 from test_metrics import normal, whole
 from torch.nn import functional as F
 
-from fpdm import classifier, evaluate, exports, quality
-from fpdm.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, UserError
+from fpdm import classifier, evaluate, exports, quality, shards
+from fpdm.config import (
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SamplerConfig,
+    UserError,
+)
 from fpdm.data import open_dataset
+from fpdm.pretrained import load_source
 
 # assets
 
@@ -357,6 +366,42 @@ def test_image_model_is_measured_against_its_folder(tmp_path):
     assert evaluate.command([*argv, "--out", str(tmp_path / "other.json")]) == 0
     found = json.loads((tmp_path / "other.json").read_text())
     assert [r["name"] for r in found["results"]] == ["nearest distance", "nearest ratio"]
+    # the training images are no others, under another name neither
+    shutil.copytree(tmp_path / "train", tmp_path / "copy")
+    argv = argv[:-1]
+    for name in ("train", "copy"):
+        with pytest.raises(ConfigError, match=rf"held_out: got .*{name}, the training images them"):
+            evaluate.command([*argv, str(tmp_path / name), "--out", str(tmp_path / "a.json")])
+    shutil.copy(tmp_path / "held" / "a" / "12.png", tmp_path / "copy" / "a")
+    with pytest.raises(ConfigError, match="held_out: got images of which 12 of 13 are training im"):
+        evaluate.command([*argv, str(tmp_path / "copy"), "--out", str(tmp_path / "a.json")])
+
+
+def test_latents_of_an_export_are_measured_at_its_scale(tmp_path):
+    """Whatever scale they are stored with, unless another one is asked for."""
+    x = normal(12, 4, 4, 4).float().numpy()
+    for name, scale in (("train", 0.5), ("held", 2.0)):
+        shards.write_shards(
+            [(x * scale + (name == "held"), np.arange(12) % 2, None)], tmp_path / name,
+            dtype="float32", latent_scale=scale, rows_per_shard=16,
+        )  # fmt: skip
+    config = ModelConfig(input_size=4, in_channels=4, hidden_size=16, num_heads=2, num_classes=2)
+    out = tmp_path / "export"
+    exports.export(
+        out, config, random_model(config).state_dict(), which="raw",
+        diffusion=DiffusionConfig(), extra={"latent_scale": 1.0},
+    )  # fmt: skip
+    source, seen = load_source(out), []
+    sample = SamplerConfig(steps=2, iters=1)
+    for scale, expected in ((None, 1.0), (3.0, 3.0)):
+        data = DataConfig(kind="latents", path=str(tmp_path / "train"), latent_scale=scale)
+        options = evaluate.Options(sample, data, 1, 4, 0, str(tmp_path / "held"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "evaluate_pixels", lambda *args: seen.append(args))
+            evaluate.evaluate(source, options)
+        _, train, held_out = seen[-1]
+        assert (train.latent_scale, held_out.latent_scale) == (expected, expected)
+        assert np.allclose(train.batch(np.arange(12))[0].numpy(), x * expected, atol=1e-6)
 
 
 def test_help_needs_no_source():
