@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fpdm import shards
 from fpdm.cli import Parser, run_main, stoppable
 from fpdm.config import ConfigError, DataConfig
-from fpdm.images import ImageFolder, index_images
+from fpdm.images import ImageFolder, index_images, told_ignored
 from fpdm.shards import DataError, LatentBatch, check_request, listed
 
 __all__ = ["DataError", "Dataset", "Digits", "open_dataset", "stream_indices"]
@@ -237,7 +237,8 @@ def _numbered(folder: Path) -> dict[int, Path]:
         raise DataError(f"{folder}: got no such folder, expected one with files N.npy")
     found: dict[int, Path] = {}
     for name in os.listdir(folder):
-        if not name.endswith(".npy"):
+        # ._N.npy is what macOS notes about N.npy elsewhere
+        if not name.endswith(".npy") or name.startswith("."):
             continue
         if not re.fullmatch(r"[0-9]{1,18}", name[:-4]):
             raise DataError(f"{folder / name}: got {name[:-4]!r}, expected a number before .npy")
@@ -250,7 +251,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def lightningdit_batches(folder: Path) -> Iterator[LatentBatch]:
     """Batches from LightningDiT's safetensors files (``latents``, ``labels`` and perhaps
     ``latents_flip``), in the order of their names. Raises DataError for a file without them."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         raise DataError(f"{folder}: got no .safetensors files, expected some")
     for path in files:
@@ -340,10 +341,13 @@ def _verify(folder: Path, skip_broken: bool) -> None:
         shards.open_latents(folder, None, flip=False)
         print(f"{_describe(folder, manifest)}: all hashes match")
         return
-    records, skipped = index_images(folder, accept_broken=skip_broken, decode_all=True)
+    records, skipped, others = index_images(folder, accept_broken=skip_broken, decode_all=True)
     for name in sorted(skipped):
         print(f"skipped {folder / name}: {records[name].problem}")
-    print(f"{folder}: {len(records) - len(skipped)} images decode, {len(skipped)} broken skipped")
+    print(
+        f"{folder}: {len(records) - len(skipped)} images decode, {len(skipped)} broken skipped"
+        f"{told_ignored(others)}"
+    )
 
 
 def _latents_info(folder: Path) -> None:
@@ -380,7 +384,8 @@ def _encode(args: argparse.Namespace) -> None:
     if rows is None:
         rows = min(max(len(images) // 256, _FEWEST), _MOST)
     print(
-        f"photos     {len(images)} of {images.num_classes} classes, cropped to {args.image_size}\n"
+        f"photos     {len(images)} of {images.num_classes} classes, cropped to {args.image_size}"
+        f"{told_ignored(images.ignored)}\n"
         f"vae        {vae.name} ({vae.sha256}): {vae.channels} channels, 1/{vae.factor}, scaling "
         f"factor {vae.scale:g}, on {device}",
         flush=True,

@@ -16,6 +16,7 @@ import json
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -71,12 +72,12 @@ class ImageFolder:
     turned as their EXIF says, what is transparent over white. ADM's crop: halve by box filter while
     the short side is at least 2 s, bicubic to short side s, centre crop. A true flip mirrors left
     and right. ``skipped`` names broken files that ``index_images(accept_broken=True)`` has agreed
-    to leave out; ``sha256`` are the files', and ``classes`` the folders in the order of their
-    numbers.
+    to leave out, ``ignored`` files that are none by their names; ``sha256`` are the files', and
+    ``classes`` the folders in the order of their numbers.
     """
 
     def __init__(self, path: Path, image_size: int) -> None:
-        records, accepted = index_images(path)
+        records, accepted, self.ignored = index_images(path)
         self.skipped = tuple(name for name in records if name in accepted)
         names = [name for name in records if name not in accepted]
         if not names:
@@ -184,33 +185,37 @@ def _decode(data: bytes):  # type: ignore[no-untyped-def]
     return image, mode, redrawn
 
 
-def _image_names(folder: Path) -> list[str]:
-    """Relative POSIX paths of the images, sorted by class and path, however the disk lists them."""
+def _image_names(folder: Path) -> tuple[list[str], list[str]]:
+    """Relative POSIX paths of the images, sorted by class and path, however the disk lists them,
+    and of what else lies there: other files, and links to folders, which are not followed. What
+    begins with a dot is neither."""
     if not folder.is_dir():
         raise DataError(f"data.path: got {str(folder)!r}, expected a folder of images")
-    names: list[str] = []
+    names, others = list[str](), list[str]()
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            below: list[str] = []
+            before = len(names)
             for root, inner, files in os.walk(entry):
                 inner[:] = [name for name in inner if not name.startswith(".")]
                 where = Path(root).relative_to(folder).as_posix()
-                below += [f"{where}/{file}" for file in files if _is_image(file)]
-            if not below:
+                others += [f"{where}/{x}" for x in inner if os.path.islink(os.path.join(root, x))]
+                for file in files:
+                    if not file.startswith("."):
+                        (names if _is_image(file) else others).append(f"{where}/{file}")
+            if len(names) == before:
                 raise DataError(f"{entry}: got no images, expected {' '.join(_SUFFIXES)}")
-            names += below
-        elif _is_image(entry.name):
-            names.append(entry.name)
+        elif not entry.name.startswith("."):
+            (names if _is_image(entry.name) else others).append(entry.name)
     loose = sorted(name for name in names if "/" not in name)
     if loose and len(loose) < len(names):
         raise DataError(f"{folder}: got images beside the class folders: {listed(loose)}")
     if not names:
         raise DataError(f"{folder}: got no images, expected {' '.join(_SUFFIXES)}")
-    return sorted(names, key=lambda name: (_class_of(name), name))
+    return sorted(names, key=lambda name: (_class_of(name), name)), sorted(others)
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(_SUFFIXES)
 
 
 def _examine(path: Path) -> ImageRecord:
@@ -234,8 +239,9 @@ def _examine(path: Path) -> ImageRecord:
 
 def index_images(
     folder: Path, accept_broken: bool = False, decode_all: bool = False
-) -> tuple[dict[str, ImageRecord], frozenset[str]]:
-    """Records of all images in order, and the names of the broken ones that were accepted.
+) -> tuple[dict[str, ImageRecord], frozenset[str], list[str]]:
+    """Records of all images in order, the names of the broken ones that were accepted, and those of
+    other files, which are ignored.
 
     ``accept_broken`` writes the agreement to skip today's broken files into the index. The index is
     a cache: damaged or absent it is built again, and a folder that cannot be written has none.
@@ -246,7 +252,7 @@ def index_images(
         DataError: no images, or broken ones that nobody accepted (their number, the first five).
     """
     _pillow()
-    names = _image_names(folder)
+    names, others = _image_names(folder)
     known, agreed = _load_index(folder)
     same = {name for name in names if _unchanged(folder / name, known.get(name))}
     fresh = [n for n in names if decode_all or n not in same or known[n].redrawn is None]
@@ -278,7 +284,13 @@ def index_images(
             f"{folder}: got {len(refused)} broken of {len(names)} images: {listed(refused, 3)}; "
             f"mend them, or agree to skip them: python -m fpdm.data verify {folder} --skip-broken"
         )
-    return records, accepted
+    return records, accepted, others
+
+
+def told_ignored(others: Sequence[str]) -> str:
+    """The end of a line about a folder that holds ``others`` beside its images."""
+    plural = "s" if len(others) > 1 else ""
+    return f", {len(others)} other file{plural} ignored: {listed(others)}" if others else ""
 
 
 def _unchanged(path: Path, record: ImageRecord | None) -> bool:

@@ -31,8 +31,10 @@ import torch
 from tqdm import tqdm
 
 from fpdm.config import Config, ConfigError, UserError, to_dict
+from fpdm.data import Dataset
 from fpdm.distributed import Ranks
 from fpdm.files import atomic_write, directory_lock, write_problem
+from fpdm.images import told_ignored
 from fpdm.settings import one_line
 
 
@@ -139,14 +141,14 @@ def _until(line: bytes, step: int) -> bool:
         return False
 
 
-def described(config: Config, model: torch.nn.Module, samples: int, ranks: Ranks) -> str:
+def described(config: Config, model: torch.nn.Module, data: Dataset, ranks: Ranks) -> str:
     """What is trained, and on what."""
     parameters = sum(p.numel() for p in model.parameters())
     t, many = config.train, f"{ranks.world} ranks of " if ranks.world > 1 else ""
+    kind = config.data.kind + told_ignored(getattr(data, "ignored", ()))
     return (
-        f"{config.model.kind}, {parameters / 1e6:.2f} M parameters; {samples} samples "
-        f"({config.data.kind}), batch {t.batch}, {t.steps} steps, {t.precision} on "
-        f"{many}{ranks.device}"
+        f"{config.model.kind}, {parameters / 1e6:.2f} M parameters; {len(data)} samples "
+        f"({kind}), batch {t.batch}, {t.steps} steps, {t.precision} on {many}{ranks.device}"
     )
 
 

@@ -182,7 +182,7 @@ def open_latents(path: Path, latent_scale: float | None, flip: bool) -> LatentSh
     if flip and not manifest.flip:
         raise DataError(f"data.flip: got true, expected false: {path} holds no latents_flip")
     names = {shard.file for shard in manifest.shards}
-    surplus = sorted({entry.name for entry in path.glob("*.safetensors")} - names)
+    surplus = sorted({entry.name for entry in path.glob("[!.]*.safetensors")} - names)
     if surplus:
         raise DataError(f"{path}: got files that are not in the manifest: {listed(surplus)}")
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])

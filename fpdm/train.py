@@ -218,7 +218,7 @@ class Trainer:
     def _open_log(self) -> None:
         shown = self.ranks.rank == 0
         if shown:
-            told = described(self.config, self.model, len(self.data), self.ranks)
+            told = described(self.config, self.model, self.data, self.ranks)
             print(f"{self.directory.root}: {told}", flush=True)
         self.progress = Progress(self.config, self.directory, self.ranks.device, self.step, shown)
         implementations.reset_counters()

@@ -330,6 +330,8 @@ def test_lightningdit_files(tmp_path: Path):
     data.command(["convert-lightningdit", str(source), str(tmp_path / "own"), "--dtype", "float32"])
     own = open_dataset(DataConfig(kind="latents", path=str(tmp_path / "own")))
     assert np.array_equal(own.batch(rows(30))[0].numpy(), x)
+    (source / "._latents_rank00_shard000.safetensors").write_bytes(b"x")
+    assert sum(len(batch[1]) for batch in data.lightningdit_batches(source)) == 30
     bad = source / "latents_rank01_shard000.safetensors"
     for tensors in ({"latents": x}, {"latents": x, "labels": y[:-1]}):
         save_file(tensors, bad)
@@ -343,6 +345,8 @@ def test_lightningdit_files(tmp_path: Path):
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     features, labels, _, _ = fastdit(tmp_path)
+    for name in (".DS_Store", "._3.npy"):
+        (features / name).write_bytes(b"x")
     out = str(tmp_path / "out")
     data.command(["convert-fastdit", str(features), str(labels), out, "--rows-per-shard", "10"])
     printed = capsys.readouterr().out

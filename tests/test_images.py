@@ -187,6 +187,25 @@ def test_one_flat_folder_is_one_class(tmp_path: Path):
     refused(lambda: open_images(tmp_path), "beside the class folders", "0.jpg")
 
 
+def test_what_is_no_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = folder(tmp_path)
+    opened = open_images(path)
+    assert opened.ignored == []
+    (path / "n01" / "a.gif").write_bytes(b"GIF89a")
+    (path / "n01" / "deep" / "b.TIFF").write_bytes(b"II*")
+    (path / "n02" / "linked").symlink_to(path / "n01" / "deep")
+    (path / "README.txt").write_text("x")
+    for name in (".DS_Store", "n01/._0.png", "n01/.hidden.gif"):
+        (path / name).write_bytes(b"x")
+    again = open_images(path)
+    assert again.fingerprint == opened.fingerprint
+    assert again.ignored == ["README.txt", "n01/a.gif", "n01/deep/b.TIFF", "n02/linked"]
+    data.command(["verify", str(path)])
+    told = ", 4 other files ignored: README.txt, n01/a.gif, n01/deep/b.TIFF and 1 more\n"
+    assert f"9 images decode, 0 broken skipped{told}" in capsys.readouterr().out
+    assert images.told_ignored(["a.gif"]) == ", 1 other file ignored: a.gif"
+
+
 def test_hidden_folders_hold_no_images(tmp_path: Path):
     path = folder(tmp_path)
     opened = open_images(path)
@@ -259,7 +278,7 @@ def test_broken_images_are_listed_counted_and_skipped_on_agreement(tmp_path: Pat
             f"verify {path} --skip-broken",
         )
         refused(lambda: open_images(path), *words)
-    records, skipped = images.index_images(path, accept_broken=True)
+    records, skipped, _ = images.index_images(path, accept_broken=True)
     assert {Path(name).name for name in skipped} == {*broken, "dangling.png", "fifo.png"}
     assert "pixels" in records["n02/bomb.png"].problem
     assert "8 bits" in records["n02/sixteen.png"].problem
