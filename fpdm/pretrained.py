@@ -22,7 +22,8 @@ from fpdm.settings import plain, update
 @dataclass(frozen=True)
 class LoadedSource:
     """A trained model and how it was trained; ``which`` of its weights: ema or raw; ``path`` of its
-    directory; ``latent_scale`` of its data and ``label_dropout``, None where that is not known."""
+    directory; ``latent_scale`` of its data and ``label_dropout``, None where that is not known;
+    ``classes``: their names in the order of their numbers, where they have any."""
 
     model: FPDM | DiT
     diffusion: Diffusion
@@ -32,6 +33,7 @@ class LoadedSource:
     path: Path
     latent_scale: float | None = None
     label_dropout: float | None = None
+    classes: tuple[str, ...] = ()
 
     def sampler(self, config: SamplerConfig) -> Sampler:
         """A sampler, with the model's calibration if ``config`` wants one. Raises ConfigError for
@@ -137,7 +139,17 @@ def _load_export(
         raise ConfigError(
             f"{path}: got label_dropout {dropout!r:.40}, expected at least 0, below 1"
         )
-    return LoadedSource(model, diffusion, sampler, name, found.weights, path, scale, dropout)
+    return LoadedSource(
+        model, diffusion, sampler, name, found.weights, path, scale, dropout,
+        _class_names(path, found.extra),
+    )  # fmt: skip
+
+
+def _class_names(path: Path, said: dict[str, Any]) -> tuple[str, ...]:
+    names = said.get("classes", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{path}: got classes {names!r:.40}, expected a list of names")
+    return tuple(names)
 
 
 def _load_run(
@@ -156,7 +168,7 @@ def _load_run(
         model.to(device), Diffusion(config.diffusion, device), config.sample,
         f"{path.resolve().name}-{found.step}", which, path,
         config.data.latent_scale if config.data.kind == "latents" else None,
-        config.train.label_dropout,
+        config.train.label_dropout, _class_names(found.path, found.meta),
     )  # fmt: skip
 
 

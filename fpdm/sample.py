@@ -48,6 +48,7 @@ from fpdm.request import (
     parser,
     sampler_config,
 )
+from fpdm.shards import listed
 from fpdm.vae import TOLD, VAE, load_vae
 
 REPORTED = 256  # images of which a report keeps every residual
@@ -147,8 +148,11 @@ def describe(sampler: Sampler, source: LoadedSource, impl: str) -> list[str]:
         solver = "no fixed point"
     stranded = f" ({plan.stranded} stranded)" if plan.stranded else ""
     parameters = sum(p.numel() for p in source.model.parameters())
+    # the names of folders, which may hold anything
+    names = [f"{i} {x if x.isprintable() else repr(x)}" for i, x in enumerate(source.classes)]
     return [
         f"source     {source.name} ({source.which}): {m.kind}, {parameters / 1e6:.2f} M parameters",
+        *([f"classes    {listed(names, 8)}"] if names else []),
         f"plan       {c.method}, {len(ks)} steps {c.spacing}, {solver}, guidance {c.guidance:g}",
         f"per image  {plan.blocks} blocks{stranded}, {plan.macs / 1e9:.3g} GMACs",
         f"running    {impl} on {sampler.device}, {c.dtype}, batch {sampler.batch}",

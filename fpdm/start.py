@@ -1,4 +1,4 @@
-"""What a run begins with: settings that its data decide, weights of another run (``train.init``).
+"""What a run begins with: what its data decide, and weights of another run (``train.init``).
 
 The weights of an export, or the EMA of a run's newest checkpoint, are read by rank 0 before the
 first step of a run and never again: a run that has a checkpoint continues from it, wherever the
@@ -7,17 +7,20 @@ other one is by then. Parameters and average begin with them, the optimiser with
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from fpdm import checkpoint
-from fpdm.config import Config, ConfigError, UserError, diff
+from fpdm.config import Config, ConfigError, DataConfig, UserError, diff
 from fpdm.data import Dataset
+from fpdm.files import read_small
 from fpdm.pretrained import LoadedSource, load_source
 from fpdm.settings import flat
-from fpdm.shards import LatentShards
+from fpdm.shards import ORIGIN, LatentShards
 
 _LABELS = "y_embedder.embedding_table.weight"
 
@@ -27,6 +30,17 @@ def settled(config: Config, data: Dataset) -> Config:
     if not isinstance(data, LatentShards):
         return config
     return replace(config, data=replace(config.data, latent_scale=data.latent_scale))
+
+
+def class_names(config: DataConfig, data: Dataset) -> list[str]:
+    """Names of the classes in the order of their numbers: the folders of images, also of those that
+    the latents were encoded from; empty where there are none."""
+    names: object = getattr(data, "classes", [])
+    if config.kind == "latents" and (origin := Path(config.path) / ORIGIN).is_file():
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):  # a label, no more
+            names = json.loads(read_small(origin))["classes"]
+    known = isinstance(names, list) and len(names) == data.num_classes and names != [""]
+    return [str(name) for name in names] if known else []
 
 
 def begin_with(model: nn.Module, config: Config, checkpoints: Path) -> dict[str, str] | None:

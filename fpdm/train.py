@@ -47,7 +47,7 @@ from fpdm.process import lasting_output
 from fpdm.recipes import load_config
 from fpdm.runlog import Progress, RunDirectory, Window, described, export_extra
 from fpdm.settings import flat, one_line
-from fpdm.start import begin_with, settled
+from fpdm.start import begin_with, class_names, settled
 from fpdm.weights import PreparedWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +119,7 @@ class Trainer:
         check_machine(self.config, self.ranks.world, device)
         self.data = open_dataset(self.config.data)
         self.config = config = settled(self.config, self.data)
+        self.classes = class_names(config.data, self.data)
         check_data(config, self.data)
         precision = config.train.precision
         self.impl = self._choose(DTYPES[precision], f"train.precision = {precision}")
@@ -417,6 +418,7 @@ class Trainer:
             "config": to_dict(self.config),
             "data": self.data.fingerprint,
             "init": self.begun,
+            "classes": self.classes,
             "state": self._state(),
             "versions": versions | {"python": platform.python_version()},
             "ranks": self.ranks.world,
@@ -471,7 +473,8 @@ class Trainer:
         export(
             self.directory.export, self.config.model, self.optimizer.ema_state_dict(),
             which="ema", diffusion=self.config.diffusion,
-            extra=export_extra(self.config, self.step) | {"init": self.begun},
+            extra=export_extra(self.config, self.step)
+            | {"init": self.begun, "classes": self.classes},
         )  # fmt: skip
         # after what nothing can replace
         drawn = figures.plot_history(self.directory.metrics, self.directory.curves)

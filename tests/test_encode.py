@@ -320,6 +320,8 @@ def test_photos_to_pictures(
     # the run and its export know the scale of their latents
     for source in ("runs/imagenet256", "runs/imagenet256/export"):
         assert load_source(source).latent_scale == 0.18215
+        # and the names of its classes
+        assert load_source(source).classes == ("class0", "class1", "class2")
 
 
 def test_values_and_mirror_images(photos: Path, vae: Path, tmp_path: Path) -> None:

@@ -25,13 +25,16 @@ from runs import (
     stopping,
 )  # fmt: skip
 
-from fpdm import checkpoint, figures
+from fpdm import checkpoint, figures, sample
 from fpdm.config import Config, ConfigError, DataConfig, ModelConfig, UserError, to_dict
+from fpdm.data import open_dataset
 from fpdm.exports import export
+from fpdm.images import ImageFolder
 from fpdm.model import build_model, from_pretrained
 from fpdm.pretrained import load_source
 from fpdm.recipes import load_config
 from fpdm.shards import write_shards
+from fpdm.start import class_names
 from fpdm.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,6 +259,36 @@ def test_latents_are_taken_as_they_are_stored(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.latent_scale: 0\.18215 -> 1\.0; expected"):
         Trainer(replace(older, data=base.data)).run()
     assert Trainer(load_config(str(tmp_path / "older" / "config.yaml"))).run() == 4
+
+
+def test_the_names_of_classes_stay_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of folders, also in a run's samples; a name may be anything that a file system takes."""
+    image = pytest.importorskip("PIL.Image")
+    names = ["Zürich", "a b", "line\nbreak"]
+    for name in names:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        image.new("L", (8, 8), 90).save(tmp_path / "photos" / name / "0.png")
+    data = DataConfig(kind="images", path=str(tmp_path / "photos"), image_size=8)
+    base = small(tmp_path, steps=2)
+    Trainer(replace(base, model=replace(MODEL, num_classes=3), data=data)).run()
+    for source in (tmp_path / "run", tmp_path / "run" / "export"):
+        assert load_source(source).classes == tuple(sorted(names))
+        capsys.readouterr()
+        sample.main([str(source), "--count", "1", "--out", str(tmp_path / f"of {source.name}")])
+        told = capsys.readouterr().out
+        assert "\nclasses    0 Zürich, 1 a b, 2 'line\\nbreak'\n" in told
+    # one class has no name, nor have digits; a file that is no origin costs no run
+    flat = tmp_path / "photos" / "a b"
+    assert class_names(replace(data, path=str(flat)), ImageFolder(flat, 8)) == []
+    assert class_names(base.data, open_dataset(base.data)) == []
+    latents = few(tmp_path, 3)
+    for text in ("", "[]", '{"classes": ["a"]}', '{"classes": 3}'):
+        (Path(latents.path) / "origin.json").write_text(text)
+        assert class_names(latents, open_dataset(latents)) == []
+    (Path(latents.path) / "origin.json").write_text('{"classes": ["x", "y", "z"]}')
+    assert class_names(latents, open_dataset(latents)) == ["x", "y", "z"]
 
 
 def test_published_weights_are_a_beginning(tmp_path: Path) -> None:
