@@ -49,9 +49,7 @@ def check_data(config: Config, data: Dataset) -> None:
         raise ConfigError("data: got no samples, expected at least 1")
 
 
-def check_same(
-    meta: dict[str, Any], config: Config, fingerprint: str, world: int, path: Path
-) -> None:
+def check_same(meta: dict[str, Any], config: Config, data: Dataset, world: int, path: Path) -> None:
     """A resumed run is the same run, but for what ``config.RESUME_FREE`` lets change. Raises
     ConfigError that names the changed fields."""
     try:
@@ -71,10 +69,13 @@ def check_same(
             f"{path} is of another run: {'; '.join(changed)}{why}; expected the same settings, or "
             f"another train.name{_from(path) if fits else ''}"
         )
-    if meta["data"] != fingerprint:
+    if meta["data"] != data.fingerprint:
+        why = "the data changed since"
+        if meta["data"] == getattr(data, "former", ""):
+            why = "some images are turned by their EXIF or laid over white, as they were not then"
         raise ConfigError(
-            f"data: got fingerprint {fingerprint[:16]}, expected {meta['data'][:16]} of {path}: "
-            f"the data changed since; expected the same data, or another train.name{_from(path)}"
+            f"data: got fingerprint {data.fingerprint[:16]}, expected {meta['data'][:16]} of "
+            f"{path}: {why}; expected the same data, or another train.name{_from(path)}"
         )
     if config.fixed_point.draws == "per_rank" and meta["ranks"] != world:
         raise ConfigError(

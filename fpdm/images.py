@@ -90,13 +90,18 @@ class ImageFolder:
         self._mode = "L" if all(records[name].mode in _GRAY for name in names) else "RGB"
         self.shape = (1 if self._mode == "L" else 3, image_size, image_size)
         self.num_classes = len(classes)
+        redrawn = {name: done for name in names if (done := records[name].redrawn)}
+        # that of older versions, to which these images were as they are stored
+        self.former = self._digest({})
+        self.fingerprint = self._digest(redrawn)
+
+    def _digest(self, redrawn: dict[str, str]) -> str:
         digest = hashlib.sha256(f"images {self.shape}\0".encode())
-        for name, sha256 in zip(names, self.sha256):
+        for name, sha256 in zip(self._names, self.sha256):
             digest.update(sha256.encode() + os.fsencode(name) + b"\0")
-            # folders without such images keep the fingerprint that they always had
-            if redrawn := records[name].redrawn:
-                digest.update(redrawn.encode() + b"\0")
-        self.fingerprint = digest.hexdigest()
+            if name in redrawn:
+                digest.update(redrawn[name].encode() + b"\0")
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)

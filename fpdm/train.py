@@ -175,7 +175,7 @@ class Trainer:
         found = checkpoint.load_newest(root, report=print)
         if found is not None:
             world = self.ranks.world
-            check_same(found.meta, self.config, self.data.fingerprint, world, found.path)
+            check_same(found.meta, self.config, self.data, world, found.path)
             self.optimizer.load_state(found.tensors)
             self._restore(found.meta["state"])
             self.begun = found.meta.get("init")

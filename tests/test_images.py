@@ -152,7 +152,7 @@ def test_other_folders_keep_their_fingerprint(tmp_path: Path, recwarn: pytest.Wa
     (path / "n01" / "bad.png").write_bytes(b"bad")
     images.index_images(path, accept_broken=True)
     opened = open_images(path)
-    assert opened.fingerprint == fingerprint_before(path)
+    assert opened.fingerprint == opened.former == fingerprint_before(path)
     whole = (path / images.INDEX).read_bytes()
     older_index(path)
     assert open_images(path).fingerprint == opened.fingerprint
@@ -160,6 +160,7 @@ def test_other_folders_keep_their_fingerprint(tmp_path: Path, recwarn: pytest.Wa
     # one that is turned is new data, and an older index does not hide it
     (path / "n10" / "0.png").write_bytes(photo(6, "PNG"))
     turned = open_images(path).fingerprint
+    assert open_images(path).former == fingerprint_before(path)
     older_index(path)
     assert open_images(path).fingerprint == turned != fingerprint_before(path)
     (path / "n10" / "0.png").write_bytes(photo(1, "PNG"))

@@ -23,6 +23,7 @@ from runs import changed, small
 from fpdm import checkpoint, figures, files
 from fpdm.checks import check_same
 from fpdm.config import ConfigError, FixedPointConfig, UserError
+from fpdm.data import open_dataset
 from fpdm.kernels import implementations
 from fpdm.runlog import RunDirectory
 from fpdm.train import Trainer
@@ -128,22 +129,23 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.steps: got 2, expected at least 3, where"):
         Trainer(changed(config, steps=2)).run()
     meta = checkpoint.load_newest(tmp_path / "run" / "checkpoints").meta
-    check_same(meta, config, meta["data"], 1, tmp_path)
+    data = open_dataset(config.data)
+    check_same(meta, config, data, 1, tmp_path)
     with pytest.raises(ConfigError, match=r"ranks: got 2, expected the 1 of .*per_rank"):
-        check_same(meta, config, meta["data"], 2, tmp_path)
+        check_same(meta, config, data, 2, tmp_path)
     shared = replace(config, fixed_point=replace(ours, draws="global"))
     meta["config"]["fixed_point"]["draws"] = "global"
-    check_same(meta, shared, meta["data"], 2, tmp_path)
+    check_same(meta, shared, data, 2, tmp_path)
     # a setting that came after the checkpoint had its default then
     del meta["config"]["optim"]["ema_warmup"]
-    check_same(meta, shared, meta["data"], 1, tmp_path)
+    check_same(meta, shared, data, 1, tmp_path)
     meta["config"]["optim"]["gone"] = 1
     with pytest.raises(ConfigError, match=rf"{tmp_path} is of another version .*optim.gone"):
-        check_same(meta, shared, meta["data"], 1, tmp_path)
+        check_same(meta, shared, data, 1, tmp_path)
     del meta["config"]["optim"]["gone"]
     wrong = replace(shared, optim=replace(shared.optim, ema_warmup=True))
     with pytest.raises(ConfigError, match=r"optim.ema_warmup: False -> True"):
-        check_same(meta, wrong, meta["data"], 1, tmp_path)
+        check_same(meta, wrong, data, 1, tmp_path)
 
 
 def test_grids_in_another_dtype_than_training(

@@ -214,6 +214,28 @@ def test_a_run_that_does_not_resume_names_the_way(old: Path, tmp_path: Path) -> 
         Trainer(wider).run()
 
 
+def test_a_run_of_photos_that_are_turned_now_is_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    tags = image.Exif()
+    tags[0x0112] = 6
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    image.new("L", (8, 8), 90).save(photos / "a.jpg", exif=tags)
+    data = DataConfig(kind="images", path=str(photos), image_size=8)
+    config = replace(small(tmp_path, steps=2), model=replace(MODEL, num_classes=1), data=data)
+    with monkeypatch.context() as older:
+        older.setattr(ImageFolder, "fingerprint", property(lambda s: s.former, lambda s, v: None),
+                      raising=False)  # fmt: skip
+        Trainer(config).run()
+    with pytest.raises(ConfigError, match=r": some images are turned .*; a new run that begins"):
+        Trainer(config).run()
+    image.new("L", (8, 8), 91).save(photos / "a.jpg")
+    with pytest.raises(ConfigError, match=r": the data changed since; .*; a new run that begins"):
+        Trainer(config).run()
+
+
 def few(tmp_path: Path, classes: int) -> DataConfig:
     """Latents in the shape of the digits."""
     x = np.random.default_rng(0).standard_normal((32, 1, 8, 8)).astype(np.float32)
