@@ -11,6 +11,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -35,9 +36,10 @@ def settled(config: Config, data: Dataset) -> Config:
 def class_names(config: DataConfig, data: Dataset) -> list[str]:
     """Names of the classes in the order of their numbers: the folders of images, also of those that
     the latents were encoded from; empty where there are none."""
-    names: object = getattr(data, "classes", [])
+    names: Any = getattr(data, "classes", [])
     if config.kind == "latents" and (origin := Path(config.path) / ORIGIN).is_file():
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):  # a label, no more
+        # they are for reading alone: no reason to refuse a run
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, RecursionError):
             names = json.loads(read_small(origin))["classes"]
     known = isinstance(names, list) and len(names) == data.num_classes and names != [""]
     return [str(name) for name in names] if known else []
@@ -66,6 +68,8 @@ def begin_with(model: nn.Module, config: Config, checkpoints: Path) -> dict[str,
         told = f"; label table afresh, for {here} classes in place of {there}"
     model.load_state_dict(state)
     others = diff(flat(source.diffusion.config, "diffusion."), flat(config.diffusion, "diffusion."))
+    if source.latent_scale not in (None, config.data.latent_scale):
+        others.append(f"data.latent_scale: {source.latent_scale} -> {config.data.latent_scale}")
     if others:
         told += f"; trained with other settings: {'; '.join(others)}"
     found = source.identity()

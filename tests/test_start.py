@@ -267,7 +267,9 @@ def test_other_classes_begin_with_a_table_of_their_own(
     assert "diffusion.beta_end: 0.02 -> 0.01\n" in told
 
 
-def test_latents_are_taken_as_they_are_stored(tmp_path: Path) -> None:
+def test_latents_are_taken_as_they_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The scale that the manifest says stands in the run; one that was said before is kept to."""
     data = few(tmp_path, 10)
     base = replace(small(tmp_path, steps=4), data=replace(data, latent_scale=None))
@@ -281,6 +283,10 @@ def test_latents_are_taken_as_they_are_stored(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.latent_scale: 0\.18215 -> 1\.0; expected"):
         Trainer(replace(older, data=base.data)).run()
     assert Trainer(load_config(str(tmp_path / "older" / "config.yaml"))).run() == 4
+    # a new run that begins with it may have another, which is said
+    capsys.readouterr()
+    Trainer(changed(base, name="mended", init=str(tmp_path / "older"))).run()
+    assert "other settings: data.latent_scale: 0.18215 -> 1.0\n" in capsys.readouterr().out
 
 
 def test_the_names_of_classes_stay_known(
@@ -306,7 +312,7 @@ def test_the_names_of_classes_stay_known(
     assert class_names(replace(data, path=str(flat)), ImageFolder(flat, 8)) == []
     assert class_names(base.data, open_dataset(base.data)) == []
     latents = few(tmp_path, 3)
-    for text in ("", "[]", '{"classes": ["a"]}', '{"classes": 3}'):
+    for text in ("", "[]", "[" * 99_999, '{"classes": ["a"]}', '{"classes": 3}'):
         (Path(latents.path) / "origin.json").write_text(text)
         assert class_names(latents, open_dataset(latents)) == []
     (Path(latents.path) / "origin.json").write_text('{"classes": ["x", "y", "z"]}')
