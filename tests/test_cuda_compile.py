@@ -8,7 +8,10 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +204,20 @@ def test_cupy_is_not_imported_for_a_cpu(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setitem(sys.modules, "cupy", object())
-    with pytest.raises(cuda_driver.LaunchError, match="reduce: got its first launch on cuda:0"):
-        cuda_driver.Driver().entry(cuda_kernels.REDUCE_NORMS, torch.device("cuda", 0))
+    """The stream that is asked is the device's of the launch, whichever is current."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setitem(sys.modules, "cupy", Recorder(14))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    with pytest.raises(cuda_driver.LaunchError, match="reduce: got its first launch on cuda:1"):
+        cuda_driver.Driver().entry(cuda_kernels.REDUCE_NORMS, torch.device("cuda", 1))
 
 
 class Recorder:
@@ -280,6 +293,32 @@ def test_launch_through_cupy(version: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert value.tobytes() == struct.pack("PPqii", partial.data_ptr(), 0, 9, 1, 2)
     cuda_driver._stream.cache_clear()
     cuda_driver._shared_limit.cache_clear()
+
+
+def test_threads_that_miss_together_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device, kernel = Recorder(14), torch.device("cuda", 0), cuda_kernels.REDUCE_NORMS
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+
+    class Late(dict[Any, Any]):
+        """Who looks first is held until the other has looked too."""
+
+        both = threading.Barrier(2)
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            found = super().get(key, default)
+            self.both.wait(60)
+            return found
+
+    entries = {kernel.name: Entry("small", 128, 0, 0)}
+    driver = cuda_driver.Driver(lambda source, capability: Binary(b"code", entries))
+    monkeypatch.setattr(driver, "_found", Late())
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: driver._function(kernel, device.index), range(2)))
+    assert cupy.calls == [("load", b"code")]
+    assert found[0][0] is found[1][0]
 
 
 def test_without_nvrtc_the_reason_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,20 +97,24 @@ class Driver:
     def _function(self, kernel: Kernel, index: int) -> tuple[Any, Entry]:
         found = self._found.get((index, kernel.name))
         if found is None:
-            self._load(kernel.source, index)
+            self._load(kernel, index)
             found = self._found[index, kernel.name]
         return found
 
-    def _load(self, source: str, index: int) -> None:
+    def _load(self, kernel: Kernel, index: int) -> None:
         import cupy
 
-        if torch.cuda.is_current_stream_capturing():
-            raise LaunchError(
-                f"{source}: got its first launch on cuda:{index} inside a capture, expected one "
-                "before (fpdm.kernels.cuda.prepare loads everything)"
-            )
         with self._lock, torch.cuda.device(index), cupy.cuda.Device(index):
-            binary = self._read(source, torch.cuda.get_device_capability(index))
+            if (index, kernel.name) in self._found:
+                # by another thread meanwhile. A module that is replaced is unloaded, perhaps under
+                # a launch or a captured graph
+                return
+            if torch.cuda.is_current_stream_capturing():
+                raise LaunchError(
+                    f"{kernel.source}: got its first launch on cuda:{index} inside a capture, "
+                    "expected one before (fpdm.kernels.cuda.prepare loads everything)"
+                )
+            binary = self._read(kernel.source, torch.cuda.get_device_capability(index))
             module = cupy.cuda.function.Module()
             module.load(binary.code)
             driver = cupy.cuda.driver
