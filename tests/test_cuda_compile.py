@@ -150,6 +150,25 @@ def test_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "got bfloat16, expected a compute dtype of float16 or float32" in told
 
 
+class OldNvrtc:
+    """NVRTC before 11.2: it does not say what it compiles for."""
+
+
+class Nvrtc:
+    """As far as it says what it compiles for."""
+
+    def __init__(self, *known: int) -> None:
+        self.known = known
+
+    def nvrtcGetNumSupportedArchs(self, count: Any) -> int:
+        count._obj.value = len(self.known)
+        return 0
+
+    def nvrtcGetSupportedArchs(self, into: Any) -> int:
+        into[:] = self.known
+        return 0
+
+
 def broken_cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """A cupy whose import runs ``text``, on a machine with a V100."""
     (tmp_path / "cupy.py").write_text(text)
@@ -158,6 +177,7 @@ def broken_cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
     monkeypatch.setattr(cuda_compile, "compiler_version", lambda: "12.9")
+    monkeypatch.setattr(cuda_compile, "_nvrtc", OldNvrtc)
 
 
 USABLE = """
@@ -319,6 +339,33 @@ def test_threads_that_miss_together_load_once(monkeypatch: pytest.MonkeyPatch) -
         found = list(pool.map(lambda _: driver._function(kernel, device.index), range(2)))
     assert cupy.calls == [("load", b"code")]
     assert found[0][0] is found[1][0]
+
+
+def test_an_nvrtc_that_does_not_know_the_device_says_so_before_a_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVRTC 13 on a V100: auto takes the reference, an explicit request gets the reason."""
+    broken_cupy(tmp_path, monkeypatch, USABLE)
+    monkeypatch.setattr(cuda_compile, "manifest", dict)
+    monkeypatch.setattr(cuda_compile, "compiler_version", lambda: "13.0")
+    device = torch.device("cuda", 0)
+    assert cuda.unavailable(device, torch.float16) is None
+    monkeypatch.setattr(cuda_compile, "_nvrtc", lambda: Nvrtc(70, 75))
+    assert cuda.unavailable(device, torch.float16) is None
+    monkeypatch.setattr(cuda_compile, "_nvrtc", lambda: Nvrtc(75, 80, 90))
+    told = "no cubins for sm_70 in the package, and NVRTC 13.0: got sm_75 and newer, expected sm_70"
+    assert told in (cuda.unavailable(device, torch.float16) or "")
+    with pytest.warns(UserWarning, match=f"auto is reference, .* on cuda:0; .*{told}"):
+        assert implementations.choose("auto", device, torch.float16) == "reference"
+    with pytest.raises(implementations.ImplError, match=told):
+        implementations.choose("cuda", device, torch.float16)
+
+
+@needs_nvrtc
+def test_the_compiler_itself_says_what_it_knows() -> None:
+    cuda_compile.check_architecture("sm_80")
+    with pytest.raises(CompileError, match=r"got sm_\d+ and newer, expected sm_20: pip install"):
+        cuda_compile.check_architecture("sm_20")
 
 
 def test_without_nvrtc_the_reason_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,21 @@ def compiler_version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+def check_architecture(arch: str) -> None:
+    """Raises CompileError where there is no NVRTC, or one that does not compile for ``arch``."""
+    version, lib, count = compiler_version(), _nvrtc(), ctypes.c_int()
+    if not hasattr(lib, "nvrtcGetSupportedArchs"):  # before 11.2, which does not say
+        return
+    lib.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    lib.nvrtcGetSupportedArchs(known)
+    if known and int(arch.removeprefix("sm_")) not in known:
+        raise CompileError(
+            f"NVRTC {version}: got sm_{min(known)} and newer, expected {arch}: "
+            "pip install nvidia-cuda-nvrtc-cu12==12.9.86"
+        )
+
+
 def source_directory() -> Path:
     """csrc/cuda: inside the package when it is installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]

@@ -182,7 +182,7 @@ def missing(device: torch.device) -> list[str]:
     try:
         files = cuda_compile.manifest()
         if not all(f"{source}.{arch}.bin" in files for source in cuda_kernels.SOURCES):
-            cuda_compile.compiler_version()
+            cuda_compile.check_architecture(arch)
     except cuda_compile.CompileError as error:
         reasons.append(f"no cubins for {arch} in the package, and {error}")
     return reasons
