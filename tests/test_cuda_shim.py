@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import shim
 import torch
+from contract import violation
 from operator_cases import CAP, Case, execute, fixed, generate, run_case, values_of
-from operator_specs import infinite_key
+from operator_specs import attended, infinite_key
 from torch import Tensor
 
 from fpdm.kernels import cuda, cuda_compile, cuda_kernels, implementations, reference
@@ -152,6 +153,37 @@ def test_large_blocks_are_bitwise_small_ones(
             small, _ = execute(ours, case, values)
         assert all("2, 64" in name for name in backend.launches)
         assert torch.equal(small["out"], large["out"])
+
+
+@pytest.mark.parametrize(("t", "larger"), [(256, 20.0), (1024, 20.0), (1024, 200.0)])
+def test_uneven_gradients_cost_no_bits(ours: Any, t: int, larger: float) -> None:
+    """One query's dy is larger than all others': the contract without what y's rounding allows."""
+    case = Case("attention_backward", HALF, 1, t, 72)
+    values = values_of(case)
+    values["dy"][0, 5] *= larger
+    found, _ = execute(ours, case, values)
+    with torch.enable_grad():
+        low, oracle = (
+            case.spec.plain({n: x.to(d) for n, x in values.items()}, 1)["out"]
+            for d in (HALF, torch.float64)
+        )
+    for name, *same in zip("qkv", *(x.chunk(3, -1) for x in (found["out"], low, oracle))):
+        assert violation(*same, HALF) is None, f"d{name}"
+
+
+def test_no_finite_product_overflows(ours: Any) -> None:
+    """dS up to 2 |dy| max|v|, where no score is larger than any other."""
+    case = Case("attention_backward", HALF, 1, 64, 72)
+    qkv, dy = torch.zeros(1, 64, 216, dtype=HALF), torch.zeros(1, 64, 72, dtype=HALF)
+    qkv[..., 72:144] = values_of(case)["qkv"][..., 72:144]
+    qkv[..., 150], dy[..., 6] = -65504.0, 1.9
+    qkv[0, 3, 150] = 65504.0
+    y = attended(qkv.float(), 1).half()
+    found = ours.attention_backward(dy, qkv, y, 1).double()
+    with torch.enable_grad():
+        plain = case.spec.plain({"qkv": qkv.double(), "dy": dy.double()}, 1)["out"]
+    assert found.isfinite().all()
+    assert (found - plain).norm() < 1e-3 * plain.norm()
 
 
 def test_an_infinite_key(ours: Any) -> None:

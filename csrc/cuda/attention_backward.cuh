@@ -8,9 +8,15 @@
 // attention_dkv: blocks of key rows over tiles of queries and dy; first dv, then dk with the scores
 //     computed again, since accumulators of both would not fit the registers.
 //
-// dP - delta is float32. dS enters its product as halves, scaled by a power of two that brings |dy|
-// of the row (dq) or of the head (dk) below 1, so that a gradient's size costs no precision; P is
-// scaled by 2^14 as in the forward.
+// dP - delta is float32. P and dS enter their products as halves: P times 2^14 as in the forward, dS
+// times a power of two per row of the result that keeps it below 2^14, so that a small dy, v or P
+// costs no bits and no finite dS overflows. For dq that power follows the largest |dS| of the query
+// so far, as the softmax follows its peak. For dk it is known beforehand: P <= 1 and, with the v of
+// two keys,
+//
+//     |dP - delta| <= max|v| max_t sum|dy_t| + max_t |delta_t|
+//
+// of which dS keeps all its bits down to 2^-27.
 //
 // Launch, both: block = 32 Warps, grid = B H ceil(T / (32 Warps)); dq first. 16-byte aligned.
 #pragma once
@@ -74,8 +80,11 @@ FPDM_DEVICE float inverse_power(float v) {
     return float_of_bits((253 - exponent) << 23);
 }
 
-// 1 / f for such a power of two
+// 1 / f for a power of two
 FPDM_DEVICE float inverse(float f) { return float_of_bits((254 << 23) - bits_of_float(f)); }
+
+// 2^14 times that power
+FPDM_DEVICE float half_scale(float v) { return PROBABILITY_SCALE * inverse_power(v); }
 
 // sum of a b and of |a| over a row in operand layout
 template <i32 Steps>
@@ -96,6 +105,35 @@ FPDM_DEVICE void row_sums(const Pack8 (&a)[Steps], const Pack8 (&b)[Steps], floa
     }
 }
 
+// largest |a| of a row in operand layout
+template <i32 Steps>
+FPDM_DEVICE float largest(const Pack8 (&a)[Steps]) {
+    float top = 0.0f;
+    FPDM_UNROLL
+    for (i32 s = 0; s < Steps; ++s) {
+        top = max(top, max(max(abs(low_half(a[s].x)), abs(high_half(a[s].x))),
+                           max(abs(low_half(a[s].y)), abs(high_half(a[s].y)))));
+    }
+    return top;
+}
+
+// `factor` of a row shrinks to half_scale of the largest |c| so far; `decay` with it
+template <i32 Tiles>
+FPDM_DEVICE void fit_rows(const float (&c)[Tiles][8], float (&factor)[2], float (&decay)[2]) {
+    FPDM_UNROLL
+    for (i32 r = 0; r < 2; ++r) {
+        float top = 0.0f;
+        FPDM_UNROLL
+        for (i32 n = 0; n < Tiles; ++n) {
+            top = max(top, max(max(abs(c[n][2 * r]), abs(c[n][2 * r + 1])),
+                               max(abs(c[n][2 * r + 4]), abs(c[n][2 * r + 5]))));
+        }
+        const float now = min(factor[r], half_scale(max(top, shuffle_xor(top, 2))));
+        decay[r] *= now * inverse(factor[r]);
+        factor[r] = now;
+    }
+}
+
 template <i32 K, i32 Warps, i32 Keys>
 FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDqTraits<K, Warps, Keys>::blocks_per_sm)
     attention_dq_kernel(const AttentionBackwardParams p) {
@@ -112,13 +150,12 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDqTraits<K, Warps, Keys>::blo
     const i64 narrow_row = (at.sample * p.T + row) * D + at.head * K;
 
     Pack8 q[K / 4], g[K / 4];
-    float dot, size, delta[2], factor[2];
+    float dot, size, delta[2], factor[2] = {half_scale(0.0f), half_scale(0.0f)};
     load_row<K>(static_cast<const half_t*>(p.dy) + narrow_row, valid_row, g);
     load_row<K>(static_cast<const half_t*>(p.y) + narrow_row, valid_row, q);
     row_sums(g, q, dot, size);
     load_row<K>(head + row * pitch, valid_row, q);
     to_accumulator_rows(dot, delta);
-    to_accumulator_rows(inverse_power(size), factor);
     float dq[Tile::outputs][8] = {};
     Softmax softmax;
 
@@ -137,16 +174,17 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDqTraits<K, Warps, Keys>::blo
             dot_rows<K>(g, values + key * Tile::stride, dp);
             mask_keys(c, start + key, p.T);
             softmax.update(c, p.scale2, 0.0f, decay);
-            scale_rows(dq, decay);
-            Pack8 ds[2 * Traits::tiles];
             FPDM_UNROLL
             for (i32 n = 0; n < Traits::tiles; ++n) {
                 FPDM_UNROLL
-                for (i32 i = 0; i < 8; ++i) {
-                    c[n][i] *= (dp[n][i] - delta[row_of(i)]) * factor[row_of(i)];
-                }
-                to_operand(c[n], ds[2 * n], ds[2 * n + 1]);
+                for (i32 i = 0; i < 8; ++i) c[n][i] *= dp[n][i] - delta[row_of(i)];
             }
+            fit_rows(c, factor, decay);
+            scale_rows(dq, decay);
+            scale_rows(c, factor);
+            Pack8 ds[2 * Traits::tiles];
+            FPDM_UNROLL
+            for (i32 n = 0; n < Traits::tiles; ++n) to_operand(c[n], ds[2 * n], ds[2 * n + 1]);
             add_rows<K>(ds, keys + key * Tile::stride, dq);
         }
     }
@@ -169,16 +207,15 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDqTraits<K, Warps, Keys>::blo
     store_row<K>(dq, undo, static_cast<half_t*>(p.dqkv) + packed + row * pitch, valid_row);
 }
 
-// c becomes 2^(scale c - log_sum + shift), log_sum per column
+// c becomes 2^(scale c - log_sum + 14), log_sum per column
 template <i32 Tiles>
-FPDM_DEVICE void weigh_columns(float (&c)[Tiles][8], const float* log_sums, float scale,
-                               float shift) {
+FPDM_DEVICE void weigh_columns(float (&c)[Tiles][8], const float* log_sums, float scale) {
     FPDM_UNROLL
     for (i32 n = 0; n < Tiles; ++n) {
         FPDM_UNROLL
         for (i32 i = 0; i < 8; ++i) {
             const float log_sum = ld_shared(log_sums + 8 * n + column_of(i));
-            c[n][i] = exp2_flush(fma(c[n][i], scale, shift - log_sum));
+            c[n][i] = exp2_flush(fma(c[n][i], scale, PROBABILITY_SHIFT - log_sum));
         }
     }
 }
@@ -215,13 +252,6 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
     const i32 row = at.first + thread_x() / WARP * WARP + warp_row();
     const bool valid_row = row < p.T;
 
-    float size = 0.0f;
-    FPDM_NO_UNROLL
-    for (i32 t = lane(); t < p.T; t += WARP) size = max(size, ld_global(statistics + 2 * p.T + t));
-    FPDM_UNROLL
-    for (i32 mask = WARP / 2; mask > 0; mask /= 2) size = max(size, shuffle_xor(size, mask));
-    const float factor = inverse_power(size);
-
     // a tile of queries, dy and their statistics; zeros beyond T
     const auto load = [&](i32 start, i32 valid, i32 filled) {
         load_tile<K, Traits::threads>(queries, head + start * pitch, pitch, valid, filled);
@@ -249,7 +279,7 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
         for (i32 query = 0; query < filled; query += Traits::step) {
             float c[Traits::tiles_dv][8] = {};
             dot_rows<K>(k, queries + query * Tile::stride, c);
-            weigh_columns(c, log_sums + query, p.scale2, PROBABILITY_SHIFT);
+            weigh_columns(c, log_sums + query, p.scale2);
             drop_columns(c, valid - query);
             Pack8 weights[2 * Traits::tiles_dv];
             FPDM_UNROLL
@@ -265,6 +295,20 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
 
     Pack8 v[K / 4];
     load_row<K>(head + 2 * D + row * pitch, valid_row, v);
+    float size = 0.0f, most = 0.0f, widest[2];
+    FPDM_NO_UNROLL
+    for (i32 t = lane(); t < p.T; t += WARP) {
+        most = max(most, abs(ld_global(statistics + p.T + t)));
+        size = max(size, ld_global(statistics + 2 * p.T + t));
+    }
+    FPDM_UNROLL
+    for (i32 mask = WARP / 2; mask > 0; mask /= 2) {
+        most = max(most, shuffle_xor(most, mask));
+        size = max(size, shuffle_xor(size, mask));
+    }
+    to_accumulator_rows(largest(v), widest);
+    // one for both rows of a lane: at K = 80 there is no register for a second
+    const float factor = inverse_power(fma(size, max(widest[0], widest[1]), most));
     FPDM_UNROLL
     for (i32 n = 0; n < Tile::outputs; ++n) {
         FPDM_UNROLL
@@ -284,7 +328,7 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
             float c[Traits::tiles_dk][8] = {}, dp[Traits::tiles_dk][8] = {};
             dot_rows<K>(k, queries + query * Tile::stride, c);
             dot_rows<K>(v, grads + query * Tile::stride, dp);
-            weigh_columns(c, log_sums + query, p.scale2, 0.0f);
+            weigh_columns(c, log_sums + query, p.scale2);
             FPDM_UNROLL
             for (i32 n = 0; n < Traits::tiles_dk; ++n) {
                 FPDM_UNROLL
@@ -302,7 +346,7 @@ FPDM_KERNEL void FPDM_BOUNDS(WARP* Warps, AttentionDkvTraits<K, Warps, Queries>:
             add_rows<K>(ds, queries + query * Tile::stride, out);
         }
     }
-    const float undo = p.scale * inverse(factor);
+    const float undo = p.scale * unshift * inverse(factor);
     const float undo_dk[2] = {undo, undo};
     store_row<K>(out, undo_dk, dhead + D + row * pitch, valid_row);
 }
