@@ -290,12 +290,14 @@ def generate(
 
 def fixed(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """T=256, D=1152 for every element-wise operator, rows narrower than any tile, one head of
-    attention over 1024 tokens, equal values in a row whose sum, rounded, is not D times one, and
-    some outputs given where others are not."""
+    attention over 1024 tokens, also with dy v^T far below |dy|, equal values in a row whose sum,
+    rounded, is not D times one, and some outputs given where others are not."""
     for i, op in enumerate(SPECS):
         dtype = dtypes[i % len(dtypes)]
         if "attention" in op:
             yield Case(op, dtypes[1], 1, max(TOKENS), 72)
+            if "backward" in op:
+                yield Case(op, dtypes[1], 1, max(TOKENS), 72, extreme="small v", where="qkv")
         elif "linear" not in op:
             yield Case(op, dtype, 1, 256, 1152, layout="chunks")
             yield from (Case(op, dtype, 2, 37, d) for d in (8, 16))
@@ -353,6 +355,8 @@ def _poison(x: Tensor, case: Case) -> None:
         sample.copy_(sample[:, :1].clone().expand_as(sample))
     elif case.extreme == "mean":
         sample.add_(1000.0 if x.dtype == torch.float32 and case.where == "z" else 30.0)
+    elif case.extreme == "small v":
+        sample[:, -case.d :] *= 0.01
     else:
         flat = sample.view(-1)
         flat[case.seed * 7919 % len(flat)] = float(case.extreme)
@@ -427,10 +431,9 @@ def _run(ops: Any, case: Case) -> list[str]:
         if x.dtype != case.dtype_of(n):
             lines.append(f"{n}: got {dtype_name(x.dtype)}, expected {dtype_name(case.dtype_of(n))}")
         growth = _growth(case, values | oracle, n)
-        rows = range(2) if n == "norms" else (...,)
-        for i in rows:
-            line = _compare(case, n, x[i], low[n][i], wide[n][i], oracle[n][i], growth)
-            lines += [f"{n}: {line}"] if line else []
+        for part, *same in _parts(case, n, x, low[n], wide[n], oracle[n]):
+            line = _compare(case, n, *same, growth)
+            lines += [f"{part}: {line}"] if line else []
     if case.b > 1 and case.extreme in ("nan", "inf", "-inf", "65504"):
         quiet, _ = execute(ops, case, values_of(case, clean=True))
         bad = case.b // 2
@@ -439,6 +442,13 @@ def _run(ops: Any, case: Case) -> list[str]:
             moved = [i for i in range(case.b) if i != bad and not _same(x[i], y[i])]
             lines += [f"{n}: sample {i} changed with sample {bad}" for i in moved]
     return lines
+
+
+def _parts(case: Case, n: str, *same: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(name, its part of each of ``same``): what of output ``n`` must not hide behind the rest."""
+    if case.op == "attention_backward":
+        return zip(("dq", "dk", "dv"), *(x.chunk(3, -1) for x in same))
+    return zip((n, n), *same) if n == "norms" else iter([(n, *same)])
 
 
 def _growth(case: Case, v: Values, n: str) -> float:
