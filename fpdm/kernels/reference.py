@@ -52,13 +52,13 @@ def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
     """dW += dy^T x, db += sum dy, in the accumulators' dtype (float32 for half-precision
-    inputs)."""
+    inputs). On a GPU the GEMM itself adds to a float32 accumulator (beta = 1); torch takes such a
+    pair of dtypes from 2.10 on."""
     g, rows = _rows(dy), _rows(x)
     if dweight.dtype == g.dtype:
         dweight.addmm_(g.t(), rows)
-    elif g.is_cuda:
-        # the tensor cores accumulate in float32 anyway: keep the product there
-        dweight.add_(torch.mm(g.t(), rows, out_dtype=dweight.dtype))
+    elif g.is_cuda and g.numel():
+        torch.addmm(dweight, g.t(), rows, out_dtype=dweight.dtype, out=dweight)
     else:
         dweight.addmm_(g.t().to(dweight.dtype), rows.to(dweight.dtype))
     if dbias is not None:

@@ -66,17 +66,12 @@ def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
 def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
     """dW += dy^T x, db += sum dy: see ``reference.linear_wgrad``.
 
-    On a GPU the GEMM itself adds a half-precision product to the float32 accumulator (beta = 1);
-    torch takes such a pair of dtypes from 2.10 on. The bias is a kernel of ours: torch's reduction
-    and its sum take twice the time.
+    The bias is a kernel of ours: torch's reduction and its sum take twice the time.
     """
-    g, flat = dy.reshape(-1, dy.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1])
+    g = dy.reshape(-1, dy.shape[-1]).contiguous()
     if dbias is not None:
         operand = ("dy", g, g.shape, FLOATS)
         check("linear_wgrad", dy.device, (operand,), (("dbias", dbias, g.shape[1:], WIDE),))
-    if not dy.is_cuda or dweight.dtype == dy.dtype or not dy.numel():
-        reference.linear_wgrad(dy, x, dweight, None)
-    else:
-        torch.addmm(dweight, g.t(), flat, out_dtype=dweight.dtype, out=dweight)
+    reference.linear_wgrad(g, x, dweight, None)
     if dbias is not None:
         rows.add_column_sums(g, dbias)
