@@ -51,6 +51,11 @@ from fpdm.kernels.launch import dtype_name
 
 RESULTS = machine.ROOT / "bench" / "results"
 Measured = Callable[[list[rows.Row]], list[Found]]
+SUITES = ("operators", "iteration", "network", "sampler", "training", "optimizer", "third party",
+          "data")  # fmt: skip
+# what only a measurement uses, and what only a comparison does beside it
+MEASURING = ("suite", "row", "skip", "rounds", "processes", "threads", "strict")
+COMPARING = ("against", "tolerance")
 # suites whose peak memory is measured
 MEASURED = ("network", "sampler", "training")
 
@@ -261,7 +266,7 @@ def render(path: Path, whole: bool) -> None:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--suite", nargs="+", help="operators network sampler training optimizer data")
+    p.add_argument("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
     p.add_argument("--row", help="rows whose name this regular expression is found in")
     p.add_argument("--skip", help="without the rows whose name this one is found in")
     p.add_argument("--rounds", type=int, help="instead of each row's own")
@@ -277,14 +282,32 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def refuse(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options that the mode would ignore."""
+    counted.refuse(args)
+    unused: tuple[str, ...] = () if args.against else ("tolerance",)
+    mode = "--against"
+    if args.compare:
+        unused, mode = MEASURING, "a measurement"
+    if args.count is not None or args.render:
+        unused, mode = (*MEASURING, *COMPARING, "compare"), "a measurement"
+    if args.count is not None:
+        unused += ("render",)
+    defaults = parser()
+    for name in unused:
+        if (got := getattr(args, name)) != defaults.get_default(name):
+            told = " ".join(got) if isinstance(got, list) else got
+            raise ConfigError(f"--{name}: got {told}, expected it with {mode} only")
+
+
 def main(argv: list[str]) -> int:
     """The command; see the module."""
     args = parser().parse_args(argv)
     args.words = argv
+    refuse(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.out or RESULTS / machine.name() / "bench.json"
-    counted.refuse(args)
     if args.count is not None:
         found = counted.count(counted.asked(args)) if args.count else counted.collect()
         if args.count:

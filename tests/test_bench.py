@@ -443,3 +443,29 @@ def test_a_compiled_baseline_never_goes_on_uncompiled() -> None:
         run(torch.compile(lambda x: x + 1, **how))
         with pytest.raises(Exception, match="recompile_limit"):
             run(published.optimised(lambda x: x + 1, **how))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--compare --against x --row zzz", "--row: got zzz, expected it with a measurement only"),
+        ("--compare --against x --rounds 3", "--rounds: got 3, expected it with a measurement"),
+        ("--render --against nosuch", "--against: got nosuch, expected it with a measurement only"),
+        ("--render --suite data network", "--suite: got data network, expected it with"),
+        ("--count --render", "--render: got True, expected it with a measurement only"),
+        ("--count --threads 1", "--threads: got 1, expected it with a measurement only"),
+        ("--tolerance 0.2 --suite data", "--tolerance: got 0.2, expected it with --against only"),
+    ],
+)
+def test_options_that_a_mode_would_ignore(argv: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        bench.main(argv.split())
+
+
+def test_suites_are_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--suite", "operatros", "data"])
+    assert "invalid choice: 'operatros'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {row.suite for row in (*suites.cpu_rows(), *bench.gpu_rows.rows())}
+    assert found <= set(bench.SUITES)
