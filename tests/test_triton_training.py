@@ -37,12 +37,12 @@ def test_interpreter() -> None:
 
 
 def losses(out: Path, impl: str) -> list[float]:
-    """Of every step: a narrow model, batch 4, two iterations without and two with gradient."""
+    """Of every step: a narrow model, batch 4, N = M = 2."""
     recipe = RECIPES["digits"]
     config = replace(
         recipe,
         model=replace(recipe.model, hidden_size=32, num_heads=2),
-        fixed_point=FixedPointConfig(n_min=2, n_max=2, m_min=2, m_max=2),
+        fixed_point=FixedPointConfig(n_max=2, m_max=2),
         execution=replace(recipe.execution, impl=impl),  # type: ignore[arg-type]
         train=replace(
             recipe.train, out=str(out), name=impl, steps=STEPS, batch=4, log_every=1, save_every=0,

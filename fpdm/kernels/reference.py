@@ -26,7 +26,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """y = x W^T + b.   x (B,T,I), weight (O,I), bias (O,) -> (B,T,O); ``out`` may have another
-    dtype."""
+    dtype, and holds what was rounded to that of x before."""
     rows, wt = _rows(x), weight.t()
     if out is not None and out.dtype == x.dtype:
         flat = out.view(-1, out.shape[-1])
