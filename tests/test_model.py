@@ -311,3 +311,20 @@ def test_a_loop_of_ones_own_is_told_what_is_wrong(name: str) -> None:
         call, message = STUMBLES[name]
         with pytest.raises(ValueError, match=message):
             call(model, x, h, mod)
+
+
+def test_transforms_of_the_model_are_refused() -> None:
+    """Gradients by torch.func, for all samples and for each: in our words, not in those of the
+    labels that have no values there."""
+    model = random_model(TINY)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.func.functional_call(model, p, (x, t, y)).square().mean()
+
+    x, grad = torch.randn(2, 4, 8, 8), torch.func.grad(loss)
+    each = torch.func.vmap(grad, in_dims=(None, 0, 0, 0))
+    one = x.unsqueeze(1), TIMES.unsqueeze(1), LABELS.unsqueeze(1)
+    for call in (lambda: grad(params, x, TIMES, LABELS), lambda: each(params, *one)):
+        with pytest.raises(NotImplementedError, match=r"got a tensor inside torch.func's grad"):
+            call()
