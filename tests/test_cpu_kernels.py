@@ -214,6 +214,60 @@ def test_gates_of_bits_bite(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gate(mine)
 
 
+# of threads, rows and panels: rows by panels of the slowest thread, of a fair share, and of all
+SHARES = """
+#include <cstdio>
+#include "gemm.h"
+using namespace fpdm::portable;
+int main() {
+    fpdm::i64 threads, rows, panels;
+    while (scanf("%ld %ld %ld", &threads, &rows, &panels) == 3) {
+        double most = 0, all = 0;
+        for (fpdm::i64 i = 0; i < threads; i++) {
+            const Shares s(rows, panels, Team{i, threads});
+            double mine = 0;
+            s.by_rows.each(s.blocks.count, [&](fpdm::i64 b) {
+                const double height = s.blocks.first(b + 1) - s.blocks.first(b);
+                s.by_panels.each(panels, [&](fpdm::i64) { mine += height; });
+            });
+            most = mine > most ? mine : most;
+            all += mine;
+        }
+        printf("%g %g %g\\n", most, all / threads, all);
+    }
+}
+"""
+SHAPES = [
+    (threads, rows, panels)
+    for threads in (1, 2, 3, 8, 16, 64)
+    for rows in (1, 2, 8, 16, 48, 96, 97, 512)
+    for panels in (0, 1, 3, 4, 9, 12, 16)
+]
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="compiles the rule")
+def test_no_thread_has_much_more_than_its_share(tmp_path: Path) -> None:
+    """The slowest one has at most twice a fair share, or as little as whole rows or panels give:
+    with 3 panels and many rows, all of a team work."""
+    (tmp_path / "shares.cpp").write_text(SHARES)
+    include = Path(__file__).parents[1] / "csrc" / "cpu"
+    program = str(tmp_path / "shares")
+    command = ["c++", "-std=c++17", "-w", "-fopenmp", "-DFPDM_ISA=portable", f"-I{include}"]
+    subprocess.run([*command, str(tmp_path / "shares.cpp"), "-o", program], check=True)
+    table = "".join("{} {} {}\n".format(*shape) for shape in SHAPES)
+    done = subprocess.run([program], input=table, capture_output=True, text=True, check=True)
+    found = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert len(found) == len(SHAPES)
+    wrong = []
+    for (threads, rows, panels), (most, fair, every) in zip(SHAPES, found):
+        assert every == rows * panels
+        # of 4 rows: a tile of fewer takes as long
+        least = min(rows * -(-panels // threads), max(4, -(-rows // threads)) * panels)
+        if most > max(2 * fair, least):
+            wrong.append(f"{threads} threads, {rows} rows, {panels} panels: {most} of {every}")
+    assert wrong == []
+
+
 def gelu_oracle(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """GELU and its derivative in float64."""
     with np.errstate(over="ignore", under="ignore"):

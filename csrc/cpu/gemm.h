@@ -113,6 +113,31 @@ void pack_all(i64 cols, i64 depth, const void* weight, i64 stride, void* out) {
     });
 }
 
+// How a team shares the tiles of blocks of rows by panels: the blocks, or the panels of few rows
+// where that leaves the slowest thread no more. Panels alone are too few for many threads.
+struct Shares {
+    bool few;
+    RowBlocks blocks;
+    Team by_rows, by_panels;
+
+    Shares(i64 rows, i64 panels, Team team)
+        : few(few_rows(rows, panels, team.size)),
+          blocks(rows, few ? 1 : team.size),
+          by_rows(few ? Team{0, 1} : team),
+          by_panels(few ? team : Team{0, 1}) {}
+
+    // a tile of less than 4 rows takes as long as one of 4
+    static i64 height(const RowBlocks& b) {
+        return b.count ? max2<i64>(4, ceil_div(b.rows, b.count)) : 0;
+    }
+    static bool few_rows(i64 rows, i64 panels, i64 threads) {
+        const RowBlocks each(rows, threads), whole(rows);
+        return each.count < 2 * threads &&
+               whole.count * height(whole) * ceil_div(panels, threads) <=
+                   ceil_div(each.count, threads) * height(each) * panels;
+    }
+};
+
 // one thread's memory in `linear_with`: rows as words, where they cannot be multiplied as they lie,
 // and sums of the runs so far
 template <class T>
@@ -133,17 +158,15 @@ void multiply(Team team, const Linear& l, i64 first, i64 last, const Word<T>* b,
     using W = Word<T>;
     const T* x = static_cast<const T*>(l.x);
     const i64 depth = words<T>(l.depth), group = last - first;
-    const RowBlocks blocks(l.rows, team.size);
-    // few rows: the panels are shared out instead
-    const bool few = blocks.count < 2 * team.size;
-    const Team by_rows = few ? Team{0, 1} : team, by_panels = few ? team : Team{0, 1};
-    by_rows.runs(blocks.count, BLOCKS, [&](i64 top, i64 end) {
+    const Shares shares(l.rows, group, team);
+    const RowBlocks& blocks = shares.blocks;
+    shares.by_rows.runs(blocks.count, BLOCKS, [&](i64 top, i64 end) {
         for (i64 k = 0; k == 0 || k < depth; k += RUN) {
             const i64 run = min2(RUN, depth - k), from = k * PER_WORD<T>;
             for (i64 r = blocks.first(top); held.rows && r < blocks.first(end); r++)
                 copy_row(x + r * l.depth + from, min2(RUN * PER_WORD<T>, l.depth - from),
                          held.rows + (r - blocks.first(top)) * DISTANCE);
-            by_panels.each(group, [&](i64 p) {
+            shares.by_panels.each(group, [&](i64 p) {
                 for (i64 i = top; i < end; i++) {
                     i64 r = blocks.first(i), n = blocks.first(i + 1) - r, col = (first + p) * COLS;
                     const W* a = held.rows
@@ -264,16 +287,15 @@ struct WeightGradient {
     void run(Team team, i64 panel, i64 end, W* left) const {
         W* right = left + HELD * LEFT + 16;
         float* sums = reinterpret_cast<float*>(right + group() * RIGHT);
-        const RowBlocks blocks(outs, team.size);
-        const bool few = blocks.count < 2 * team.size;
-        const Team by_rows = few ? Team{0, 1} : team, by_panels = few ? team : Team{0, 1};
-        by_rows.runs(blocks.count, HELD, [&](i64 top, i64 bottom) {
+        const Shares shares(outs, end - panel, team);
+        const RowBlocks& blocks = shares.blocks;
+        shares.by_rows.runs(blocks.count, HELD, [&](i64 top, i64 bottom) {
             for (i64 first = 0; first < rows; first += DEPTH) {
                 const i64 n = min2(DEPTH, rows - first);
                 pack_left(blocks, top, bottom, first, n, left);
-                if (dbias && panel == 0 && by_panels.index == 0)
+                if (dbias && panel == 0 && shares.by_panels.index == 0)
                     add_bias(blocks.first(top), blocks.first(bottom), first, n);
-                by_panels.each(end - panel, [&](i64 p) {
+                shares.by_panels.each(end - panel, [&](i64 p) {
                     i64 col = (panel + p) * COLS;
                     W* b = right + p * RIGHT;
                     pack_rows(x + first * ins + col, ins, n, ins - col, b, COLS);
