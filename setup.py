@@ -1,12 +1,13 @@
 """Native code of the package; everything else is in pyproject.toml.
 
 csrc/cpu becomes fpdm/kernels/_cpu, each instruction set compiled from the same source; csrc/cuda
-becomes cubins where NVRTC is installed. What cannot be built is left out: the operators then run in
-plain PyTorch, and fpdm/kernels/_build.json, which `python -m fpdm.info` reads, says why. Torch is
-not imported: the extension takes addresses, and finds torch's OpenMP functions when it is loaded.
+becomes cubins where NVRTC is installed. What cannot be built, or cannot be loaded once it is, is
+left out: the operators then run in plain PyTorch, and fpdm/kernels/_build.json, which `python -m
+fpdm.info` reads, says why. Torch is not needed: the extension takes addresses, and finds torch's
+OpenMP functions when it is loaded.
 
-CXX: the compiler. FPDM_WERROR=1: warnings are errors. FPDM_SANITIZE=1: AddressSanitizer and UBSan.
-FPDM_CUBINS=0: no cubins.
+CXX: the C++ compiler, with options if need be. FPDM_WERROR=1: warnings are errors.
+FPDM_SANITIZE=1: AddressSanitizer and UBSan. FPDM_CUBINS=0: no cubins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,32 +69,79 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+# where torch is not, its OpenMP is that of most of its wheels
+LOAD = """if True:
+    import ctypes, importlib.util, sys
+    try:
+        import torch
+    except ImportError:
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+    spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def load(library: Path) -> None:
+    """Raises RuntimeError unless a new process can load it: a linker lets functions be missing."""
+    env = {name: value for name, value in os.environ.items() if name != "FPDM_CPU_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True, env=env
+    )
+    if done.returncode:
+        told = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"it was linked, but cannot be loaded: {told}")
+
+
 def build_cpu(target: Path, work: Path) -> dict[str, Any]:
-    """Compiles and links the extension; returns what was built."""
+    """Compiles and links the extension; returns what was built. An instruction set that the
+    compiler does not know is left out, unless it is the portable one."""
     import pybind11
 
-    compiler = os.environ.get("CXX") or os.environ.get("CC") or "c++"
-    version = run([compiler, "--version"]).splitlines()[0]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    version = run([*compiler, "--version"]).splitlines()[0]
     work.mkdir(parents=True, exist_ok=True)
     headers = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     units = [(CSRC / "bindings.cpp", "bindings", headers)]
-    shared = ("dispatch", "block", "loop", "unroll")
-    units += [(CSRC / "cpu" / f"{name}.cpp", name, []) for name in shared]
-    for name, extra in VARIANTS.items():
-        units.append((CSRC / "cpu/variant.cpp", name, [*extra, f"-DFPDM_ISA={name}"]))
+    units += [(CSRC / "cpu" / f"{name}.cpp", name, []) for name in ("block", "loop", "unroll")]
 
-    def compile_one(unit: tuple[Path, str, list[str]]) -> str:
-        source, name, extra = unit
-        run([compiler, *flags(), *extra, "-c", str(source), "-o", str(work / f"{name}.o")])
+    def compile_one(source: Path, name: str, extra: list[str]) -> str:
+        run([*compiler, *flags(), *extra, "-c", str(source), "-o", str(work / f"{name}.o")])
         return str(work / f"{name}.o")
 
+    def compile_variant(name: str) -> str:
+        options = [*VARIANTS[name], f"-DFPDM_ISA={name}"]
+        return compile_one(CSRC / "cpu/variant.cpp", name, options)
+
+    objects, left_out = [], {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, units))
+        # they take longest
+        variants = {name: pool.submit(compile_variant, name) for name in VARIANTS}
+        rest = [pool.submit(compile_one, *unit) for unit in units]
+        for name, compiled in variants.items():
+            try:
+                objects.append(compiled.result())
+            except RuntimeError as error:
+                if name == "portable":
+                    raise
+                left_out[name] = str(error)
+                print(f"fpdm: csrc/cpu is built without {name}: {error}", file=sys.stderr)
+        objects += [compiled.result() for compiled in rest]
+    built = {name: extra for name, extra in VARIANTS.items() if name not in left_out}
+    has = [f"-DFPDM_HAS_{name}" for name in built]
+    objects.append(compile_one(CSRC / "cpu/dispatch.cpp", "dispatch", has))
     # without an OpenMP library: a second one in the process would fight torch's for the cores
     links = [flag for flag in flags() if flag != "-fopenmp"]
+    linked = work / target.name
+    run([*compiler, "-shared", "-Wl,-z,now", *links, *objects, "-o", str(linked)])
+    # a sanitizer wants to be there before the interpreter
+    if os.environ.get("FPDM_SANITIZE") != "1":
+        load(linked)
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([compiler, "-shared", "-Wl,-z,now", *links, *objects, "-o", str(target)])
-    return {"compiler": version, "flags": flags(), "variants": VARIANTS, "source": source_hash()}
+    shutil.copy(linked, target)
+    return {
+        "compiler": version, "flags": flags(), "variants": built, "left_out": left_out,
+        "source": source_hash(),
+    }  # fmt: skip
 
 
 def build_cubins(folder: Path) -> dict[str, Any]:
@@ -121,8 +170,9 @@ class Native(build_ext):
         package = ROOT / "fpdm" if self.in_place else target.parent.parent
         work = Path(self.build_temp) / "fpdm"
         (package / "kernels").mkdir(parents=True, exist_ok=True)
-        # an old one would go on running where this build fails
-        (package / "kernels" / target.name).unlink(missing_ok=True)
+        # an old one, in the build's own folder too, would go on running where this build fails
+        for old in (target, package / "kernels" / target.name):
+            old.unlink(missing_ok=True)
         record: dict[str, Any] = {}
         steps = {
             "cpu": lambda: build_cpu(target, work),

@@ -184,7 +184,8 @@ def _extension(kernels: Path, record: dict[str, Any]) -> str:
     """How csrc/cpu was built, from what lies in ``kernels`` and the ``record`` beside it."""
     there = any((kernels / f"_cpu{end}").is_file() for end in EXTENSION_SUFFIXES)
     if there and "compiler" in record:
-        return f"{record['compiler']}: {' '.join(record['variants'])}"
+        missing = [f"; no {name}: {why}" for name, why in record.get("left_out", {}).items()]
+        return f"{record['compiler']}: {' '.join(record['variants'])}{''.join(missing)}"
     if there:
         return "built, with no record beside it (_build.json) of how"
     if "compiler" in record:

@@ -43,6 +43,11 @@ BUILT = {"compiler": "c++ 12", "variants": {"avx2": [], "portable": []}}
     ("there", "record", "says"),
     [
         (True, {"cpu": BUILT}, "c++ 12: avx2 portable"),
+        (
+            True,
+            {"cpu": BUILT | {"left_out": {"avx512": "c++ failed: unknown"}}},
+            "c++ 12: avx2 portable; no avx512: c++ failed: unknown",
+        ),
         (True, None, "built, with no record beside it (_build.json) of how"),
         (True, {"cpu": {"missing": "no c++"}}, "built, with no record"),
         (False, {"cpu": BUILT}, "missing, though _build.json records a build: c++ 12"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "fpdm" / "kernels"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="a shell script around c++"
+)
 needs_native = pytest.mark.skipif(cpu.native is None, reason="csrc/cpu is not built")
 
 
@@ -62,6 +66,71 @@ def test_degrades_without_a_compiler(tmp_path: Path) -> None:
     assert sources == {
         str(p.relative_to(copies)) for p in (copies / "csrc").rglob("*") if p.is_file()
     }
+
+
+# "compiler FLAG..." without optimisation, that does not know some flags, and perhaps more
+COMPILER = """#!/bin/sh
+for flag in "$@"; do
+    shift
+    case $flag in
+    -mavx*) echo "unrecognized command-line option '$flag'" >&2; exit 1 ;;
+    -O3) flag=-O0 ;;
+    esac
+    set -- "$@" "$flag"
+done
+MORE
+exec c++ "$@"
+"""
+# every unit becomes an empty one
+EMPTY = """case " $* " in
+*" -c "*) for last in "$@"; do :; done; exec c++ -x c++ -c /dev/null -o "$last" ;;
+esac"""
+
+
+def compiler(folder: Path, more: str = "") -> dict[str, str]:
+    """As CXX: two words, the way ccache is put before a compiler."""
+    script = folder / "old-c++"
+    script.write_text(COMPILER.replace("MORE", more))
+    script.chmod(0o755)
+    return {"CXX": f"/usr/bin/env {script}"}
+
+
+@needs_compiler
+def test_a_build_that_cannot_be_loaded_is_none(tmp_path: Path) -> None:
+    """A linker lets functions be missing; and what an earlier build left does not stay."""
+    library = tmp_path / "lib" / "fpdm" / "kernels" / f"_cpu{SUFFIX}"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    done = build(tmp_path, **compiler(tmp_path, EMPTY))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((library.parent / "_build.json").read_text())["cpu"]
+    assert list(record) == ["missing"]
+    assert "it was linked, but cannot be loaded: " in record["missing"]
+    assert "PyInit__cpu" in record["missing"]
+    assert not library.exists()
+
+
+@needs_compiler
+def test_a_compiler_that_knows_no_wide_vectors(tmp_path: Path) -> None:
+    done = build(tmp_path, **compiler(tmp_path), FPDM_CPU_ISA="")
+    library = tmp_path / "lib" / "fpdm" / "kernels" / f"_cpu{SUFFIX}"
+    record = json.loads((library.parent / "_build.json").read_text())["cpu"]
+    assert record["variants"] == {"portable": []}
+    assert len(record["left_out"]) == (3 if platform.machine() in ("x86_64", "AMD64") else 0)
+    for name, why in record["left_out"].items():
+        assert "unrecognized command-line option '-mavx" in why
+        assert f"csrc/cpu is built without {name}: " in done.stderr
+    code = f"""if True:
+        import importlib.util, torch
+        spec = importlib.util.spec_from_file_location("_cpu", {str(library)!r})
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+        x = torch.zeros(4)
+        native.gelu(0, 4, x.data_ptr(), x.data_ptr())
+        print(native.isa)
+    """
+    done = python(code)
+    assert done.stdout == "portable\n", done.stderr
 
 
 def test_says_why_it_is_missing() -> None:

@@ -1,6 +1,9 @@
-// Which instruction set's kernels run: the widest that the processor has, or FPDM_CPU_ISA.
+// Which instruction set's kernels run: the widest that the processor has, or FPDM_CPU_ISA. Among
+// those that were built: FPDM_HAS_NAME is defined for each.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "kernels.h"
 
@@ -20,9 +23,13 @@ static bool runs(const char* name) {
 
 const Variant* choose(const char* wanted) {
     static const Variant* const all[] = {
-#if defined(__x86_64__)
+#ifdef FPDM_HAS_avx512_bf16
         &avx512_bf16::variant,
+#endif
+#ifdef FPDM_HAS_avx512
         &avx512::variant,
+#endif
+#ifdef FPDM_HAS_avx2
         &avx2::variant,
 #endif
         &portable::variant,
