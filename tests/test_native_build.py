@@ -202,6 +202,34 @@ def test_products_without_wide_vectors() -> None:
 
 
 @needs_native
+def test_out_of_memory() -> None:
+    """Is Python's error, after which a smaller call runs."""
+    code = """if True:
+        import resource, torch
+        from fpdm.kernels import cpu
+        torch.set_num_threads(1)
+        qkv = torch.randn(1, 60000, 48)
+        y = torch.empty(1, 60000, 16)
+        small = cpu.attention(qkv[:, :8].contiguous(), 1)
+        with open("/proc/self/status") as status:
+            size = next(int(s.split()[1]) for s in status if s.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, ((size << 10) + (8 << 20),) * 2)
+        for _ in range(2):
+            try:
+                cpu.attention(qkv, 1, y)
+            except MemoryError as error:
+                print(error)
+        print(torch.equal(cpu.attention(qkv[:, :8].contiguous(), 1), small))
+    """
+    done = python(code)
+    first, second, again = done.stdout.splitlines() or [done.stderr] * 3
+    assert first == second
+    assert first.startswith("csrc/cpu: ")
+    assert first.endswith(" bytes of workspace cannot be had")
+    assert again == "True"
+
+
+@needs_native
 def test_unknown_instruction_set() -> None:
     code = "from fpdm.kernels import cpu; print(cpu.unavailable(cpu.DEVICE, None))"
     assert "FPDM_CPU_ISA: got mmx" in python(code, FPDM_CPU_ISA="mmx").stdout

@@ -39,4 +39,19 @@ const Variant* choose(const char* wanted) {
     return nullptr;
 }
 
+namespace {
+
+struct OutOfMemory : std::bad_alloc {
+    char text[80];
+    const char* what() const noexcept override { return text; }
+};
+
+}  // namespace
+
+void out_of_memory(size_t bytes) {
+    OutOfMemory error;
+    snprintf(error.text, sizeof error.text, "csrc/cpu: %zu bytes of workspace cannot be had", bytes);
+    throw error;
+}
+
 }  // namespace fpdm

@@ -2,6 +2,7 @@
 // is one instruction set's copy of every kernel.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fpdm {
@@ -86,6 +87,9 @@ struct Variant {
 
 // the variant of that name, or the best one without a name; null when this processor cannot run it
 const Variant* choose(const char* wanted);
+
+// throws std::bad_alloc: compiled once, since the variants share no code of the standard library
+[[noreturn]] void out_of_memory(size_t bytes);
 
 namespace portable {
 extern const Variant variant;

@@ -5,7 +5,6 @@
 
 #include <omp.h>
 
-#include <cstdio>
 #include <cstdlib>
 
 #include "vec.h"
@@ -51,18 +50,17 @@ struct Scratch {
     ~Scratch() { free(p); }
 };
 
+// to be asked for before a team starts: inside one nothing can be thrown
 template <int slot = 0>
 inline char* scratch(size_t bytes) {
     static thread_local Scratch s;
     if (bytes > s.size) {
         free(s.p);
-        s.size = (bytes + 4095) / 4096 * 4096;
-        s.p = static_cast<char*>(aligned_alloc(4096, s.size));
-        if (!s.p) {
-            // inside a team nothing can be thrown
-            fprintf(stderr, "fpdm: csrc/cpu: %zu bytes of workspace cannot be had\n", s.size);
-            abort();
-        }
+        s.size = 0;
+        const size_t size = (bytes + 4095) / 4096 * 4096;
+        s.p = static_cast<char*>(aligned_alloc(4096, size));
+        if (!s.p) out_of_memory(size);
+        s.size = size;
     }
     return s.p;
 }
