@@ -110,9 +110,19 @@ def test_instruction_sets() -> None:
 
 @pytest.mark.usefixtures("on_variant")
 def test_an_infinite_key() -> None:
-    """Its dq is infinite where autograd's is NaN: the least probability is 2^-126, not 0."""
-    found = infinite_key(cpu, DTYPES["cpu"])
-    assert [line for line in found if not line.endswith("dq")] == []
+    assert infinite_key(cpu, DTYPES["cpu"]) == []
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.usefixtures("on_variant")
+def test_a_key_far_behind_has_no_weight(dtype: torch.dtype) -> None:
+    """However large its value is."""
+    qkv = torch.zeros(1, 40, 3, 16)
+    qkv[0, :, 0, 0] = 40
+    qkv[0, :, 1, 0], qkv[0, :, 2] = 40, 1
+    qkv[0, 7, 1, 0], qkv[0, 7, 2] = -40, 3e38
+    y = cpu.attention(qkv.view(1, 40, 48).to(dtype), 1)
+    torch.testing.assert_close(y, torch.ones_like(y))
 
 
 def test_products_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,13 +231,19 @@ inline vf exp2_slope(vf r) {
     }
 }
 
-// 2^x for x <= 0; under 2^-126 it is 2^-126 or less, which a sum with a 1 cannot see
+// 2^x for x <= 0; under 2^-127 it is 0: any other floor would count where it weighs a value of 3e38
 template <bool exact>
 inline vf exp2_negative(vf x) {
-    x = at_least(x, -126.f);
-    vf n = nearest(x);
-    vf r = x - n;
+#if defined(__AVX512F__)
+    // not less: a NaN stays
+    const __mmask16 seen = _mm512_cmp_ps_mask(bits<__m512>(x), _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+    vf n = nearest(x), r = x - n, m = 1.f + r * exp2_slope<exact>(r);
+    return bits<vf>(_mm512_maskz_scalef_ps(seen, bits<__m512>(m), bits<__m512>(n)));
+#else
+    x = at_least(x, -127.f);
+    vf n = nearest(x), r = x - n;
     return scale(1.f + r * exp2_slope<exact>(r), n);
+#endif
 }
 
 }  // namespace FPDM_ISA
