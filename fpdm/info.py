@@ -163,10 +163,14 @@ def devices() -> dict[str, Any]:
 @_guarded
 def implementations(device: str) -> dict[str, str]:
     """Implementation -> ``available`` or the reason why not; ``auto``: the one that would run."""
-    from fpdm.kernels.implementations import availability, choose
+    from fpdm.kernels.implementations import ImplError, availability, choose
 
     told = {name: reason or "available" for name, reason in availability(device).items()}
-    told["auto"] = choose("auto", device)
+    try:
+        told["auto"] = choose("auto", device)
+    except ImplError as error:
+        # of what the environment asks for
+        told["auto"] = f"none: {error}"
     return told
 
 

@@ -83,6 +83,7 @@ def use(native: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """``fpdm.kernels.cpu`` on that copy, products included."""
     patch.setattr(cpu, "native", native)
     patch.setattr(cpu, "LIBRARY_PRODUCTS", frozenset())
+    patch.setattr(cpu, "LIBRARY_WGRADS", frozenset())
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_a_key_far_behind_has_no_weight(dtype: torch.dtype) -> None:
 def test_products_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where csrc/cpu leaves them to it: without wide vectors, and bfloat16 with AMX tiles."""
     monkeypatch.setattr(cpu, "LIBRARY_PRODUCTS", frozenset(KINDS))
+    monkeypatch.setattr(cpu, "LIBRARY_WGRADS", frozenset(KINDS))
     mine = [case for case in FEW if "linear" in case.op]
     assert [line for case in mine for line in run_case(cpu, case)] == []
 

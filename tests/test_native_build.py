@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fpdm.kernels import cpu
+from fpdm.kernels.implementations import ImplError, choose
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "fpdm" / "kernels"
@@ -196,9 +197,24 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
 
 @needs_native
 def test_products_without_wide_vectors() -> None:
-    """Are the library's."""
-    code = "from fpdm.kernels import cpu; print(cpu.native.isa, len(cpu.LIBRARY_PRODUCTS))"
-    assert python(code, FPDM_CPU_ISA="portable").stdout == "portable 2\n"
+    """Are the library's, and counted as such."""
+    code = """if True:
+        import torch
+        from fpdm.kernels import cpu, implementations, reference
+        print(cpu.native.isa, len(cpu.LIBRARY_PRODUCTS))
+        reference.linear_wgrad = lambda *_: print("the library's")
+        ops = implementations.resolve("auto", "cpu", torch.float32)
+        x, w, b = torch.randn(2, 3, 8), torch.randn(8, 8), torch.zeros(8)
+        ops.linear_dgrad(ops.gelu(ops.linear(x, w, b)), w)
+        ops.linear_wgrad(x, x, w, b)
+        print(implementations.ran("cpu"))
+    """
+    told = python(code, FPDM_CPU_ISA="portable").stdout.splitlines()
+    assert told == [
+        "portable 2",
+        "the library's",
+        "cpu: gelu 1; library: linear 1, linear_dgrad 1, linear_wgrad 1",
+    ]
 
 
 @needs_native
@@ -230,9 +246,38 @@ def test_out_of_memory() -> None:
 
 
 @needs_native
-def test_unknown_instruction_set() -> None:
-    code = "from fpdm.kernels import cpu; print(cpu.unavailable(cpu.DEVICE, None))"
-    assert "FPDM_CPU_ISA: got mmx" in python(code, FPDM_CPU_ISA="mmx").stdout
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_unknown_instruction_set(impl: str) -> None:
+    """Is an error, and not silently plain PyTorch; of what does not ask for csrc/cpu it is none."""
+    code = f"""if True:
+        from fpdm import info
+        from fpdm.kernels.implementations import ImplError, choose
+        try:
+            print(choose({impl!r}, "cpu"))
+        except ImplError as error:
+            print(error)
+        print(choose("reference", "cpu"))
+        print(info.implementations("cpu")["auto"])
+    """
+    error, reference, auto = python(code, FPDM_CPU_ISA="mmx").stdout.splitlines()
+    told = "FPDM_CPU_ISA: got 'mmx', expected one of portable, avx2, avx512, avx512_bf16"
+    assert error.endswith(told)
+    assert reference == "reference"
+    assert auto == f"none: {told}"
+
+
+def test_an_instruction_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known one, which this processor lacks."""
+    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setenv("FPDM_CPU_ISA", "avx2")
+    for why in ("FPDM_CPU_ISA: got avx2, expected one of those built", "No module named x"):
+        monkeypatch.setattr(cpu, "_missing", why)
+        for impl in ("auto", "cpu"):
+            with pytest.raises(ImplError, match="FPDM_CPU_ISA: got avx2, expected") as error:
+                choose(impl, "cpu")
+            assert why in str(error.value)
+    monkeypatch.delenv("FPDM_CPU_ISA")
+    assert choose("auto", "cpu") == "reference"
 
 
 SANITIZED = """if True:
@@ -252,7 +297,7 @@ SANITIZED = """if True:
     torch.set_num_threads(2)
     FAULT
     kinds = (torch.float32, torch.bfloat16)
-    cpu.LIBRARY_PRODUCTS = frozenset()
+    cpu.LIBRARY_PRODUCTS = cpu.LIBRARY_WGRADS = frozenset()
     cases = oc.generate(64, kinds, oc.CAP, seed=6)
     print("failed:", [line for case in cases for line in oc.run_case(cpu, case)])
     for size in loop.SIZES:

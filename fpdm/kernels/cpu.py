@@ -3,10 +3,12 @@
 Signatures, aliasing and accumulation are those of ``fpdm.kernels.reference``, which states the
 equations. Products run in csrc/cpu too, with what follows them fused: bias, GELU, gate, residual.
 Sums have a fixed order, whatever the number of threads. FPDM_CPU_ISA names an instruction set
-(portable, avx2, avx512, avx512_bf16) instead of the best one.
+(portable, avx2, avx512, avx512_bf16) instead of the best one; one that cannot be had is an error.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ try:
 except ImportError as error:
     native, _missing = None, one_line(error)
 
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DEVICE = torch.device("cpu")
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(CODES)
@@ -38,12 +41,35 @@ def _library_products() -> frozenset[torch.dtype]:
 
 
 LIBRARY_PRODUCTS = _library_products()
+# without wide vectors; with AMX tiles too, the sums over tokens are csrc/cpu's
+LIBRARY_WGRADS = frozenset(CODES if native is None or native.isa == "portable" else ())
+
+
+def library(dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Operators in ``dtype`` that are the library's alone, and counted as such; None: in all."""
+    asked = frozenset(CODES if dtype is None else (dtype,))
+    products = ("linear", "linear_dgrad") if asked <= LIBRARY_PRODUCTS else ()
+    return (*products, *(("linear_wgrad",) if asked <= LIBRARY_WGRADS else ()))
+
+
+def unmet() -> str | None:
+    """Why FPDM_CPU_ISA, an explicit request, cannot be met; None where it is met, or absent."""
+    asked = os.environ.get("FPDM_CPU_ISA")
+    if native is not None or not asked:
+        return None
+    if asked not in ISAS:
+        return f"FPDM_CPU_ISA: got {asked!r}, expected one of {', '.join(ISAS)}"
+    if _missing and "FPDM_CPU_ISA" in _missing:
+        return _missing
+    return f"FPDM_CPU_ISA: got {asked}, expected none where csrc/cpu cannot be loaded: {_missing}"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why it cannot run: another device, another dtype, or an installation without compiler."""
     if device.type != "cpu":
         return f"device: got {device.type}, expected cpu"
+    if (reason := unmet()) is not None:
+        return reason
     if native is None:
         return (
             f"csrc/cpu cannot be loaded: {_missing}; it is built where a C++17 compiler is: "
@@ -148,6 +174,9 @@ def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -> None:
     """dW += dy^T x, db += sum dy, in float32."""
+    if dy.dtype in LIBRARY_WGRADS:
+        reference.linear_wgrad(dy, x, dweight, dbias)
+        return
     dy, x = dy.contiguous(), x.contiguous()
     o, i = dy.shape[-1], x.shape[-1]
     inputs: list[Operand] = [

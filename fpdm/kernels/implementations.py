@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast, get_args
 
 import torch
@@ -100,10 +100,19 @@ def ran(impl: str) -> str:
     return told
 
 
+def _module(impl: str) -> ModuleType:
+    return importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
+
+
 @functools.cache
-def _operator_set(impl: str) -> SimpleNamespace:
-    module = importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
-    library = getattr(module, "LIBRARY", ())
+def _library(impl: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Operators of a set that are the library's: of csrc/cpu it depends on processor and dtype."""
+    return _module("cpu").library(dtype) if impl == "cpu" else getattr(_module(impl), "LIBRARY", ())
+
+
+@functools.cache
+def _operator_set(impl: str, library: tuple[str, ...]) -> SimpleNamespace:
+    module = _module(impl)
     found: dict[str, Callable[..., Any]] = {}
     for name in OPERATORS:
         fn = getattr(module, name)
@@ -129,7 +138,7 @@ def unavailable(
 ) -> str | None:
     """None when ``impl`` can run on ``device`` in ``dtype``, else every reason why not."""
     try:
-        module = importlib.import_module(f"fpdm.kernels.{impl.removesuffix('-fused')}")
+        module = _module(impl)
     except Exception as error:
         # a broken optional package must not break the rest
         return f"cannot be imported: {one_line(error)}"
@@ -157,12 +166,15 @@ def choose(impl: str, device: torch.device | str, dtype: torch.dtype | None = No
     is available; a warning says so when that is plain PyTorch on a GPU for which a faster one only
     lacks something that could be installed.
 
-    Raises ImplError for an unknown name, or for an explicit one that cannot run on ``device``.
+    Raises ImplError for an unknown name, for an explicit one that cannot run on ``device``, or for
+    an FPDM_CPU_ISA that cannot be met where csrc/cpu would run.
     """
     asked, source = (_REQUESTED, "FPDM_IMPL") if impl == "auto" else (impl, "impl")
     device = torch.device(device)
     if asked == "auto":
         first, *_ = names = preferred(device)
+        if first == "cpu" and (unmet := _module("cpu").unmet()) is not None:
+            raise ImplError(unmet)
         found = next(n for n in names if unavailable(n, device, dtype) is None)
         # of a device that has something faster; not where the dtype has nothing else
         if found != first and device.type == "cuda" and (why := unavailable(first, device)):
@@ -187,4 +199,5 @@ def resolve(impl: str, device: torch.device | str, dtype: torch.dtype | None = N
     """The operator set for ``impl`` on ``device``: one counted function per name in OPERATORS."""
     if dtype is not None and not dtype.is_floating_point:
         raise ImplError(f"dtype: got {dtype}, expected a floating-point compute dtype")
-    return _operator_set(_chosen(impl, device, dtype))
+    chosen = _chosen(impl, device, dtype)
+    return _operator_set(chosen, _library(chosen, dtype))
