@@ -246,6 +246,32 @@ def test_out_of_memory() -> None:
 
 
 @needs_native
+def test_threads_of_python_have_the_number_of_threads() -> None:
+    """Whatever torch was told elsewhere, before its first work in a thread."""
+    code = """if True:
+        import threading, torch
+        from fpdm.kernels import cpu
+        x = torch.randn(1 << 20)
+        tasks = lambda: len(__import__("os").listdir("/proc/self/task"))
+        torch.set_num_threads(1)
+        seen = []
+        def run():
+            before = tasks()
+            cpu.gelu(x, x)
+            seen.append(tasks() - before)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        print(seen)
+    """
+    assert python(code, OMP_NUM_THREADS="4").stdout == "[0]\n"
+    # control: without it OpenMP starts as many as its own setting says
+    plain = "cpu.here = type('Here', (), {'device': cpu.DEVICE})\n        x = torch"
+    without = code.replace("x = torch", plain)
+    assert python(without, OMP_NUM_THREADS="4").stdout == "[3]\n"
+
+
+@needs_native
 @pytest.mark.parametrize("impl", ["auto", "cpu"])
 def test_unknown_instruction_set(impl: str) -> None:
     """Is an error, and not silently plain PyTorch; of what does not ask for csrc/cpu it is none."""

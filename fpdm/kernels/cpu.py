@@ -9,6 +9,7 @@ Sums have a fixed order, whatever the number of threads. FPDM_CPU_ISA names an i
 from __future__ import annotations
 
 import os
+import threading
 
 import torch
 from torch import Tensor
@@ -62,6 +63,19 @@ def unmet() -> str | None:
     if _missing and "FPDM_CPU_ISA" in _missing:
         return _missing
     return f"FPDM_CPU_ISA: got {asked}, expected none where csrc/cpu cannot be loaded: {_missing}"
+
+
+class _Here(threading.local):
+    """Of a thread of Python's: it takes torch.set_num_threads over when torch is first asked there.
+    OpenMP knows nothing of it, and would start as many threads as there are cores."""
+
+    def __init__(self) -> None:
+        torch.get_num_threads()
+        self.device = DEVICE
+
+
+# what every check before a native call reads its device from: once per thread that costs more
+here = _Here()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -119,7 +133,7 @@ def pack(weight: Tensor, out: Tensor | None = None) -> Tensor | None:
     shape = _panels(o, i, dtype)
     out = weight.new_empty(shape) if out is None else out
     inputs: list[Operand] = [("weight", weight, (o, i), DTYPES)]
-    check("pack", DEVICE, inputs, [("out", out, shape, (dtype,))])
+    check("pack", here.device, inputs, [("out", out, shape, (dtype,))])
     native.pack(CODES[dtype], o, i, weight.data_ptr(), weight.stride(0), out.data_ptr())
     return out
 
@@ -144,7 +158,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
         # O of a packed weight is known by its bias alone: without one it must be a plain (O,I)
         operand = ("weight", weight, (o, i), DTYPES)
     operands: list[Operand] = [("x", x, x.shape, (dtype,)), operand, ("bias", bias, (o,), (dtype,))]
-    check("linear", DEVICE, operands, [("out", out, shape, DTYPES)])
+    check("linear", here.device, operands, [("out", out, shape, DTYPES)])
     native.linear(
         CODES[dtype], CODES[out.dtype], True, _count(out), o, i, x.data_ptr(), weight.data_ptr(),
         stride, address(bias), out.data_ptr(),
@@ -164,7 +178,7 @@ def linear_dgrad(dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
         ("dy", dy, (*dy.shape[:-1], o), (dtype,)),
         ("weight", weight, (o, i), DTYPES),
     ]
-    check("linear_dgrad", DEVICE, operands, [("out", out, shape, DTYPES)])
+    check("linear_dgrad", here.device, operands, [("out", out, shape, DTYPES)])
     native.linear(
         CODES[dtype], CODES[out.dtype], False, _count(out), i, o, dy.data_ptr(), weight.data_ptr(),
         weight.stride(0), 0, out.data_ptr(),
@@ -184,7 +198,7 @@ def linear_wgrad(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None) -
         ("x", x, x.shape, (dy.dtype,)),
     ]
     outputs: list[Operand] = [("dweight", dweight, (o, i), FLOAT), ("dbias", dbias, (o,), FLOAT)]
-    check("linear_wgrad", DEVICE, inputs, outputs)
+    check("linear_wgrad", here.device, inputs, outputs)
     native.wgrad(
         CODES[dy.dtype], _count(dy), o, i, dy.data_ptr(), x.data_ptr(), dweight.data_ptr(),
         dweight.stride(0), address(dbias),
@@ -195,7 +209,7 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Tanh GELU."""
     out = torch.empty_like(x) if out is None else out
     outputs: list[Operand] = [("out", out, x.shape, (x.dtype,))]
-    check("gelu", DEVICE, [("x", x, x.shape, DTYPES)], outputs, {("out", "x")})
+    check("gelu", here.device, [("x", x, x.shape, DTYPES)], outputs, {("out", "x")})
     native.gelu(CODES[x.dtype], x.numel(), x.data_ptr(), out.data_ptr())
     return out
 
@@ -208,7 +222,7 @@ def gelu_backward(
     inputs: list[Operand] = [("dy", dy, x.shape, (x.dtype,)), ("x", x, x.shape, DTYPES)]
     outputs: list[Operand] = [("out", out, x.shape, (x.dtype,))]
     outputs.append(("total", total, x.shape, (torch.float32,)))
-    check("gelu_backward", DEVICE, inputs, outputs, {("out", "dy"), ("out", "x")})
+    check("gelu_backward", here.device, inputs, outputs, {("out", "dy"), ("out", "x")})
     native.gelu_backward(
         CODES[x.dtype], x.numel(), dy.data_ptr(), x.data_ptr(), out.data_ptr(), address(total)
     )
@@ -243,7 +257,7 @@ def linear_add_gelu(
         ("addend", addend, (o,) if is_bias else shape, (dtype,)),
     ]
     outputs: list[Operand] = [("pre", pre, shape, (dtype,)), ("out", out, shape, (dtype,))]
-    check("linear_add_gelu", DEVICE, inputs, outputs)
+    check("linear_add_gelu", here.device, inputs, outputs)
     u = addend.data_ptr()
     native.linear_add_gelu(
         CODES[dtype], _count(out), o, i, x.data_ptr(), weight.data_ptr(), stride,
@@ -258,7 +272,7 @@ def adaln(z: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) ->
     sizes, vectors = _vectors(z, scale.dtype, shift=shift, scale=scale)
     inputs: list[Operand] = [("z", z, z.shape, DTYPES), *vectors]
     outputs: list[Operand] = [("out", out, z.shape, (scale.dtype,))]
-    check("adaln", DEVICE, inputs, outputs, {("out", "z")})
+    check("adaln", here.device, inputs, outputs, {("out", "z")})
     native.adaln(
         *sizes, z.data_ptr(), shift.data_ptr(), row_stride(shift), scale.data_ptr(),
         row_stride(scale), out.data_ptr(),
@@ -282,7 +296,7 @@ def adaln_backward(
         ("dshift", dshift, vector, FLOAT),
         ("dscale", dscale, vector, FLOAT),
     ]
-    check("adaln_backward", DEVICE, inputs, outputs)
+    check("adaln_backward", here.device, inputs, outputs)
     native.adaln_backward(
         *sizes, dy.data_ptr(), z.data_ptr(), scale.data_ptr(), row_stride(scale), dz.data_ptr(),
         dshift.data_ptr(), row_stride(dshift), dscale.data_ptr(), row_stride(dscale),
@@ -312,7 +326,7 @@ def gate_residual(
         ("out", out, z.shape, (z.dtype,)),
         ("norms", norms, (2, z.shape[0]), FLOAT),
     ]
-    check("gate_residual", DEVICE, inputs, outputs, {("out", "z")})
+    check("gate_residual", here.device, inputs, outputs, {("out", "z")})
     native.gate_residual(
         *sizes, z.data_ptr(), y.data_ptr(), gate.data_ptr(), row_stride(gate), out.data_ptr(),
         address(prev), address(norms),
@@ -335,7 +349,7 @@ def gate_residual_backward(
         ("dgate", dgate, gate.shape, FLOAT),
         ("out", out, dout.shape, (y.dtype,)),
     ]
-    check("gate_residual_backward", DEVICE, inputs, outputs, {("out", "dout"), ("out", "y")})
+    check("gate_residual_backward", here.device, inputs, outputs, {("out", "dout"), ("out", "y")})
     native.gate_residual_backward(
         *sizes, dout.data_ptr(), y.data_ptr(), gate.data_ptr(), row_stride(gate), dgate.data_ptr(),
         row_stride(dgate), out.data_ptr(),
@@ -361,7 +375,7 @@ def gate_residual_adaln(
         ("z_out", z_out, z.shape, (z.dtype,)),
         ("out", out, z.shape, (y.dtype,)),
     ]
-    check("gate_residual_adaln", DEVICE, inputs, outputs, {("z_out", "z"), ("out", "y")})
+    check("gate_residual_adaln", here.device, inputs, outputs, {("z_out", "z"), ("out", "y")})
     native.gate_residual_adaln(
         *sizes, z.data_ptr(), y.data_ptr(), gate.data_ptr(), row_stride(gate), shift.data_ptr(),
         row_stride(shift), scale.data_ptr(), row_stride(scale), z_out.data_ptr(), out.data_ptr(),
@@ -395,7 +409,7 @@ def adaln_linear(
         ("bias", bias, (o,), (dtype,)),
     ]
     outputs: list[Operand] = [("y", y, z.shape, (dtype,)), ("out", out, shape, (dtype,))]
-    check("adaln_linear", DEVICE, inputs, outputs)
+    check("adaln_linear", here.device, inputs, outputs)
     native.adaln_linear(
         *sizes, z.data_ptr(), shift.data_ptr(), row_stride(shift), scale.data_ptr(),
         row_stride(scale), o, weight.data_ptr(), stride, bias.data_ptr(), y.data_ptr(),
@@ -438,7 +452,7 @@ def _linear_gate(
         ("norms", norms, (2, z.shape[0]), FLOAT),
         ("y", y, z.shape, (dtype,)),
     ]
-    check(op, DEVICE, inputs, outputs, {("out", "z")})
+    check(op, here.device, inputs, outputs, {("out", "z")})
     strided = [n for v in named.values() for n in (v.data_ptr(), row_stride(v))]
     native.linear_gate(
         *sizes, i, x.data_ptr(), weight.data_ptr(), stride, bias.data_ptr(),
@@ -504,7 +518,7 @@ def attention(qkv: Tensor, heads: int, out: Tensor | None = None) -> Tensor:
     head = head_width("attention", d, heads)
     out = qkv.new_empty(b, t, d) if out is None else out
     outputs: list[Operand] = [("out", out, (b, t, d), (qkv.dtype,))]
-    check("attention", DEVICE, [("qkv", qkv, (b, t, 3 * d), DTYPES)], outputs)
+    check("attention", here.device, [("qkv", qkv, (b, t, 3 * d), DTYPES)], outputs)
     native.attention(CODES[qkv.dtype], b, t, heads, head, qkv.data_ptr(), out.data_ptr())
     return out
 
@@ -521,7 +535,7 @@ def attention_backward(
         ("dy", dy, (b, t, d), (qkv.dtype,)),
         ("qkv", qkv, (b, t, 3 * d), DTYPES),
     ]
-    check("attention_backward", DEVICE, inputs, [("out", out, qkv.shape, (qkv.dtype,))])
+    check("attention_backward", here.device, inputs, [("out", out, qkv.shape, (qkv.dtype,))])
     native.attention_backward(
         CODES[qkv.dtype], b, t, heads, head, dy.data_ptr(), qkv.data_ptr(), out.data_ptr()
     )

@@ -120,7 +120,7 @@ def iterate(
     b, t, d = x.shape
     inputs, outputs, *addresses = _iteration("iterate", x, buffers, u, w, acts, norms, k)
     inputs += [("u", u, (b, t, 2 * d), (x.dtype,)), ("mod", mod, (b, 6 * d), (x.dtype,))]
-    check("iterate", cpu.DEVICE, inputs, outputs, {("odd", "x")})
+    check("iterate", cpu.here.device, inputs, outputs, {("odd", "x")})
     cpu.native.iterate(_sizes("iterate", x, heads), _addends(u, mod), *addresses, k)
     return buffers[(k + 1) % 2]
 
@@ -159,7 +159,7 @@ def solve(
         ("result", watch.result, (r, t, d), (x.dtype,)),
         ("residual", table, (most, r), (torch.float32,)),
     ]
-    check("solve", cpu.DEVICE, inputs, outputs, {("odd", "x")})
+    check("solve", cpu.here.device, inputs, outputs, {("odd", "x")})
     told = (*slots.values(), watch.used, watch.result, residual)
     return cpu.native.solve(
         _sizes("solve", x, heads), _addends(u, mod), *addresses, most,
@@ -221,7 +221,7 @@ def unroll(
         ("out", out, k.x.shape, dtype),
         ("norms", table, (len(table), 2, b), (torch.float32,)),
     ]
-    check("unroll", cpu.DEVICE, inputs, outputs)
+    check("unroll", cpu.here.device, inputs, outputs)
     cpu.native.unroll(
         _sizes("unroll", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
         [part.start, rows[0]], [address(v) for v in (work.gh, work.y1, work.o, *z, out, table)],
@@ -290,7 +290,7 @@ def unroll_backward(
     if again is not None:
         slots, anew = _kept(again)
         outputs += [(f"again {o[0]}", *o[1:]) for o in slots]
-    check("unroll_backward", cpu.DEVICE, inputs, outputs)
+    check("unroll_backward", cpu.here.device, inputs, outputs)
     cpu.native.unroll_backward(
         _sizes("unroll_backward", k.x, heads), _addends(k.u, k.mod), addresses, k.m, kept,
         [part.start, rows[0]], [*added, dmod.data_ptr(), row_stride(dmod), address(du)],
