@@ -199,6 +199,13 @@ def test_repeats() -> None:
     assert unrepeatable(REDUCING, 100) == []
 
 
+@pytest.mark.usefixtures("on_variant")
+def test_a_bias_of_a_product_without_inputs() -> None:
+    dy, dbias = torch.randn(2, 33, 41), torch.ones(41)
+    cpu.linear_wgrad(dy, torch.empty(2, 33, 0), torch.empty(41, 0), dbias)
+    torch.testing.assert_close(dbias, 1 + dy.sum((0, 1)))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_variant")
 def test_a_thousand_repeats() -> None:

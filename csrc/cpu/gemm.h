@@ -280,7 +280,8 @@ struct WeightGradient {
     using W = Word<T>;
     static constexpr i64 LEFT = DEPTH * ROWS, RIGHT = DEPTH * COLS;
 
-    i64 group() const { return min2(ceil_div(ins, i64(COLS)), GROUP); }
+    // at least 1, without a panel too: dbias is summed with the first
+    i64 group() const { return max2<i64>(1, min2(ceil_div(ins, i64(COLS)), GROUP)); }
     i64 size() const { return HELD * LEFT + group() * (RIGHT + HELD * ROWS * COLS) + 16; }
 
     // this thread's share of panels [panel, end)
@@ -350,7 +351,7 @@ void wgrad(i64 rows, i64 outs, i64 ins, const T* dy, const T* x, float* dweight,
     const i64 panels = ceil_div(ins, i64(COLS)), group = job.group(), size = job.size() + 16;
     auto* memory = reinterpret_cast<Word<T>*>(scratch(size_t(size * most_threads()) * 4));
     parallel(rows * outs * ins / 32, [&](Team team) {
-        for (i64 panel = 0; panel < panels; panel += group)
+        for (i64 panel = 0; panel == 0 || panel < panels; panel += group)
             job.run(team, panel, min2(panels, panel + group), memory + team.index * size);
     });
 }
