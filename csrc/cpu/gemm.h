@@ -210,7 +210,7 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
             packers.each(last - first, [&](i64 p) { pack_panel<T>(l, first + p, b + p * size); });
             packers.barrier();
             multiply<T>(team, l, first, last, b, {rows, sums}, epilogue);
-            packers.barrier();
+            if (last < panels) packers.barrier();
         }
         after(team);
     });
