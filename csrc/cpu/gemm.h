@@ -17,6 +17,8 @@ constexpr i64 BLOCKS = 8, DISTANCE = RUN + 16;
 // rows per thread from which every thread packs the weight for itself: words that another core has
 // just packed come slowly
 constexpr i64 OWN_PACKING = 96;
+// words of all those copies, 32 MiB: 64 threads would hold some 600 of a deep product
+constexpr i64 OWN_WORDS = 8 << 20;
 // of a weight gradient: tokens per partial sum, whatever the number of threads; blocks of outs and
 // panels of ins whose sums are unfinished at a time
 constexpr i64 DEPTH = 128, HELD = 32, GROUP = 12;
@@ -190,7 +192,8 @@ void linear_with(const Linear& l, const Epilogue& epilogue, Before before, After
     const i64 depth = words<T>(l.depth), panels = ceil_div(l.cols, i64(COLS)), size = depth * COLS,
               group = min2(panels, PANELS), held = Held<T>::size(l, group),
               packed = ceil_div(group * size, i64(16)) * 16, threads = most_threads();
-    const bool ready = l.weight_stride == PACKED, shared = l.rows < OWN_PACKING * threads;
+    const bool ready = l.weight_stride == PACKED,
+               shared = l.rows < OWN_PACKING * threads || threads * packed > OWN_WORDS;
     const i64 copies = ready ? 0 : shared ? 1 : threads;
     W* memory = reinterpret_cast<W*>(scratch(size_t(threads * held + copies * packed + 16) * 4));
     parallel(l.rows * l.cols * l.depth / 32, [&](Team team) {
