@@ -358,12 +358,16 @@ def _spend_macs(
     while cost.macs(counts, shares(low)) > budget:
         low -= 1
     ks = shares(low)
-    unspent = (budget - cost.macs(counts, ks)) // (one * max(counts))
     if sampler.allocation == "constant":
+        unspent = (budget - cost.macs(counts, ks)) // (one * max(counts))
         return ks, min(unspent, steps - 1)
     if sampler.allocation in ("increasing", "decreasing"):
         # one iteration more in all may move several to guided steps: by remainders of this total
-        ks = allocate(low, steps, sampler.allocation, more=unspent)
+        for more in range(1, steps + 1):
+            longer = allocate(low, steps, sampler.allocation, more=more)
+            if cost.macs(counts, longer) > budget:
+                break
+            ks = longer
     return ks, 0
 
 

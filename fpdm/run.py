@@ -283,10 +283,7 @@ class Run:
     def _loop(self, n: int) -> bool:
         """The solve of n slots as one launch that ends on the device, where that can be had."""
         left = self.w.watching.left
-        # invariant: the first solve of a key is followed, in shapes of its own
-        if self.cache is None or self.s.solver is not None or self.s.config.invariant:
-            return False
-        if n > stopping.LOOP_ROWS:
+        if self.cache is None or self.s.solver is not None or n > stopping.LOOP_ROWS:
             return False
         return self.cache.loop(
             self._key("solve", n, ()), lambda: left[0] > 0, partial(self._step, n, 0, 0)
@@ -294,13 +291,14 @@ class Run:
 
     def _follow(self, launch: Launch, n: int) -> tuple[int, int]:
         """The solve of n slots, one iteration after the other, the host following: at once and
-        without slots that are done where shapes need no graph, else late and in buckets. Returns
-        how many slots are left, and in which iterate buffer."""
-        w, parity = self.w, 0
+        without slots that are done where shapes need no graph, else late and in buckets; with
+        invariant all slots to the end, as a loop on the device has them. Returns how many slots are
+        left, and in which iterate buffer."""
+        w, parity, invariant = self.w, 0, self.s.config.invariant
         solver = None if self.s.solver is None else self.s.solver()
         best = None if solver is None else Best(w.z[0][:n])
         assert self.flag is not None
-        exact = self.cache is None and self.flag.lag == 0
+        exact = self.cache is None and self.flag.lag == 0 and not invariant
         for j in range(self.s.most[launch.step]):
             into = None if exact else 1 - parity
             if solver is None or best is None:
@@ -311,7 +309,9 @@ class Run:
             left = self.flag.read(j)
             if left == 0:
                 break
-            if left is not None and (size := left if exact else bucket(left)) < n:
+            if left is None or invariant:
+                continue
+            if (size := left if exact else bucket(left)) < n:
                 others = (w.u, w.vectors[0])
                 stay = stopping.compact(w.watching, n, size, w.z[parity], others)
                 n = len(stay)

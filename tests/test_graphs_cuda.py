@@ -48,6 +48,7 @@ GIVEN_BACK = ("_cuda_endAllocateToPool", "_cuda_releasePool")
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeGraph]]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for name in ("Stream", "synchronize", "current_blas_handle", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: FakeGraph.log.append(name))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
