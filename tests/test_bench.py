@@ -144,6 +144,7 @@ def test_a_slow_loop_is_told_of_a_real_operator(monkeypatch: pytest.MonkeyPatch)
 
 
 def row(ratio: float, name: str = "a") -> dict[str, Any]:
+    """A row against one baseline, which takes ``ratio`` times ours."""
     times = {"fpdm": 1.0, "plain PyTorch": ratio}
     arms = {
         n: {"median_s": 1e-3 * r, "best_s": 1e-3 * r, "spread": 0.01, "ratio": r}

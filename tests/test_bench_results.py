@@ -10,22 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_bench import row as row_of
 
 from bench import compose, counted, machine, operators, page, report, rows, suites, summary
 from fpdm.config import ConfigError
 
 RESULTS = machine.ROOT / "bench" / "results"
 H200 = RESULTS / "nvidia-h200"
-
-
-def row(ratio: float, name: str = "a") -> dict[str, Any]:
-    """A row against one baseline, which takes ``ratio`` times ours."""
-    times = {"fpdm": 1.0, "plain PyTorch": ratio}
-    arms = {
-        n: {"median_s": 1e-3 * r, "best_s": 1e-3 * r, "spread": 0.01, "ratio": r}
-        for n, r in times.items()
-    }
-    return {"suite": "operators", "name": name, "arms": arms, "missing": {}}
 
 
 def test_tables_are_what_render_writes() -> None:
@@ -47,7 +38,7 @@ def test_tables_are_what_render_writes() -> None:
 
 def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
     def made(suite: str, name: str, flops: int) -> dict[str, Any]:
-        return {**row(1.5), "suite": suite, "name": name, "flops": flops, "missing": {},
+        return {**row_of(1.5), "suite": suite, "name": name, "flops": flops, "missing": {},
                 "dtype": name.split(" ")[2]}  # fmt: skip
 
     rows = [
