@@ -17,7 +17,6 @@ the host follows the iterations at the distance that fpdm.stopping describes.
 from __future__ import annotations
 
 import math
-import operator
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from fpdm.kernels import ops
 from fpdm.model import FPDM, DiT
 from fpdm.plan import launches, most_iterations, reserves
 from fpdm.run import Run, SampleStats
+from fpdm.settings import integer
 from fpdm.solvers import Solver
 from fpdm.weights import PreparedWeights
 from fpdm.workspace import Sizes, Workspace
@@ -58,20 +58,17 @@ def check_labels(labels: Sequence[int] | Tensor, num_classes: int) -> list[int]:
 
 def _integers(name: str, given: Sequence[int] | Tensor, most: int) -> list[int]:
     """``given`` as integers in 0..``most``. Raises ConfigError that names the first that is not."""
-    expected = f"expected integers 0..{most}" if most < 2**63 else "expected integers 0..2^64 - 1"
+    expected = f"expected integers 0..{'2^64 - 1' if most == 2**64 - 1 else most}"
     try:
-        values = given.tolist() if isinstance(given, Tensor) else list(given)
-        found = list(values)
+        values = list(given.tolist() if isinstance(given, Tensor) else given)
     except TypeError:
         raise ConfigError(f"{name}: got {given!r}, {expected}") from None
-    for index, value in enumerate(values):
-        try:
-            # a bool is an index, and a tensor of any dtype looks like one
-            found[index] = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            found[index] = -1
-        if not 0 <= found[index] <= most:
+    found = []
+    for value in values:
+        number = integer(value)
+        if number is None or not 0 <= number <= most:
             raise ConfigError(f"{name}: got {value!r}, {expected}")
+        found.append(number)
     return found
 
 

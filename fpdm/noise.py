@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fpdm.kernels import implementations
+from fpdm.settings import integer
 
 # domains; 7 is free, and none may change its number: the same seeds would draw other images
 SAMPLE_INIT, SAMPLE_STEP, TRAIN_NOISE, TRAIN_T, TRAIN_DROP, TRAIN_FLIP, TRAIN_ITERS = range(7)
@@ -53,11 +53,8 @@ def as_keys(seeds: Sequence[int] | Tensor) -> Tensor:
 
 
 def _seed(seed: object) -> int:
-    try:
-        value = operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        value = -1
-    if not 0 <= value < 1 << 64:
+    value = integer(seed)
+    if value is None or not 0 <= value < 1 << 64:
         raise ValueError(f"seed: got {seed!r}, expected an integer, 0 <= seed < 2^64")
     return value
 

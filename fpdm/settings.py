@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import numbers
+import operator
 import re
 import types
 import typing
@@ -33,6 +34,16 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A setting that cannot be met."""
+
+
+def integer(value: object) -> int | None:
+    """``value`` as an integer, numpy's or a tensor's too; None for a bool and for what is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def one_line(error: Exception, most: int = 200) -> str:

@@ -33,7 +33,6 @@ from fpdm.kernels.launch import (
 )
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad
 
-LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
 DTYPES = (torch.float16, torch.float32)
 RUN = 32  # tokens per partial sum
 FORWARD_RUN = 8  # tokens per block where no sum crosses tokens
@@ -44,11 +43,16 @@ _ELEMENT = {torch.float16: ck.HALF, torch.float32: ck.FLOAT}
 _backend: Launcher = Driver()
 
 __all__ = [
-    "LIBRARY", "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward",
+    "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward",
     "gate_residual", "gate_residual_adaln", "gate_residual_backward", "gelu", "gelu_backward",
-    "linear", "linear_add_gelu", "linear_dgrad", "linear_gate_residual",
+    "library", "linear", "linear_add_gelu", "linear_dgrad", "linear_gate_residual",
     "linear_gate_residual_adaln", "linear_wgrad", "prepare", "unavailable",
 ]  # fmt: skip
+
+
+def library(dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Operators that are the library's, and counted as such."""
+    return "linear", "linear_dgrad", "linear_wgrad"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:

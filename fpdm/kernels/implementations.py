@@ -106,8 +106,9 @@ def _module(impl: str) -> ModuleType:
 
 @functools.cache
 def _library(impl: str, dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Operators of a set that are the library's: of csrc/cpu it depends on processor and dtype."""
-    return _module("cpu").library(dtype) if impl == "cpu" else getattr(_module(impl), "LIBRARY", ())
+    """Operators of a set that are the library's; the reference is no library's but PyTorch's."""
+    named = getattr(_module(impl), "library", None)
+    return named(dtype) if named else ()
 
 
 @functools.cache

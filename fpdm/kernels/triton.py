@@ -29,15 +29,18 @@ from fpdm.kernels.reference import linear_dgrad
 
 __all__ = [
     "adaln", "adaln_backward", "adaln_linear", "attention", "attention_backward", "gate_residual",
-    "gate_residual_adaln", "gate_residual_backward", "gelu", "gelu_backward", "linear",
+    "gate_residual_adaln", "gate_residual_backward", "gelu", "gelu_backward", "library", "linear",
     "linear_add_gelu", "linear_dgrad", "linear_gate_residual", "linear_gate_residual_adaln",
     "linear_wgrad", "unavailable",
 ]  # fmt: skip
 WIDE = (torch.float32,)
-# counted as the library's
-LIBRARY = ("linear", "linear_dgrad", "linear_wgrad")
 # decided when the kernels were defined, whatever the environment says now
 INTERPRETED = not isinstance(rows.load, triton.JITFunction)
+
+
+def library(dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Operators that are the library's, and counted as such."""
+    return "linear", "linear_dgrad", "linear_wgrad"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
