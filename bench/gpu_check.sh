@@ -92,11 +92,12 @@ case "$part" in
       "${sanitizer[@]}" memcheck "$python" -m bench.gpu smoke &
     piece racecheck 200 "${sanitizer[@]}" racecheck "$python" -m bench.gpu smoke &
     piece gpu_tests 280 "$python" -m pytest -v --tb short -m "gpu and not slow and not alone" \
-      "${options[@]}" --junitxml "$out/gpu_tests.xml" "${files[@]}"
+      "${options[@]}" --junitxml "$out/gpu_tests.xml" "${files[@]}" &
+    # beside the others: what they do to its order of blocks is welcome
+    piece gpu_repeats 280 "$python" -m pytest -v --tb short -m "gpu and slow" "${files[@]}"
     wait
     piece gpu_tests_alone 120 "$python" -m pytest -v --tb short -m "gpu and not slow and alone" \
       "${files[@]}"
-    piece gpu_repeats 120 "$python" -m pytest -v --tb short -m "gpu and slow" "${files[@]}"
     ;;
   tables)
     piece gemm 200 "$python" -m bench.gemm --out "$out/gemm.json" --write --jobs "$jobs" \
