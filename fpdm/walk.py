@@ -151,7 +151,7 @@ def backward(run: BlockRun, k: Kept, part: slice, g: Tensor, dmod: Tensor, di: T
     else:
         _backward(run, _Part.of(k, part), g, dmod, du, scratch)
     if k.i is not None and du is not None:
-        _injection_gradients(run, k.i[part], du, di)
+        _injection_gradients(run, k.i[part], du, di, scratch)
 
 
 def _backward(
@@ -199,9 +199,10 @@ def _forward_again(run: BlockRun, x: Tensor, k: _Part, s: Scratch) -> Activation
     return kept
 
 
-def _injection_gradients(run: BlockRun, i: Tensor, du: Tensor, di: Tensor) -> None:
+def _injection_gradients(run: BlockRun, i: Tensor, du: Tensor, di: Tensor, s: Scratch) -> None:
     """Through u = E i + b1: ``di``, and dE, db1 into the accumulators."""
-    wide, grads = du.to(i.dtype), run.grads
+    wide = du if du.dtype == i.dtype else s.wide(2).copy_(du)
+    grads = run.grads
     if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:
         run.ops.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
         grads.inj_b1.add_(du.sum((0, 1), dtype=grads.inj_b1.dtype))
