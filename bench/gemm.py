@@ -83,10 +83,11 @@ Arms = dict[str, tuple[Tile | None, Callable[[], Any]]]
 def arms(s: Shape, device: torch.device) -> tuple[Arms, list[Tensor]]:
     """Name -> (tile, function): ``library`` first, ``fused i`` with the i-th tile, ``cublaslt i``
     with its i-th algorithm; and the buffers that every one of them must write."""
-    g = torch.Generator().manual_seed(0)
+    # drawn there: a CPU takes seconds over 300 M numbers
+    g = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=g) * scale).to(device, s.dtype)
+        return torch.randn(*size, generator=g, device=device).mul_(scale).to(s.dtype)
 
     x, out = normal(s.b, s.t, s.k), normal(s.b, s.t, s.n)
     weight, bias, extra = normal(s.n, s.k, scale=s.k**-0.5), normal(s.n), torch.empty_like(out)

@@ -109,7 +109,7 @@ def sampling(
 
     name = f"{s.name} S={steps} k={iters} guidance {guidance:g}"
     name += "" if method == "ddim" else f" {method}"
-    return Row("sampler", name + (" compiled" if compiled else ""), build, 5)
+    return Row("sampler", name + (" compiled" if compiled else ""), build, 31, 12.0)
 
 
 def _with_map(plain: Plain) -> Any:
@@ -255,7 +255,7 @@ def training(
     n, m = (statistics.mean(pair[i] for pair in draws) for i in range(2))
     what = f"n={n:g} m={m:g}" + (f" over {len(draws)} draws" if len(draws) > 1 else "")
     name = f"{s.name} {what} {recompute}"
-    return Row("training", name + (" compiled" if compiled else ""), build, 7)
+    return Row("training", name + (" compiled" if compiled else ""), build, 31, 12.0)
 
 
 def drawn() -> list[tuple[int, int]]:

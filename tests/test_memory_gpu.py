@@ -61,7 +61,7 @@ def test_memory_ledger(impl: str, recompute: str, wide: bool) -> None:
     """Of an iteration, the ledger's; what both passes need beside it is the same for any m. The
     backward's peak is 14 U above what is saved at most, 2 U more with an iterate twice as wide, and
     in full recomputation what one iteration keeps."""
-    few, many = (passes(m, impl, recompute, wide) for m in (2, 5))
+    few, many = (passes(m, impl, recompute, wide) for m in (3, 6))
     slope = (many["kept"] - few["kept"]) / 3
     units = LEDGER[recompute, wide]
     assert abs(slope - units) < 0.02, f"{slope:.2f} U an iteration, the ledger says {units}"
