@@ -158,16 +158,23 @@ def _backward(
     run: BlockRun, k: _Part, g: Tensor, dmod: Tensor, du: Tensor | None, scratch: Scratch
 ) -> None:
     for j in range(len(k.slots) - 1, -1, -1):
-        acts = k.slots[j]
-        if k.recompute == "full":
-            acts = _forward_again(run, _iterate_before(run, k, j, scratch), k, scratch)
-        z = k.x if acts.z is None else acts.z
-        step_backward(run.ops, g, z, k.mod, run.w, run.heads, acts, run.grads, dmod, scratch)
-        if du is not None:
-            # rebuilt only now: until here its buffer held z'
-            x = _iterate_before(run, k, j, scratch)
-            wants_dx = j > 0 or run.input_grad
-            injection_backward(run.ops, g, x, run.w, acts, run.grads, scratch, du, wants_dx)
+        _step(run, k, j, g, dmod, du, scratch)
+
+
+def _step(
+    run: BlockRun, k: _Part, j: int, g: Tensor, dmod: Tensor, du: Tensor | None, scratch: Scratch
+) -> None:
+    """Iteration j. Apart from the loop: what it recomputed in full is gone before the next does."""
+    acts = k.slots[j]
+    if k.recompute == "full":
+        acts = _forward_again(run, _iterate_before(run, k, j, scratch), k, scratch)
+    z = k.x if acts.z is None else acts.z
+    step_backward(run.ops, g, z, k.mod, run.w, run.heads, acts, run.grads, dmod, scratch)
+    if du is not None:
+        # rebuilt only now: until here its buffer held z'
+        x = _iterate_before(run, k, j, scratch)
+        wants_dx = j > 0 or run.input_grad
+        injection_backward(run.ops, g, x, run.w, acts, run.grads, scratch, du, wants_dx)
 
 
 def _iterate_before(run: BlockRun, k: _Part, j: int, scratch: Scratch) -> Tensor:
@@ -204,6 +211,5 @@ def _injection_gradients(run: BlockRun, i: Tensor, du: Tensor, di: Tensor, s: Sc
     wide = du if du.dtype == i.dtype else s.wide(2).copy_(du)
     grads = run.grads
     if grads is not None and grads.inj_w1 is not None and grads.inj_b1 is not None:
-        run.ops.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], None)
-        grads.inj_b1.add_(du.sum((0, 1), dtype=grads.inj_b1.dtype))
+        run.ops.linear_wgrad(wide, i, grads.inj_w1[:, i.shape[-1] :], grads.inj_b1)
     run.ops.linear_dgrad(wide, run.w.inj_e, out=di)
