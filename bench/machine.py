@@ -55,13 +55,16 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
 
 
+DIGITS = 12
+
+
 def commit() -> str:
-    """Twelve digits, and + when files of the project differ from it: results are none of those.
+    """So many digits, and + when files of the project differ from it: results are none of those.
     FPDM_COMMIT, where the files were copied without their history."""
     if given := os.environ.get("FPDM_COMMIT"):
-        return given
+        return given[:DIGITS]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    return git("rev-parse", f"--short={DIGITS}", "HEAD") + ("+" if changed else "")
 
 
 def facts(command: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _line(row: dict[str, Any], commit: str) -> list[str]:
         for names in BASELINES.values()
     ]
     mine, theirs = (report.peak(arms.get(a, {})) for a in (OURS, "published eager"))
-    memory = f"{mine}, {theirs}" if theirs else mine
+    memory = f"{mine}, {theirs}" if mine and theirs else mine
     # that is the baseline, not ours
     name = row["name"].removesuffix(" compiled")
     return [f"{row['suite']}, {name}", report.duration(arms[OURS]["median_s"]), *ratios, memory,
