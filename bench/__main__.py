@@ -131,7 +131,8 @@ def timed(
         return times, missing, cold
     # a number of rounds that was asked for is kept to
     known = 0.0 if rounds else timing.KNOWN
-    return timing.interleave(arms, rounds or row.rounds, row.seconds, known), {}, {}
+    # every arm ran once by now
+    return timing.interleave(arms, rounds or row.rounds, row.seconds, known, True), {}, {}
 
 
 def peaks(row: rows.Row, arms: dict[str, timing.Arm]) -> dict[str, int]:

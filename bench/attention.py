@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import machine
 from bench.timing import Arm, device_times, interleave
 from fpdm.cli import run_main
 from fpdm.kernels import attention, attention_routes
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> int:
     for t, b in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float16):
             device = torch.device("cuda", torch.cuda.current_device())
-            found.append(entry(t, b, dtype, device, options.out.name, options.rounds))
+            found.append(entry(t, b, dtype, device, machine.committed(options.out), options.rounds))
             options.out.write_text(json.dumps(found, indent=1))
             print(json.dumps(found[-1]), flush=True)
             if options.write:

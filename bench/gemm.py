@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import machine
 from bench.timing import device_times
 from fpdm.cli import run_main
 from fpdm.kernels import cublaslt, gemm, gemm_table, reference
@@ -236,7 +237,7 @@ def main(argv: list[str]) -> int:
     if options.jobs:
         compile_all(wanted, options.jobs)
     for s in wanted:
-        which = BATCHES[s.b], device, options.out.name, options.rounds, options.routes
+        which = BATCHES[s.b], device, machine.committed(options.out), options.rounds, options.routes
         found.append(entry(s, *which))
         options.out.write_text(json.dumps(found, indent=1))
         print(json.dumps(found[-1]), flush=True)

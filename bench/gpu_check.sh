@@ -10,8 +10,8 @@
 #              -m bench on training and the optimiser
 #   compiled   the rows against torch.compile: mostly compilation
 #
-# On an H200 with 16 cores: tests 126 s without the repeats; attention, profile and syncs 15 to 25 s
-# each, replays 27, the training rows 46, a compiled row 77. Each part is one call that ends within
+# On an H200 with 16 cores: tests 112 s, train 136, sample 258, a compiled row 77 to 125 (pieces:
+# bench/results/nvidia-h200/checks.txt). Each part is one call that ends within
 # $BUDGET seconds (default 460): a piece gets its own limit or what is left, and is killed with all
 # that it started. Needs torch, triton, cupy and pytest, no
 # network. Results are written as JSON while it goes, under $OUT (default bench/results/gpu), beside

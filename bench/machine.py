@@ -50,6 +50,11 @@ def name() -> str:
     return _slug(f"{found.get('name', platform.machine())} {torch.get_num_threads()} threads")
 
 
+def committed(file: Path) -> str:
+    """Where the result ``file`` will lie in the project, for a table that names its source."""
+    return f"bench/results/{name()}/{file.name}"
+
+
 def _slug(text: str) -> str:
     """Lower case, trade marks dropped, one dash between words."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
@@ -58,11 +63,16 @@ def _slug(text: str) -> str:
 DIGITS = 12
 
 
+def shortened(commit: str) -> str:
+    """So many digits of it, and the + of a tree with changes."""
+    return commit.removesuffix("+")[:DIGITS] + ("+" if commit.endswith("+") else "")
+
+
 def commit() -> str:
-    """So many digits, and + when files of the project differ from it: results are none of those.
+    """Twelve digits, and + when files of the project differ from it: results are none of those.
     FPDM_COMMIT, where the files were copied without their history."""
     if given := os.environ.get("FPDM_COMMIT"):
-        return given[:DIGITS]
+        return shortened(given)
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return git("rev-parse", f"--short={DIGITS}", "HEAD") + ("+" if changed else "")
 

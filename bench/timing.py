@@ -128,16 +128,16 @@ def cold_times(arms: dict[str, Arm], rounds: int) -> dict[str, float]:
     }
 
 
-def inner_calls(fn: Arm, at_least: float | None = None) -> int:
+def inner_calls(fn: Arm, at_least: float | None = None, warmed: bool = False) -> int:
     """Calls that take ``at_least`` seconds together, 2 ms where nothing else is asked for: a
     shorter sample measures the clock. On a GPU 20 ms, so that the host is ahead of it as it is in a
-    loop: a call that is waited for alone takes the latency of its launches, too."""
+    loop: a call that is waited for alone takes the latency of its launches, too. ``warmed``: it
+    ran before, so that nothing is compiled now."""
     if at_least is None:
         at_least = 2e-2 if torch.cuda.is_available() else 2e-3
-    first = once(fn)
-    # it warmed up, too; of a long one another call would say the same
-    seconds = first if first > 10 * at_least else once(fn)
-    return max(1, round(at_least / max(seconds, 1e-9)))
+    if not warmed:
+        fn()
+    return max(1, round(at_least / max(once(fn), 1e-9)))
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,13 @@ def doubt(arm: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def interleave(
-    arms: dict[str, Arm], rounds: int, seconds: float = 60.0, known: float = 0.0
-) -> dict[str, Times]:
-    """Times of every arm, warmed, its order turned from round to round: as many rounds as fit
-    ``seconds``, at least 5 and at most ``rounds``, until the ``doubt`` of every ratio to the first
-    arm is at most ``known``."""
-    inner = {name: inner_calls(fn) for name, fn in arms.items()}
+    arms: dict[str, Arm], rounds: int, seconds: float = 60.0, known: float = 0.0,
+    warmed: bool = False,
+) -> dict[str, Times]:  # fmt: skip
+    """Times of every arm, warmed here where it is not, its order turned from round to round: as
+    many rounds as fit ``seconds``, at least 5 and at most ``rounds``, until the ``doubt`` of every
+    ratio to the first arm is at most ``known``."""
+    inner = {name: inner_calls(fn, warmed=warmed) for name, fn in arms.items()}
     began = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)

@@ -27,8 +27,8 @@ from fpdm.graphs import GraphKey
 from fpdm.model import FPDM, DiT
 from fpdm.weights import PreparedWeights
 
-# an allocator reserved up to 1.1 times what was allocated (bench/results/nvidia-h200/memory.json)
-MARGIN = 1.1
+# an allocator reserved up to 1.14 times what was allocated (bench/results/nvidia-h200/memory.json)
+MARGIN = 1.15
 
 
 def room(device: torch.device) -> tuple[int, int]:

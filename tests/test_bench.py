@@ -288,6 +288,22 @@ def test_a_baseline_that_fails_leaves_the_row(monkeypatch: pytest.MonkeyPatch) -
     assert report.reason(skipped) == "not measured: too slow"
 
 
+def test_a_first_call_that_compiles_is_no_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second once, then 0.1 ms: twenty calls are 2 ms, and 200 the 20 ms of a GPU."""
+    now, calls = [0.0], [0]
+
+    def compiled() -> None:
+        now[0] += 1e-4 if calls[0] else 0.5
+        calls[0] += 1
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert timing.inner_calls(compiled) == 20
+    monkeypatch.setattr(timing, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert timing.inner_calls(compiled, warmed=True) == 200
+    assert calls == [3]
+
+
 def test_rows_are_bounded_in_time() -> None:
     calls: list[int] = []
     times = timing.interleave({"a": lambda: calls.append(0)}, 1000, seconds=0.0)

@@ -182,7 +182,7 @@ def test_committed_results_are_composed_from_their_raw_files() -> None:
         run = report.origin(found, row)
         assert all(run[k] == raw[k] for k in ("command", "ceilings"))
         # digits that were written down whole are cut
-        assert run["commit"] == raw["commit"][: machine.DIGITS]
+        assert run["commit"] == machine.shortened(raw["commit"])
     # a row without a run has no time either
     assert all(r["arms"] == {} for r in found["rows"] if "source" not in r)
 
@@ -222,6 +222,23 @@ def test_the_last_file_of_a_row_is_taken(
     compose.main([str(f) for f in files[::-1]])
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["rows"][0]["source"] == "a.json"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("0123456789abcdef", "0123456789ab"),
+        ("0123456789abcdef+", "0123456789ab+"),
+        ("abc+", "abc+"),
+    ],
+)
+def test_a_changed_tree_stays_marked(
+    given: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FPDM_COMMIT", given)
+    assert machine.commit() == kept
+    compose.main([str(raw(tmp_path, "a.json", 1.0, commit=given))])
+    assert json.loads((tmp_path / "bench.json").read_text())["commit"] == kept
 
 
 def test_what_cannot_be_composed_is_refused(tmp_path: Path) -> None:

@@ -156,11 +156,11 @@ def test_every_command_of_the_script_parses(check: Check, monkeypatch: pytest.Mo
             parses(words)
     with pytest.raises(Exception, match="rows: got none"):
         parses(["-m", "bench", "--suite", "sampler", "--row", "B65.*compiled"])
-    # what measures the device is found, and nothing of it among the others
-    # two of the three run at a time
+    # two of the three run at a time: their order says nothing
     marks = {words[words.index("-m", 2) + 1]: words for words in pytests}
     alone = "gpu and not slow and alone"
     assert marks.keys() == {"gpu and not slow and not alone", "gpu and slow", alone}
+    # what measures the device is found, and nothing of it among the others
     done = subprocess.run(
         [sys.executable, *marks[alone], "--collect-only", "-q"],
         cwd=machine.ROOT, capture_output=True, text=True, timeout=120,

@@ -14,6 +14,8 @@ from fpdm.fixed_point import unroll, unroll_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 HEADS, BATCH = 16, 32
+# the gradient of the modulation, 16 bytes a row and head of attention, sums of rows
+SMALL = 0.25
 LEDGER = {
     ("full", False): 1, ("elementwise", False): 13, ("none", False): 23,
     ("full", True): 2, ("elementwise", True): 14, ("none", True): 26,
@@ -59,8 +61,8 @@ def passes(m: int, impl: str, recompute: str, wide: bool) -> dict[str, float]:
 @pytest.mark.parametrize(("recompute", "wide"), LEDGER, ids=str)
 def test_memory_ledger(impl: str, recompute: str, wide: bool) -> None:
     """Of an iteration, the ledger's; what both passes need beside it is the same for any m. The
-    backward's peak is 14 U above what is saved at most, 2 U more with an iterate twice as wide, and
-    in full recomputation what one iteration keeps."""
+    backward's peak is 13 U above what is saved, 16 with an iterate twice as wide (of which 1 U is
+    a product's, before it is widened), and in full recomputation what one iteration keeps."""
     few, many = (passes(m, impl, recompute, wide) for m in (3, 6))
     slope = (many["kept"] - few["kept"]) / 3
     units = LEDGER[recompute, wide]
@@ -68,4 +70,4 @@ def test_memory_ledger(impl: str, recompute: str, wide: bool) -> None:
     assert many["forward"] - few["forward"] < 0.02
     assert many["backward"] - few["backward"] < 0.02
     again = (14 if wide else 13) if recompute == "full" else 0
-    assert few["backward"] <= (16 if wide else 14) + again
+    assert few["backward"] <= (16 if wide else 13) + again + SMALL

@@ -299,7 +299,7 @@ def test_a_failed_capture_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.backend.alive == 0
 
 
-@pytest.mark.parametrize("free", [23, 21])
+@pytest.mark.parametrize("free", [24, 22])
 def test_auto_needs_room_for_two_steps(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launched step beside the pool of the graphs; the results are the same without them."""
     ours, usual = Bench("auto", monkeypatch, small()), Bench("off", monkeypatch, small())
@@ -316,14 +316,14 @@ def test_auto_needs_room_for_two_steps(free: int, monkeypatch: pytest.MonkeyPatc
             for a, b in zip(ours.run(number, *pair), usual.run(number, *pair)):
                 assert torch.equal(a, b)
     lines = [str(w.message) for w in said]
-    if free == 23:
+    if free == 24:
         assert lines == []
         assert ours.step.graphs is not None
         assert ours.step.graphs.captures == 1
         # before the first capture alone
         assert len(asked) == 4
     else:
-        assert lines == ["train.graphs: got 21.0 GB free, expected 22.0 for both: kernel by kernel "
+        assert lines == ["train.graphs: got 22.0 GB free, expected 23.0 for both: kernel by kernel "
                          "from here on, not as graphs"]  # fmt: skip
         assert ours.step.graphs is None
         assert len(asked) == 1

@@ -14,6 +14,7 @@ from test_fixed_point import addend, operator_weights, problem
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.memory import LiveBytes
+from fpdm import walk
 from fpdm.fixed_point import unroll, unroll_backward
 from fpdm.kernels import reference
 
@@ -86,3 +87,17 @@ def test_memory_ledger(impl: str, recompute: str, wide: bool, units: int) -> Non
     again = (14 if wide else 13) if recompute == "full" else 0
     # of one iteration alone the gradient of x is not wanted
     assert one[1] <= two[1] <= (16 if wide else 13) + again + SMALL
+
+
+@inside
+def test_a_waste_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of u rounded into 2 U of its own, as it once was."""
+    real = walk._injection_gradients
+
+    def wasteful(run: Any, i: torch.Tensor, du: torch.Tensor, *rest: Any) -> None:
+        wide = du.to(i.dtype)
+        real(run, i, du, *rest)
+        del wide
+
+    monkeypatch.setattr(walk, "_injection_gradients", wasteful)
+    assert passes(1, "triton", "none", torch.float16, False)[1] > 13 + SMALL
