@@ -278,7 +278,7 @@ def rows() -> list[Row]:
     """Everything, cheap rows first and compiled baselines last."""
     large, one = setting(64), setting(1)
     found = [*operators(large), *iteration(large), *third_party.rows(large), *data()]
-    found += [network(large, 8, ("dit",)), *samplers()]
+    found += [network(large, 8, ("dit",)), *(network(large, k) for k in (1, 4, 16)), *samplers()]
     found += [training(large, [(5, 6)], mode, False, mode == "none")
               for mode in cost.RECOMPUTE]  # fmt: skip
     found += [training(large, drawn(), "none", False, True)]

@@ -42,6 +42,8 @@ p.note{color:#4a5568;margin:.3em 0 1em}img{width:100%;display:block;margin:1em 0
 table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:3px 8px;text-align:left;
 border-bottom:1px solid #e2e8f0;vertical-align:top}th{background:#f7fafc}
 td:nth-child(-n+3),td:nth-child(6){white-space:nowrap}
+.wide{width:94vw;margin-left:50%;transform:translateX(-50%);overflow-x:auto}
+.wide table{font-size:12px}
 dl{display:grid;grid-template-columns:9em 1fr;gap:.1em 1em;margin:1em 0}dt{color:#4a5568}
 dd{margin:0}summary{cursor:pointer;margin:1em 0}pre{white-space:pre-wrap;font-size:12px}"""
 
@@ -198,7 +200,8 @@ def speed(result: dict[str, Any]) -> str:
     drawn, axes = figure(10, 4, len(titles))
     for axis, title in zip(axes, titles):
         for (mine, dtype, name), points in lines.items():
-            if mine == title:
+            # one point is no line: a dtype of one batch is in the table
+            if mine == title and len(points) > 1:
                 axis.plot(*zip(*sorted(points.items())), label=f"{name}, {dtype}",
                           color=BLUE if name == OURS else COLOURS.get(name),
                           marker="o" if dtype == "float32" else "s")  # fmt: skip
@@ -424,6 +427,7 @@ def page(result: dict[str, Any], counted: dict[str, Any] | None) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fpdm bench</title>"
         f"<style>{STYLE}</style><h1>fpdm bench</h1>{facts(result)}{''.join(parts)}"
         f"<h2>Every number</h2><details open><summary>{len(result['rows'])} rows</summary>"
-        f"{every}</details>{runs}{gone}<details><summary>machine, versions, ceilings as JSON"
-        f"</summary><pre>{raw}</pre></details></html>\n"
+        f"<div class=wide>{every}</div></details>{runs}{gone}"
+        f"<details><summary>machine, versions, ceilings as JSON</summary><pre>"
+        f"{raw}</pre></details></html>\n"
     )
