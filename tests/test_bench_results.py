@@ -30,7 +30,7 @@ def test_tables_are_what_render_writes() -> None:
     changed = block.replace("| 14.1 |", "| 4.1 |")
     assert changed != block
     assert summary.readme(head + summary.BEGIN + changed, RESULTS) == text
-    changed = head.replace("batch 64 | 1.", "batch 64 | 9.")
+    changed = head.replace("guidance 1 | 1.", "guidance 1 | 9.")
     assert changed != head
     assert summary.readme(changed + summary.BEGIN + block, RESULTS) == text
     assert summary.readme(text.replace(summary.GAIN_END, ""), RESULTS) is None
@@ -65,9 +65,9 @@ def test_the_readme_shows_the_largest_rows_and_says_what_is_missing() -> None:
     told = summary.gain([result], None).splitlines()
     assert told[0].startswith("| P: times as fast as the published architecture written plainly")
     assert told[2:5] == [
-        "| sampling, S/2 float32, batch 1 | not measured | not measured |",
-        "| sampling, S/2 float32, batch 8 | not measured | 2.00x |",
-        "| training, S/2 float32, batch 2 | 3.00x | not measured |",
+        "| sampling, S/2 float32, batch 1 |  | not measured | not measured |",
+        "| sampling, S/2 float32, batch 8 |  | not measured | 2.00x |",
+        "| training, S/2 float32, batch 2 |  | 3.00x | not measured |",
     ]
     assert "two rows" not in told[-1]
 
@@ -96,9 +96,12 @@ def test_two_ratios_of_a_line_are_of_one_row_or_say_of_which() -> None:
     result["processor"] = {"name": "P"}
     text = summary.gain([result], None)
     assert "1.50x (8 draws of (n, m), [a.json](bench/results/box/a.json))" in text
-    assert "1.25x (2 draws of (n, m), [b.json](bench/results/box/b.json))" in text
+    assert "1.25x ((n, m) = (5, 6), (5, 6), [b.json](bench/results/box/b.json))" in text
     runs[1]["arms"]["published eager"] = {"ratio": 1.75}
-    assert "| 1.75x | 1.25x |" in summary.gain([result], None)
+    assert "| (n, m) = (5, 6), (5, 6) | 1.75x | 1.25x |" in summary.gain([result], None)
+    # of two compiled arms the one that is closer to ours
+    runs[1]["arms"]["published compiled, replayed"] = {"ratio": 1.125}
+    assert "| 1.75x | 1.12x |" in summary.gain([result], None)
 
 
 def test_memory_says_what_is_counted_and_what_was_measured() -> None:

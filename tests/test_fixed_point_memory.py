@@ -100,13 +100,14 @@ def at_xl_ratio(dtype: torch.dtype, b: int = 1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loop_working_set(dtype: torch.dtype) -> None:
-    """The loop without gradient: two iterates and at most 10 U of workspace."""
+    """The loop without gradient: two iterates and 7 U of workspace."""
     p = at_xl_ratio(dtype)
     weights, u = operator_weights(p, dtype), addend(p, dtype)
     gc.collect()
     with torch.no_grad(), LiveBytes() as mode:
         iterate(p["x"], u, p["mod"], weights, 4, 8, "auto", True)
-    assert mode.peak / p["x"].nbytes <= 12
+    # plain PyTorch's LayerNorm and products take some of their own
+    assert mode.peak / p["x"].nbytes <= (9.1 if cpu_loop.loops(dtype, dtype) else 12)
 
 
 def backward_peak(p: dict[str, Any], dtype: torch.dtype, recompute: str, chunks: int = 1) -> float:
