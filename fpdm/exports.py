@@ -76,7 +76,8 @@ def infer_config(
     heads = num_heads or _HEADS.get(width)
     if type(heads) is not int:
         raise CheckpointError(
-            f"{where}: got num_heads={heads}, expected a number (width {width} has no usual one)"
+            f"{where}: got num_heads={heads}, expected a number (width {width} has no usual one; "
+            "--num_heads gives it)"
         )
     fpdm = any(name.startswith("block_fixed_point.") for name in state)
     depth = _depth(state, "blocks")
