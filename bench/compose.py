@@ -51,9 +51,6 @@ def compose(folder: Path, names: Sequence[str]) -> Found:
             result[part] = found["rows"]
         else:
             raise ConfigError(f"{folder / name}: got {_WRONG}")
-        if "commit" in source:
-            # written down whole where git was missing
-            source["commit"] = machine.shortened(source["commit"])
         sources[name] = source
     if "machine" not in result:
         raise ConfigError(f"{folder}: got no result of python -m bench, expected one")

@@ -63,16 +63,11 @@ def _slug(text: str) -> str:
 DIGITS = 12
 
 
-def shortened(commit: str) -> str:
-    """So many digits of it, and the + of a tree with changes."""
-    return commit.removesuffix("+")[:DIGITS] + ("+" if commit.endswith("+") else "")
-
-
 def commit() -> str:
     """Twelve digits, and + when files of the project differ from it: results are none of those.
     FPDM_COMMIT, where the files were copied without their history."""
     if given := os.environ.get("FPDM_COMMIT"):
-        return shortened(given)
+        return given.removesuffix("+")[:DIGITS] + ("+" if given.endswith("+") else "")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return git("rev-parse", f"--short={DIGITS}", "HEAD") + ("+" if changed else "")
 

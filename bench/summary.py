@@ -13,6 +13,7 @@ from bench import cost, report
 from bench.rows import OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GAIN_BEGIN, GAIN_END = "<!-- gain:begin -->", "<!-- gain:end -->"
 # of the times on a GPU
 GRAPHS = (
     "Ours are CUDA graphs, as the engine and the trainer run them, eager PyTorch launches its "
@@ -21,7 +22,6 @@ GRAPHS = (
     "training launched or replayed, whichever was faster. The memory below is of a step that is "
     "launched; graphs hold as much again."
 )
-GAIN_BEGIN, GAIN_END = "<!-- gain:begin -->", "<!-- gain:end -->"
 SUITES = ("network", "sampler", "training")
 # of the memory rows, the published architecture
 PLAIN = "published bf16 eager"
@@ -213,7 +213,7 @@ def memory_table(counted: dict[str, Any], results: list[dict[str, Any]]) -> str:
     return (
         f"Memory of a training step in GB with all state, batch {counted['batch']}, n = m = "
         f"{counted['m']}, bf16: counted storage by storage without allocating it "
-        f"(`bench/memory.py`), and the allocator's peak where it was measured, with a library's "
+        "(`bench/memory.py`), and the allocator's peak where it was measured, with a library's "
         f"workspaces. Where something is recomputed, `execution.chunks={max(chunks)}`; without "
         "graphs, which hold as much beside it. "
         "The paper's code recomputes DiT and the pre and post blocks, not the iterations:\n\n"

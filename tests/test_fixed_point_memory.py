@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,13 +41,17 @@ def measure(n: int, m: int, execution: ExecutionConfig, dtype: torch.dtype) -> t
 UNIT = 8 * 64 * 96
 
 
-@pytest.mark.parametrize(
-    ("recompute", "residual", "units"),
-    [("full", "compute", 1), ("elementwise", "compute", 13), ("none", "compute", 23),
-     ("full", "float32", 2), ("elementwise", "float32", 14), ("none", "float32", 26)],
-)  # fmt: skip
-def test_memory_ledger(recompute: str, residual: str, units: int) -> None:
+# recompute, with a float32 iterate -> U of an iteration
+LEDGER = {
+    ("full", False): 1, ("elementwise", False): 13, ("none", False): 23,
+    ("full", True): 2, ("elementwise", True): 14, ("none", True): 26,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recompute", "wide"), LEDGER, ids=str)
+def test_memory_ledger(recompute: str, wide: bool) -> None:
     """Slope of live bytes over m is the ledger's, over n it is zero."""
+    units, residual = LEDGER[recompute, wide], "float32" if wide else "compute"
     dtype = torch.bfloat16 if residual == "float32" else torch.float32
     size = dtype.itemsize * UNIT
     execution = ExecutionConfig(recompute=recompute, residual_dtype=residual)  # type: ignore[arg-type]
@@ -110,17 +115,42 @@ def test_loop_working_set(dtype: torch.dtype) -> None:
     assert mode.peak / p["x"].nbytes <= (9.1 if cpu_loop.loops(dtype, dtype) else 12)
 
 
-def backward_peak(p: dict[str, Any], dtype: torch.dtype, recompute: str, chunks: int = 1) -> float:
-    """Peak of the backward of m = 3 above what was saved, parameter gradients apart, in U."""
-    u, weights, params = addend(p, dtype), operator_weights(p, dtype), p["params"]
-    how = (3, 8, "auto", recompute, chunks)
-    operands = p["x"], p["i"], u, p["mod"]
+class Passes(NamedTuple):
+    """In U: kept between forward and backward; the forward's peak above that; the backward's above
+    it, gradients of parameters apart."""
+
+    kept: float
+    forward: float
+    backward: float
+
+
+def passes(
+    p: dict[str, Any], m: int, heads: int, impl: str, recompute: str, chunks: int = 1,
+    wide: bool = False, meter: Callable[[], Any] = LiveBytes,
+) -> Passes:  # fmt: skip
+    """Of ``unroll`` and its backward on operands ``p`` in their dtype; ``wide``: with a float32
+    iterate. ``meter``: LiveBytes, or what else has its ``live`` and ``peak``."""
+    dtype, params, unit = p["x"].dtype, p["params"], p["x"].nbytes
+    u, weights = addend(p, dtype), operator_weights(p, dtype)
+    operands = (p["x"].float() if wide else p["x"]), p["i"], u, p["mod"]
+    how = (m, heads, impl, recompute, chunks)
+    gc.collect()
     with torch.no_grad():
-        out, _, *saved = unroll(*operands, params, weights, *how, False, False)
-        gc.collect()
-        with LiveBytes() as mode:
+        with meter() as forward:
+            out, _, *saved = unroll(*operands, params, weights, *how, False, False)
+            gc.collect()
+            kept = forward.live()
+        with meter() as backward:
             unroll_backward(params, out, *operands, weights, *saved, *how, False)
-    return (mode.peak - sum(q.nbytes for q in p["params"])) / p["x"].nbytes
+    peak = backward.peak - sum(q.nbytes for q in params)
+    return Passes(kept / unit, (forward.peak - kept) / unit, peak / unit)
+
+
+def peak_of_backward(recompute: str, wide: bool) -> int:
+    """U above what is saved, where a kernel allocates nothing: 7 of scratch, 4 of du, and the
+    gradients of x and i; of an iterate twice as wide 2 more, and a product before it is widened; in
+    full recomputation what the element-wise ledger keeps of one iteration."""
+    return (16 if wide else 13) + (LEDGER["elementwise", wide] if recompute == "full" else 0)
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [("none", 0), ("elementwise", 0), ("full", 13)])
@@ -132,29 +162,16 @@ def test_backward_working_set(recompute: str, kept: int, dtype: torch.dtype, uni
     p = at_xl_ratio(dtype)
     if cpu_loop.loops(dtype, dtype):
         units = {torch.float32: 11.1, torch.bfloat16: 13.1}[dtype]  # products are csrc/cpu's
-    assert backward_peak(p, dtype, recompute) <= units + kept
-
-
-def forward_peak(p: dict[str, Any], recompute: str, chunks: int) -> float:
-    """Peak of the forward of m = 3 above what it returns, in U."""
-    u, args = addend(p, torch.float32), (p["mod"], p["params"])
-    weights = operator_weights(p, torch.float32)
-    how = (3, 8, "auto", recompute, chunks, False, False)
-    gc.collect()
-    with torch.no_grad(), LiveBytes() as mode:
-        kept = unroll(p["x"], p["i"], u, *args, weights, *how)
-        peak = mode.peak - mode.live()
-    assert len(kept) == 5
-    return peak / p["x"].nbytes
+    assert passes(p, 3, 8, "auto", recompute).backward <= units + kept
 
 
 def test_chunks_divide_the_working_set() -> None:
     p = at_xl_ratio(torch.float32, b=4)
-    peaks = [backward_peak(p, torch.float32, "full", chunks) for chunks in (1, 4)]
+    peaks = [passes(p, 3, 8, "auto", "full", chunks).backward for chunks in (1, 4)]
     # the gradient of i is whole, everything else is a quarter
     assert peaks[1] - 1 <= (peaks[0] - 1) / 4 + 0.1
     for recompute in ("elementwise", "full"):
-        whole, quarter = (forward_peak(p, recompute, chunks) for chunks in (1, 4))
+        whole, quarter = (passes(p, 3, 8, "auto", recompute, n).forward for n in (1, 4))
         assert whole >= 5
         assert quarter <= whole / 4 + 0.1
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from interpreter import inside, outside, run_inside
-from test_fixed_point import addend, operator_weights, problem
+from test_fixed_point import problem
+from test_fixed_point_memory import LEDGER, Passes, passes, peak_of_backward
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.memory import LiveBytes
 from fpdm import walk
-from fpdm.fixed_point import unroll, unroll_backward
 from fpdm.kernels import reference
 
 pytest.importorskip("triton")
@@ -52,41 +51,24 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "linear_wgrad", wgrad)
 
 
-def passes(m: int, impl: str, recompute: str, dtype: torch.dtype, wide: bool) -> tuple[float, ...]:
-    """In U: kept between forward and backward; the backward's peak above that, gradients of
-    parameters apart."""
-    p = problem(d=48, t=64, b=1, dtype=dtype)
-    params = p["params"] = [q.float() for q in p["params"]]
-    unit, x = p["x"].nbytes, p["x"].float() if wide else p["x"]
-    u, weights = addend(p, dtype), operator_weights(p, dtype)
-    how, operands = (m, 1, impl, recompute, 1), (x, p["i"], u, p["mod"])
-    gc.collect()
-    with torch.no_grad():
-        with LiveBytes() as mode:
-            out, _, *saved = unroll(*operands, params, weights, *how, False, False)
-            gc.collect()
-            kept = mode.live()
-        with LiveBytes() as mode:
-            unroll_backward(params, out, *operands, weights, *saved, *how, False)
-    return kept / unit, (mode.peak - sum(q.nbytes for q in params)) / unit
+def measured(m: int, impl: str, recompute: str, wide: bool) -> Passes:
+    p: dict[str, Any] = problem(d=48, t=64, b=1, dtype=torch.float16)
+    p["params"] = [q.float() for q in p["params"]]
+    return passes(p, m, 1, impl, recompute, wide=wide)
 
 
 @inside
 @pytest.mark.parametrize(
-    ("impl", "recompute", "wide", "units"),
-    [("triton", "full", False, 1), ("triton", "elementwise", False, 13),
-     ("triton", "none", False, 23), ("triton", "full", True, 2),
-     ("triton", "elementwise", True, 14), ("triton", "none", True, 26),
-     ("triton-fused", "full", False, 1), ("triton-fused", "none", False, 23)],
+    ("impl", "recompute", "wide"),
+    [*(("triton", *key) for key in LEDGER), ("triton-fused", "full", False),
+     ("triton-fused", "none", False)],
 )  # fmt: skip
-def test_memory_ledger(impl: str, recompute: str, wide: bool, units: int) -> None:
-    """Of an iteration, the ledger's; the backward's peak is 13 U above what is saved, 16 with an
-    iterate twice as wide, and in full recomputation what one iteration keeps."""
-    one, two = (passes(m, impl, recompute, torch.float16, wide) for m in (1, 2))
-    assert abs(two[0] - one[0] - units) < 0.02
-    again = (14 if wide else 13) if recompute == "full" else 0
+def test_memory_ledger(impl: str, recompute: str, wide: bool) -> None:
+    """Of an iteration, the ledger's, and of the backward what it may need beside that."""
+    one, two = (measured(m, impl, recompute, wide) for m in (1, 2))
+    assert abs(two.kept - one.kept - LEDGER[recompute, wide]) < 0.02
     # of one iteration alone the gradient of x is not wanted
-    assert one[1] <= two[1] <= (16 if wide else 13) + again + SMALL
+    assert one.backward <= two.backward <= peak_of_backward(recompute, wide) + SMALL
 
 
 @inside
@@ -100,4 +82,5 @@ def test_a_waste_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         del wide
 
     monkeypatch.setattr(walk, "_injection_gradients", wasteful)
-    assert passes(1, "triton", "none", torch.float16, False)[1] > 13 + SMALL
+    needed = measured(1, "triton", "none", False).backward
+    assert needed > peak_of_backward("none", False) + SMALL

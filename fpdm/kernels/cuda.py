@@ -29,6 +29,7 @@ from fpdm.kernels.launch import (
     cdiv,
     check,
     dtype_name,
+    library,
     row_stride,
 )
 from fpdm.kernels.reference import linear, linear_dgrad, linear_wgrad
@@ -48,11 +49,6 @@ __all__ = [
     "library", "linear", "linear_add_gelu", "linear_dgrad", "linear_gate_residual",
     "linear_gate_residual_adaln", "linear_wgrad", "prepare", "unavailable",
 ]  # fmt: skip
-
-
-def library(dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Operators that are the library's, and counted as such."""
-    return "linear", "linear_dgrad", "linear_wgrad"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:

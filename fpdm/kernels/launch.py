@@ -137,6 +137,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def library(dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Operators of a GPU's sets that are the library's in every ``dtype``, and counted as such."""
+    return "linear", "linear_dgrad", "linear_wgrad"
+
+
 def head_width(op: str, d: int, heads: int) -> int:
     """Width of a head. Raises LaunchError unless ``heads`` divide d: kernels divide by them."""
     if heads < 1 or d % heads:

@@ -23,7 +23,7 @@ from fpdm.kernels.gemm import (
     linear_gate_residual,
     linear_gate_residual_adaln,
 )
-from fpdm.kernels.launch import FLOATS, check, dtype_name
+from fpdm.kernels.launch import FLOATS, check, dtype_name, library
 from fpdm.kernels.mlp import gelu, gelu_backward
 from fpdm.kernels.reference import linear_dgrad
 
@@ -36,11 +36,6 @@ __all__ = [
 WIDE = (torch.float32,)
 # decided when the kernels were defined, whatever the environment says now
 INTERPRETED = not isinstance(rows.load, triton.JITFunction)
-
-
-def library(dtype: torch.dtype | None) -> tuple[str, ...]:
-    """Operators that are the library's, and counted as such."""
-    return "linear", "linear_dgrad", "linear_wgrad"
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
